@@ -1,0 +1,236 @@
+"""`SparsityPlan`: what calibration hands to the graph passes, as JSON that a user can read, edit and pass back.
+
+The format is documented in `docs/plan.md`; `PLAN_SCHEMA` is checked whenever a plan is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from clada_export.errors import UsageError
+from graph_passes.op import ACTIVATIONS, RULES, SCORES
+
+PLAN_VERSION = 1
+
+_NUMBER = {"type": "number"}
+_NON_NEGATIVE = {"type": "number", "minimum": 0}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+
+PLAN_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "clada-export sparsity plan",
+    "type": "object",
+    "required": ["version", "policy", "score", "rule", "layers", "load", "source"],
+    "additionalProperties": False,
+    "properties": {
+        "version": {"const": PLAN_VERSION},
+        "policy": {"type": "string"},
+        "score": {"enum": list(SCORES)},
+        "rule": {"enum": list(RULES)},
+        "layers": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "activation", "gated", "hidden_size", "intermediate_size", "threshold"],
+                "additionalProperties": False,
+                "properties": {
+                    "name": {"type": "string", "minLength": 1},
+                    "activation": {"enum": list(ACTIVATIONS)},
+                    "gated": {"type": "boolean"},
+                    "hidden_size": {"type": "integer", "minimum": 1},
+                    "intermediate_size": {"type": "integer", "minimum": 1},
+                    "threshold": {"type": "array", "minItems": 1, "items": _NON_NEGATIVE},
+                    "load_slope": _NUMBER,
+                    "load_min": {"type": "number", "exclusiveMinimum": 0},
+                    "load_max": {"type": "number", "exclusiveMinimum": 0},
+                    "expected_sparsity": _SHARE,
+                    "expected_cett": _NON_NEGATIVE,
+                },
+            },
+        },
+        "load": {
+            "type": "object",
+            "required": [
+                "surprisal_mean",
+                "surprisal_std",
+                "entropy_mean",
+                "entropy_std",
+                "surprisal_weight",
+                "entropy_weight",
+            ],
+            "additionalProperties": False,
+            "properties": {
+                "surprisal_mean": _NUMBER,
+                "surprisal_std": {"type": "number", "exclusiveMinimum": 0},
+                "entropy_mean": _NUMBER,
+                "entropy_std": {"type": "number", "exclusiveMinimum": 0},
+                "surprisal_weight": _NUMBER,
+                "entropy_weight": _NUMBER,
+            },
+        },
+        "source": {
+            "type": "object",
+            "required": ["weights_digest"],
+            "properties": {"weights_digest": {"type": "string"}},
+        },
+        "calibration": {"type": "object"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class LoadSignal:
+    """Statistics and weights of the load formula; surprisal and entropy in nats, from raw logits.
+
+    load = clip(surprisal_weight * (S - surprisal_mean) / surprisal_std + entropy_weight * (H - entropy_mean) / entropy_std, -4, 4).
+    """
+
+    surprisal_mean: float = 0.0
+    surprisal_std: float = 1.0
+    entropy_mean: float = 0.0
+    entropy_std: float = 1.0
+    surprisal_weight: float = 1.0
+    entropy_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One FFN. `name` is the module path of its down projection (`model.layers.0.mlp.down_proj`).
+
+    `threshold` holds one value, or one a granule. `expected_sparsity` is the share of neurons skipped and `expected_cett` the
+    relative error of the FFN output (`docs/methods.md`), both measured on the calibration text at load 0.
+    """
+
+    name: str
+    activation: str
+    gated: bool
+    hidden_size: int
+    intermediate_size: int
+    threshold: tuple[float, ...]
+    load_slope: float = 0.0
+    load_min: float = 0.25
+    load_max: float = 4.0
+    expected_sparsity: float = 0.0
+    expected_cett: float = 0.0
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """Which neurons every FFN may skip, and how that follows the load."""
+
+    policy: str
+    score: str
+    rule: str
+    layers: tuple[LayerPlan, ...]
+    load: LoadSignal
+    source: dict[str, Any]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    version: int = PLAN_VERSION
+
+    def layer(self, name: str) -> LayerPlan | None:
+        """The plan of the FFN called `name`, or None."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    @property
+    def expected_sparsity(self) -> float:
+        """Share of all planned neurons that is skipped at load 0."""
+        total = sum(layer.intermediate_size for layer in self.layers)
+        skipped = sum(layer.intermediate_size * layer.expected_sparsity for layer in self.layers)
+        return skipped / total if total else 0.0
+
+    def with_layers(self, layers: tuple[LayerPlan, ...]) -> SparsityPlan:
+        """The same plan with other layers."""
+        return replace(self, layers=layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        value = asdict(self)
+        value["layers"] = [{**layer, "threshold": list(layer["threshold"])} for layer in value["layers"]]
+        return value
+
+    @classmethod
+    def from_dict(cls, value: Any, *, origin: str = "plan") -> SparsityPlan:
+        """Read a plan.
+
+        Args:
+            value: parsed JSON.
+            origin: the file it came from, for the message.
+
+        Raises:
+            UsageError: the value does not follow `PLAN_SCHEMA`; says where, what was found and what is allowed.
+        """
+        validate_json(value, PLAN_SCHEMA, origin)
+        layers = tuple(
+            LayerPlan(**{**layer, "threshold": tuple(float(t) for t in layer["threshold"])}) for layer in value["layers"]
+        )
+        names = [layer.name for layer in layers]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise UsageError(f"{origin}: layer {repeated[0]!r} is planned twice")
+        for layer in layers:
+            if layer.load_min > layer.load_max:
+                raise UsageError(
+                    f"{origin}: layer {layer.name!r} has load_min {layer.load_min} above load_max {layer.load_max}"
+                )
+        return cls(**{**value, "layers": layers, "load": LoadSignal(**value["load"])})
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load_file(cls, path: Path) -> SparsityPlan:
+        """Read a plan from a file.
+
+        Raises:
+            UsageError: the file can't be read, is not JSON, or is not a plan.
+        """
+        return cls.from_dict(read_json(path), origin=str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; NaN and infinities are refused, as JSON has neither.
+
+    Raises:
+        UsageError: the file can't be read or is not JSON.
+    """
+
+    def refuse(token: str) -> float:
+        raise ValueError(f"{token} is not JSON")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise UsageError(f"{path}: can't be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid JSON: {error}") from error
+
+
+def validate_json(value: Any, schema: dict[str, Any], origin: str) -> None:
+    """Check a parsed JSON value against a schema, numbers for being finite included.
+
+    Raises:
+        UsageError: names the place of the first fault, the value found and what is allowed.
+    """
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    if error is not None:
+        place = "/".join(str(part) for part in error.absolute_path) or "(top level)"
+        raise UsageError(f"{origin}: {place}: {error.message}")
+    _refuse_non_finite(value, origin, "")
+
+
+def _refuse_non_finite(value: Any, origin: str, place: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{origin}: {place}: {value} is not a finite number")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_non_finite(item, origin, f"{place}/{key}" if place else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_non_finite(item, origin, f"{place}/{index}")
