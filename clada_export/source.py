@@ -1,0 +1,570 @@
+"""The source stage: a Hub id, a local folder or a GGUF file becomes an eager float32 PyTorch model with its tokenizer.
+
+transformers repairs what does not fit (it re-initialises missing or mismatched weights and drops unexpected ones); here each of
+these is an error, because an export of a half-random model would look like a success.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import metadata_load, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import GgufConfig
+
+from clada_export.errors import BackendError, UnsupportedModelError, UsageError
+from clada_export.gguf_header import GgufHeader, read_gguf_header
+from clada_export.plan import read_json
+
+_SAFETENSORS = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
+_INDEX = ".index.json"
+_TEXT_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "README.md", "LICENSE*"]
+_SAFETENSORS_PATTERNS = ["model.safetensors", "model-*.safetensors"]
+_PICKLE_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin"]
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    *_TOKENIZER_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_NAMES_SHOWN = 3
+
+# What transformers raises on a config or a checkpoint that it can't make sense of.
+_BAD_INPUT = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError, OSError)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of the source: the hexadecimal sha256 of its bytes, and how many there are."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass
+class SourceModel:
+    """A loaded decoder.
+
+    `model` is in eval mode; `tokenizer` is None when the source has none (then `warnings` says so). `name` is the Hub id, the
+    folder's name or the GGUF file's stem; `kind` is `hub`, `folder` or `gguf`; `revision` is the commit of a Hub source.
+    `files` maps paths relative to `path` to their digests; `weights_digest` is over the weights as loaded. `source_dtype` is the
+    type most weights are stored in: `float32`, `bfloat16`, `float16`, or a GGUF type such as `Q4_1`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    revision: str | None
+    kind: str
+    path: Path
+    files: dict[str, SourceFile]
+    weights_digest: str
+    license: str | None
+    source_dtype: str
+    warnings: list[str] = field(default_factory=list)
+
+
+def load_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> SourceModel:
+    """Load a decoder LLM for export.
+
+    Args:
+        model: a Hub id (`org/name`), a local folder with `config.json` and safetensors, or a `.gguf` file.
+        revision: branch, tag or commit of a Hub id.
+        token: Hub access token; None uses the stored one.
+        cache_dir: where Hub files are kept; None is the Hub's default.
+        local_files_only: use the cache only, never the network.
+        trust_remote_code: run Python code that comes with the model.
+        allow_pickle: accept `pytorch_model.bin` (read with `weights_only=True`).
+        dtype: the type of the loaded weights.
+
+    Raises:
+        UsageError: no such model, a damaged or incomplete one, or weights that do not fit the config.
+        UnsupportedModelError: not a decoder, an architecture unknown to transformers, or weights that are already quantised.
+        BackendError: a package that the format needs is missing.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _load_gguf(path, revision, dtype)
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"{model}: a revision ({revision!r}) belongs to a Hub id, and this is a local folder")
+        return _load_folder(
+            path,
+            name=path.resolve().name,
+            kind="folder",
+            revision=None,
+            remote=trust_remote_code,
+            pickled=allow_pickle,
+            dtype=dtype,
+        )
+    folder = _fetch(model, revision, token, cache_dir, local_files_only, trust_remote_code, allow_pickle)
+    return _load_folder(
+        folder, name=model, kind="hub", revision=folder.name, remote=trust_remote_code, pickled=allow_pickle, dtype=dtype
+    )
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """The sha256 of a model's state dict: names, types, shapes and bytes, in the order of the names.
+
+    Tensors that share their memory (tied embeddings) are hashed once.
+
+    Args:
+        model: the model, on any device.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    first_name: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in first_name:
+            digest.update(f"= {first_name[key]}\n".encode())
+            continue
+        first_name[key] = name
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def _fetch(
+    model: str,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | None,
+    local_files_only: bool,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> Path:
+    """Download (or find in the cache) what an export needs of a Hub repository; returns the snapshot's folder."""
+    looks_like_path = model.startswith((".", "~", "/")) or model.endswith((".gguf", ".safetensors", *_PICKLE_SUFFIXES))
+    if looks_like_path or not _HUB_ID.fullmatch(model):
+        raise UsageError(
+            f"{model!r}: no such file or folder, and not a Hub id either; give a folder, a .gguf file, or an id such as org/name"
+        )
+    arguments: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    patterns = [*_TEXT_PATTERNS, *_SAFETENSORS_PATTERNS, *(["*.py"] if trust_remote_code else [])]
+    with _hub_errors(model, revision):
+        folder = Path(snapshot_download(model, allow_patterns=patterns, **arguments))
+        if allow_pickle and not _has_weights(folder, _SAFETENSORS):
+            folder = Path(snapshot_download(model, allow_patterns=[*patterns, *_PICKLE_PATTERNS], **arguments))
+    return folder
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UsageError(
+            f"{model}: the Hub asks for permission; accept the model's terms on its page and pass a token (`hf auth login`)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"{model}: no such folder here and no such model on the Hub (or a private one: pass a token)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UsageError(f"{model}: the Hub has no revision {revision!r}") from error
+    except LocalEntryNotFoundError as error:
+        raise UsageError(
+            f"{model}: no such folder here, not in the local cache, and the Hub was not asked or can't be reached; "
+            "check the spelling and the network, or download it first (`hf download`)"
+        ) from error
+    except HFValidationError as error:
+        raise UsageError(f"{model!r}: no such file or folder, and not a Hub id: {error}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UsageError(f"{model}: the Hub can't be reached: {error}") from error
+
+
+def _load_folder(
+    folder: Path, *, name: str, kind: str, revision: str | None, remote: bool, pickled: bool, dtype: torch.dtype
+) -> SourceModel:
+    _check_config_file(folder)
+    weights = _weight_files(folder, pickled)
+    pickle_used = weights[0].suffix == ".bin"
+    source_dtype = "unknown" if pickle_used else _check_safetensors(weights)
+    config = _config(folder, remote)
+    if source_dtype == "unknown":
+        source_dtype = str(config.dtype or dtype).removeprefix("torch.")
+    model = _build(
+        str(folder), name, config, dtype=dtype, trust_remote_code=remote, use_safetensors=not pickle_used, weights_only=True
+    )
+    warnings: list[str] = []
+    tokenizer = None
+    if any((folder / file).is_file() for file in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken")):
+        tokenizer = _tokenizer(str(folder), warnings, trust_remote_code=remote)
+    else:
+        warnings.append(f"{name} has no tokenizer files; prompts will have to be token ids")
+    _check_vocabulary(model, tokenizer, warnings)
+    described = [folder / file for file in _DESCRIPTION_FILES if (folder / file).is_file()]
+    return SourceModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        revision=revision,
+        kind=kind,
+        path=folder,
+        files={str(file.relative_to(folder)): _digest_file(file) for file in sorted([*weights, *described])},
+        weights_digest=weights_digest(model),
+        license=_license(folder, config),
+        source_dtype=source_dtype,
+        warnings=warnings,
+    )
+
+
+def _load_gguf(path: Path, revision: str | None, dtype: torch.dtype) -> SourceModel:
+    if path.suffix != ".gguf":
+        raise UsageError(
+            f"{path}: a single file must be a .gguf file; for safetensors give the folder that holds config.json too"
+        )
+    if revision is not None:
+        raise UsageError(f"{path}: a revision ({revision!r}) belongs to a Hub id, and this is a local file")
+    header = read_gguf_header(path)
+    folder = str(path.parent)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
+    except ImportError as error:
+        raise BackendError(f"{path}: loading a GGUF file needs more packages; pip install gguf accelerate ({error})") from error
+    except _BAD_INPUT as error:
+        architecture = header.metadata.get("general.architecture", "unknown")
+        raise UnsupportedModelError(
+            f"{path}: transformers {transformers.__version__} can't read GGUF architecture {architecture!r}: {error}"
+        ) from error
+    _check_decoder(config, str(path))
+    _check_gguf_layers(header, config, path)
+    # Without `dequantize`, transformers would keep packed blocks and could fetch matmul kernels from the Hub.
+    model = _build(folder, str(path), config, dtype=dtype, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True))
+    _forget_gguf(model)
+    warnings: list[str] = []
+    tokenizer = _tokenizer(folder, warnings, gguf_file=path.name)
+    _check_vocabulary(model, tokenizer, warnings)
+    return SourceModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=path.stem,
+        revision=None,
+        kind="gguf",
+        path=path,
+        files={path.name: _digest_file(path)},
+        weights_digest=weights_digest(model),
+        license=header.metadata.get("general.license"),
+        source_dtype=header.main_type,
+        warnings=warnings,
+    )
+
+
+def _check_config_file(folder: Path) -> None:
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        raise UsageError(f"{folder}: the folder is empty; it should hold config.json and {_SAFETENSORS}")
+    if "adapter_config.json" in names:
+        raise UnsupportedModelError(f"{folder}: this is an adapter (adapter_config.json); merge it into its base model first")
+    if "config.json" not in names:
+        gguf = [name for name in names if name.endswith(".gguf")]
+        hint = f"; to load the GGUF file give its path: {folder / gguf[0]}" if gguf else f"; it holds {', '.join(names[:5])}"
+        raise UsageError(f"{folder}: no config.json in the folder{hint}")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UsageError(f"{folder / 'config.json'}: a JSON object is wanted, and this is {type(config).__name__}")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'}: quantization_config: the weights are already quantised ({method}); give the original model"
+        )
+
+
+def _has_weights(folder: Path, stem: str) -> bool:
+    return (folder / stem).is_file() or (folder / (stem + _INDEX)).is_file()
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The weight files that transformers will read, in order."""
+    if _has_weights(folder, _SAFETENSORS):
+        return _shards(folder, _SAFETENSORS)
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith((*_PICKLE_SUFFIXES, ".safetensors")))
+    if _has_weights(folder, _PICKLE):
+        if allow_pickle:
+            return _shards(folder, _PICKLE)
+        found = ", ".join(others) or _PICKLE + _INDEX
+        raise UsageError(
+            f"{folder}: its weights are pickled ({found}), and unpickling can run code; convert them to safetensors, "
+            "or allow pickled weights if you trust their author (--allow-pickle)"
+        )
+    found = f"; found {', '.join(others[:5])}" if others else ""
+    raise UsageError(f"{folder}: no weights: neither {_SAFETENSORS} nor {_SAFETENSORS}{_INDEX} is there{found}")
+
+
+def _shards(folder: Path, stem: str) -> list[Path]:
+    if (folder / stem).is_file():
+        return [folder / stem]
+    index = folder / (stem + _INDEX)
+    value = read_json(index)
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index}: weight_map: a JSON object of tensor names and file names is wanted")
+    shards = []
+    for name in sorted({str(file) for file in weight_map.values()}):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UsageError(f"{index}: weight_map: {name!r} is not a file name in this folder")
+        if not (folder / name).is_file():
+            raise UsageError(f"{index}: weight_map: the file {name!r} is not in the folder; download it again")
+        shards.append(folder / name)
+    return shards
+
+
+def _check_safetensors(files: list[Path]) -> str:
+    """Open every header (that checks the length of the file too); returns the type most weights are stored in."""
+    elements: Counter[str] = Counter()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stream:
+                for name in stream.offset_keys():
+                    part = stream.get_slice(name)
+                    elements[part.get_dtype()] += int(torch.Size(part.get_shape()).numel())
+        except (SafetensorError, OSError) as error:
+            size = file.stat().st_size
+            raise UsageError(
+                f"{file}: not a whole safetensors file ({size} bytes): {error}; it may be cut short or a Git LFS pointer, "
+                "download it again"
+            ) from error
+    if not elements:
+        raise UsageError(f"{files[0]}: holds no tensors")
+    stored = elements.most_common(1)[0][0]
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    if stored not in names:
+        raise UnsupportedModelError(
+            f"{files[0]}: its weights are stored as {stored}; float32, bfloat16 and float16 weights can be loaded"
+        )
+    return names[stored]
+
+
+def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    place = folder / "config.json"
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except _BAD_INPUT as error:
+        value = read_json(place)
+        if not trust_remote_code and value.get("auto_map"):
+            raise UnsupportedModelError(
+                f"{place}: the model comes with its own Python code, which is not run unless you ask for it (--trust-remote-code)"
+            ) from error
+        model_type = value.get("model_type")
+        if model_type not in transformers.CONFIG_MAPPING:
+            raise UnsupportedModelError(
+                f"{place}: model_type: transformers {transformers.__version__} does not know {model_type!r}"
+            ) from error
+        raise UsageError(f"{place}: not a config that transformers can read: {_first_line(error)}") from error
+    _check_decoder(config, str(place))
+    return config
+
+
+def _check_decoder(config: PreTrainedConfig, place: str) -> None:
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{place}: {kind!r} is an encoder-decoder model; only decoder-only language models are supported"
+        )
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise UnsupportedModelError(f"{place}: {kind!r} is not a decoder: transformers has no causal language model for it")
+    # Encoders such as BERT can be *turned into* a causal model with `is_decoder`; as they come they look both ways.
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(
+            f"{place}: {kind!r} is an encoder (a masked language model), not a decoder; only decoder-only models are supported"
+        )
+
+
+def _check_gguf_layers(header: GgufHeader, config: PreTrainedConfig, path: Path) -> None:
+    """transformers drops the tensors of layers that the metadata does not count."""
+    found = {int(match[1]) for tensor in header.tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if layers is not None and found != set(range(layers)):
+        raise UsageError(f"{path}: its metadata says {layers} layers, and it holds tensors for {len(found)}")
+
+
+def _build(location: str, place: str, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+    """Load the weights and refuse every difference between them and the config."""
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                location,
+                config=config,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **arguments,
+            )
+    except ImportError as error:
+        raise BackendError(f"{place}: loading this model needs another package: {_first_line(error)}") from error
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise UsageError(f"{place}: the weights can't be read: {_first_line(error)}") from error
+    except _BAD_INPUT as error:
+        raise UsageError(f"{place}: transformers can't build the model: {_first_line(error)}") from error
+    model: PreTrainedModel
+    model, info = loaded
+    _check_loading(info, place)
+    _check_finite(model, place)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _check_loading(info: dict[str, Any], place: str) -> None:
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        shown = "; ".join(
+            f"{name}: {tuple(found)} in the weights, {tuple(wanted)} by the config"
+            for name, found, wanted in mismatched[:_NAMES_SHOWN]
+        )
+        raise UsageError(f"{place}: the weights do not fit the config: {shown}{_more(mismatched)}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"{place}: weights are missing that the config asks for: {', '.join(missing[:_NAMES_SHOWN])}{_more(missing)}"
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        raise UsageError(
+            f"{place}: the weights hold tensors that the config has no place for: {', '.join(unexpected[:_NAMES_SHOWN])}"
+            f"{_more(unexpected)}; check the number of layers and the architecture in the config"
+        )
+
+
+def _check_finite(model: PreTrainedModel, place: str) -> None:
+    for name, parameter in model.named_parameters():
+        # The sum is NaN or infinite if any element is; it needs no mask as large as the weight. Finite weights can overflow
+        # it only in a 16-bit type, hence float32.
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            bad = int((~torch.isfinite(parameter)).sum())
+            if bad:
+                raise UsageError(
+                    f"{place}: {name}: {bad} of {parameter.numel()} weights are NaN or infinite; the file is damaged"
+                )
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """After dequantisation it is an ordinary dense model; the quantiser left on it would make exporters treat it as packed."""
+    for owner, names in (
+        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
+        (model.config, ("quantization_config",)),
+    ):
+        for name in names:
+            if name in vars(owner):
+                delattr(owner, name)
+
+
+def _tokenizer(location: str, warnings: list[str], **arguments: Any) -> Any:
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(location, local_files_only=True, **arguments)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception; the model is exported without a tokenizer
+        warnings.append(f"the tokenizer can't be loaded ({_first_line(error)}); prompts will have to be token ids")
+        return None
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, warnings: list[str]) -> None:
+    embeddings = model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", None)
+    if tokenizer is not None and rows is not None and len(tokenizer) > rows:
+        warnings.append(f"the tokenizer has {len(tokenizer)} tokens and the model {rows}; text that uses the others will fail")
+
+
+def _license(folder: Path, config: PreTrainedConfig) -> str | None:
+    readme = folder / "README.md"
+    value: Any = getattr(config, "license", None)
+    if value is None and readme.is_file():
+        try:
+            value = (metadata_load(readme) or {}).get("license")
+        except (ValueError, OSError, AttributeError):
+            value = None
+    return value if isinstance(value, str) else None
+
+
+def _digest_file(path: Path) -> SourceFile:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return SourceFile(digest, os.stat(path).st_size)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _more(names: list[Any]) -> str:
+    rest = len(names) - _NAMES_SHOWN
+    return f", and {rest} more" if rest > 0 else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own report and progress bars (its GGUF reader's has no switch) would stand beside our messages."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
