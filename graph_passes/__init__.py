@@ -1,0 +1,7 @@
+"""Passes on ONNX graphs: find feed-forward layers and rewrite them to `com.clada::SparseFFN`."""
+
+from graph_passes.find_ffns import FFNMiss, FFNSearch, find_ffns
+from graph_passes.function_body import make_function
+from graph_passes.rules.common import FFNMatch
+
+__all__ = ["FFNMatch", "FFNMiss", "FFNSearch", "find_ffns", "make_function"]

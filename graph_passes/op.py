@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 DOMAIN = "com.clada"
@@ -89,8 +89,9 @@ class SparseFFNAttributes:
             raise ContractError(f"{OP_TYPE}: combine 'weighted' needs score 'external'; score is {self.score!r}")
 
     def to_onnx(self) -> dict[str, int | float | str]:
-        """The attributes as ONNX stores them: booleans as 0 or 1."""
-        return {key: int(value) if isinstance(value, bool) else value for key, value in asdict(self).items()}
+        """The attributes as ONNX stores them: booleans as 0 or 1, and a float as a float even if it was given as an integer."""
+        values = {field.name: type(field.default)(getattr(self, field.name)) for field in fields(self)}
+        return {key: int(value) if isinstance(value, bool) else value for key, value in values.items()}
 
     @classmethod
     def from_onnx(cls, values: Mapping[str, Any]) -> SparseFFNAttributes:

@@ -1,0 +1,109 @@
+"""Find the feed-forward layers of a graph.
+
+The search walks backwards from every matrix product, because the down projection is the one node that every form of an FFN has and
+that keeps its module path through fusions. A hand-written walk is used instead of the onnxscript pattern matcher: the
+patterns would multiply (packed or not, with or without biases and Reshapes, each spelling of each activation, commuted), and a
+pattern that fails says at which node it stopped, not what is wrong with the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from graph_passes.op import DOMAIN, OP_TYPE
+from graph_passes.rules import gated_ffn, plain_ffn
+from graph_passes.rules.candidate import candidate
+from graph_passes.rules.common import FFNMatch, Refusal, describe, module_path
+
+RULES = (gated_ffn.match, plain_ffn.match)
+FFN_NAME = "clada.ffn"
+"""Metadata key by which a rewritten node keeps the name of its FFN."""
+
+
+@dataclass(frozen=True)
+class FFNMiss:
+    """An FFN that was expected, or looks like one, and was not matched."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FFNSearch:
+    """`matches` in graph order; `misses`: expected ones first."""
+
+    matches: list[FFNMatch] = field(default_factory=list)
+    misses: list[FFNMiss] = field(default_factory=list)
+
+
+def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
+    """Find every FFN in the main graph. Nothing is changed and no weight is loaded.
+
+    Args:
+        expected: module paths of down projections that the source model has; each is matched or reported as a miss.
+
+    Returns:
+        Matches in graph order, and misses with the most specific reason known.
+    """
+    search = FFNSearch()
+    refusals: dict[str, list[Refusal]] = {}
+    rows = row_symbols(model)
+    for node in model.graph:
+        found = candidate(node, rows)
+        if found is None:
+            continue
+        results = [rule(found) for rule in RULES]
+        matches = [result for result in results if isinstance(result, FFNMatch)]
+        if matches:
+            search.matches.append(matches[0])
+        else:
+            refusals.setdefault(found.name, []).extend(result for result in results if isinstance(result, Refusal))
+    done = {match.name for match in search.matches} | rewritten_ffns(model)
+    for name in expected:
+        if name not in done:
+            search.misses.append(FFNMiss(name, _reason(model, name, refusals.get(name, []))))
+    for name, reasons in refusals.items():
+        if name not in done and name not in expected and any(refusal.ffn_like for refusal in reasons):
+            search.misses.append(FFNMiss(name, _most_specific(reasons)))
+    return search
+
+
+def row_symbols(model: ir.Model) -> tuple[str, str] | None:
+    """The symbols of `input_ids` [batch, sequence], if the graph has this input and both are symbolic."""
+    for value in model.graph.inputs:
+        if value.name == "input_ids" and value.shape is not None and len(value.shape) == 2:
+            symbols = [size.value for size in value.shape if isinstance(size, ir.SymbolicDim)]
+            if len(symbols) == 2 and symbols[0] is not None and symbols[1] is not None:
+                return symbols[0], symbols[1]
+    return None
+
+
+def rewritten_ffns(model: ir.Model) -> set[str]:
+    """Names of the FFNs that are `com.clada::SparseFFN` nodes already."""
+    nodes = (node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE)
+    return {node.metadata_props.get(FFN_NAME, str(node.name)) for node in nodes}
+
+
+def _most_specific(refusals: list[Refusal]) -> str:
+    """The reason of the rule that came furthest: the counts of operands, which every rule checks first, say least."""
+    ranked = sorted(refusals, key=lambda refusal: (refusal.ffn_like, "values meet" not in refusal.reason), reverse=True)
+    return ranked[0].reason
+
+
+def _reason(model: ir.Model, name: str, refusals: list[Refusal]) -> str:
+    if refusals:
+        return _most_specific(refusals)
+    parent = name.rpartition(".")[0]
+    block = parent.removesuffix(".experts")
+    for node in model.graph:
+        path = module_path(node) or ""
+        if path == block or path.startswith(block + "."):
+            tail = path.removeprefix(block).strip(".").split(".")[0]
+            if node.op_type == "TopK" or tail in ("experts", "router") or ".experts" in name:
+                return f"MoE: {block!r} routes tokens to experts ({describe(node)})"
+    if parent and any((module_path(node) or "").startswith(parent) for node in model.graph):
+        return f"no matrix product carries this module path, though other nodes of {parent!r} are in the graph"
+    return "no node of the graph carries this module path"

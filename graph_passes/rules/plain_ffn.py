@@ -1,0 +1,27 @@
+"""The plain FFN: down(act(up(x)))."""
+
+from __future__ import annotations
+
+from graph_passes.rules.candidate import Candidate, assemble, refuse_leaves
+from graph_passes.rules.common import FFNMatch, Refusal
+from graph_passes.rules.elementwise import recognise_plain
+from graph_passes.rules.projection import NoProjection
+
+
+def match(found: Candidate) -> FFNMatch | Refusal:
+    """Match a plain FFN at its down projection."""
+    if len(found.hidden.leaves) != 1:
+        return Refusal(f"{len(found.hidden.leaves)} values meet in front of the down projection; a plain FFN has 1")
+    up = found.leaf(found.hidden.leaves[0])
+    refusal = refuse_leaves(found, [up])
+    if refusal is not None:
+        return refusal
+    activation = recognise_plain(found.hidden)
+    if activation == "identity":
+        return Refusal("no activation: two projections in a row are a factorised projection, not an FFN")
+    if activation is None:
+        return Refusal(f"activation unknown: none of the op's computes {found.hidden.operators}", ffn_like=True)
+    if isinstance(found.product, str):
+        return Refusal(found.product, ffn_like=True)
+    assert not isinstance(up, NoProjection)
+    return assemble(found, activation, activation, None, up, found.product)

@@ -1,0 +1,156 @@
+"""Recognise a linear projection, walking backwards from its result.
+
+Looked through on the way: a bias Add, Reshapes that regroup rows, and the Split or Slice of a projection that is packed with
+others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from graph_passes.rules.common import describe, keeps_last_axis
+from graph_passes.rules.weights import (
+    QUANTISED_OPS,
+    Columns,
+    MatrixSource,
+    VectorSource,
+    constant_array,
+    constant_scalar,
+    matrix_source,
+    vector_source,
+)
+
+MATMUL_OPS = ("MatMul", "Gemm", "FusedMatMul")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """x [.., in] times weight [in, out], plus bias [out]; `nodes` from the matrix product to the result."""
+
+    x: ir.Value
+    weight: MatrixSource
+    bias: VectorSource | None
+    nodes: tuple[ir.Node, ...]
+
+
+@dataclass(frozen=True)
+class NoProjection:
+    """Why a value is not a projection's; `linear`: it does come from a matrix product."""
+
+    reason: str
+    linear: bool
+
+
+def match_product(node: ir.Node) -> Projection | str:
+    """Read one matrix product node with a constant right operand, or say why it is none."""
+    if node.op_type in QUANTISED_OPS:
+        return f"quantised weights in {describe(node)}"
+    if node.op_type not in MATMUL_OPS:
+        return f"{describe(node)} is not a matrix product"
+    x = node.inputs[0]
+    if x is None:
+        return f"{describe(node)} has no input"
+    attributes = node.attributes
+    bias = None
+    transposed = False
+    if node.op_type != "MatMul":
+        if attributes.get_int("transA", 0) or attributes.get_int("transBatchA", 0) or attributes.get_int("transBatchB", 0):
+            return f"{describe(node)} transposes its first operand or its batch"
+        if attributes.get_float("alpha", 1.0) != 1.0:
+            return f"{describe(node)} has alpha {attributes.get_float('alpha', 1.0)}"
+        transposed = bool(attributes.get_int("transB", 0))
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        if attributes.get_float("beta", 1.0) != 1.0:
+            return f"{describe(node)} has beta {attributes.get_float('beta', 1.0)}"
+        bias = vector_source(node.inputs[2])
+        if bias is None:
+            return f"the bias of {describe(node)} is not a constant vector"
+    weight = matrix_source(node.inputs[1], transposed)
+    if isinstance(weight, str):
+        return f"{weight} ({describe(node)})"
+    if bias is not None and bias.size != weight.shape[1]:
+        return f"the bias of {describe(node)} has {bias.size} values for {weight.shape[1]} columns"
+    return Projection(x, weight, bias, (node,))
+
+
+def match_projection(value: ir.Value) -> Projection | NoProjection:
+    """Walk back from a projection's result to its matrix product."""
+    passed: list[ir.Node] = []
+    columns: Columns | None = None
+    bias: VectorSource | None = None
+    while True:
+        node = value.producer()
+        if node is None:
+            return NoProjection(f"{value.name!r} is not the result of a matrix product", linear=False)
+        if node.op_type in MATMUL_OPS or node.op_type in QUANTISED_OPS:
+            break
+        previous: ir.Value | None = None
+        if node.op_type == "Identity" or (node.op_type == "Reshape" and keeps_last_axis(node)):
+            previous = node.inputs[0]
+        elif node.op_type == "Add":
+            for index in (0, 1):
+                found = vector_source(node.inputs[1 - index])
+                if found is not None and found.size > 1:
+                    if bias is not None:
+                        return NoProjection(f"{describe(node)} adds a second bias", linear=True)
+                    bias, previous = replace(found, columns=columns), node.inputs[index]
+        elif node.op_type in ("Split", "Slice"):
+            inner = _split_columns(node, value) if node.op_type == "Split" else _slice_columns(node)
+            if inner is not None:
+                if columns is not None:
+                    return NoProjection(f"{describe(node)} takes a part of a part of a packed projection", linear=True)
+                columns, previous = inner, node.inputs[0]
+        if previous is None:
+            return NoProjection(f"{value.name!r} is the result of {describe(node)}, not of a projection", linear=False)
+        passed.append(node)
+        value = previous
+    product = match_product(node)
+    if isinstance(product, str):
+        return NoProjection(product, linear=True)
+    if product.bias is not None:
+        if bias is not None:
+            return NoProjection(f"{describe(node)} has a bias and another one is added", linear=True)
+        bias = replace(product.bias, columns=columns)
+    weight = replace(product.weight, columns=columns)
+    if bias is not None and bias.size != weight.shape[1]:
+        return NoProjection(f"a bias of {bias.size} values is added to {weight.shape[1]} columns", linear=True)
+    return Projection(product.x, weight, bias, (*product.nodes, *reversed(passed)))
+
+
+def _last_axis(node: ir.Node, axis: int) -> bool:
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return axis == -1 or (shape is not None and axis == len(shape) - 1)
+
+
+def _split_columns(node: ir.Node, value: ir.Value) -> Columns | None:
+    """Which columns of its input the Split's output `value` holds."""
+    if not _last_axis(node, node.attributes.get_int("axis", 0)):
+        return None
+    sizes = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+    widths = [int(size) for size in sizes] if sizes is not None else [_width(output) for output in node.outputs]
+    index = next(i for i, output in enumerate(node.outputs) if output is value)
+    if any(width is None for width in widths[: index + 1]):
+        return None
+    known = [width or 0 for width in widths]
+    start = sum(known[:index])
+    return Columns(start, start + known[index])
+
+
+def _width(value: ir.Value) -> int | None:
+    size = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return size if isinstance(size, int) else None
+
+
+def _slice_columns(node: ir.Node) -> Columns | None:
+    """Which columns of its input a Slice of the last axis holds."""
+    numbers = [constant_scalar(value) for value in node.inputs[1:]]
+    source = node.inputs[0]
+    width = _width(source) if source is not None else None
+    if len(numbers) < 3 or width is None or any(number is None for number in numbers):
+        return None
+    start, stop, axis, step = [int(number or 0) for number in (*numbers, 1.0)[:4]]
+    if step < 1 or not _last_axis(node, axis):
+        return None
+    return Columns(*slice(start, stop, step).indices(width))

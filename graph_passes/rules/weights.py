@@ -1,0 +1,135 @@
+"""Constant operands: where a weight comes from, and how to read it when it is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+QUANTISED_OPS = ("DequantizeLinear", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm",
+                 "DynamicQuantizeMatMul")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A slice of output columns."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    @property
+    def count(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
+
+@dataclass(frozen=True)
+class MatrixSource:
+    """A weight [in, out] that lies in an initializer; `transposed`: the initializer is [out, in]."""
+
+    value: ir.Value
+    transposed: bool = False
+    columns: Columns | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        rows, columns = _dims(self.value)[-2:]
+        if self.transposed:
+            rows, columns = columns, rows
+        return rows, columns if self.columns is None else self.columns.count
+
+    def read(self) -> np.ndarray:
+        """The weight [in, out], as a view where possible."""
+        array = _read(self.value)
+        return _take(array.T if self.transposed else array, self.columns)
+
+
+@dataclass(frozen=True)
+class VectorSource:
+    """A bias [out] that lies in an initializer."""
+
+    value: ir.Value
+    columns: Columns | None = None
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(_dims(self.value), dtype=np.int64)) if self.columns is None else self.columns.count
+
+    def read(self) -> np.ndarray:
+        """The bias [out]."""
+        return _take(_read(self.value).reshape(-1), self.columns)
+
+
+def _take(array: np.ndarray, columns: Columns | None) -> np.ndarray:
+    return array if columns is None else array[..., columns.start : columns.stop : columns.step]
+
+
+def _read(value: ir.Value) -> np.ndarray:
+    if value.const_value is None:
+        raise ValueError(f"initializer {value.name!r} has no data any more")
+    return value.const_value.numpy()
+
+
+def _dims(value: ir.Value) -> tuple[int, ...]:
+    tensor = value.const_value
+    assert tensor is not None
+    return tuple(int(size) for size in tensor.shape)
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether the value is an initializer that no graph input can override, with its data."""
+    return value is not None and value.const_value is not None and value.is_initializer() and not value.is_graph_input()
+
+
+def constant_scalar(value: ir.Value | None) -> float | None:
+    """The number a one-element constant holds (initializer or Constant node)."""
+    array = constant_array(value)
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind not in "SUO" else None
+
+
+def constant_array(value: ir.Value | None, limit: int = 1024) -> np.ndarray | None:
+    """A small constant, read; None if the value is not constant or has more than `limit` elements."""
+    if value is None or value.is_graph_input():
+        return None
+    tensor = value.const_value
+    node = value.producer()
+    if tensor is None and node is not None:
+        tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.size > limit:
+        return None
+    return tensor.numpy()
+
+
+def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSource | str:
+    """Describe the weight operand of a projection, or say why it is not a constant matrix.
+
+    Transposes of an initializer are looked through.
+    """
+    if value is None:
+        return "the weight is missing"
+    node = value.producer()
+    if node is not None and node.op_type == "Transpose" and is_constant(node.inputs[0]):
+        permutation = node.attributes.get_ints("perm", (1, 0))
+        if tuple(permutation) == (1, 0):
+            return matrix_source(node.inputs[0], not transposed)
+    if node is not None and node.op_type == "Identity":
+        return matrix_source(node.inputs[0], transposed)
+    if node is not None and node.op_type in QUANTISED_OPS:
+        return f"quantised weights behind {node.op_type} {node.name!r}"
+    if not is_constant(value):
+        return f"weights are not constant: {value.name!r}"
+    if len(_dims(value)) != 2:
+        return f"weight {value.name!r} has shape {list(_dims(value))}; a matrix is needed"
+    return MatrixSource(value, transposed)
+
+
+def vector_source(value: ir.Value | None) -> VectorSource | None:
+    """Describe a bias operand: a constant with one axis longer than one, the last. None if it is not one."""
+    if value is None or not is_constant(value):
+        return None
+    dims = _dims(value)
+    if not dims or any(size != 1 for size in dims[:-1]):
+        return None
+    return VectorSource(value)
