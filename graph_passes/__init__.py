@@ -2,6 +2,19 @@
 
 from graph_passes.find_ffns import FFNMiss, FFNSearch, find_ffns
 from graph_passes.function_body import make_function
+from graph_passes.report import RewriteReport, RewrittenFFN
+from graph_passes.rewrite_ffns import FFNRewrite, RewriteFFNs, rewrite_ffns
 from graph_passes.rules.common import FFNMatch
 
-__all__ = ["FFNMatch", "FFNMiss", "FFNSearch", "find_ffns", "make_function"]
+__all__ = [
+    "FFNMatch",
+    "FFNMiss",
+    "FFNRewrite",
+    "FFNSearch",
+    "RewriteFFNs",
+    "RewriteReport",
+    "RewrittenFFN",
+    "find_ffns",
+    "make_function",
+    "rewrite_ffns",
+]

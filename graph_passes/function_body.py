@@ -25,12 +25,14 @@ PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_vers
 """Attributes by which TensorRT's ONNX parser finds the plugin and prefers it to the function."""
 
 
-def overload_name(attributes: SparseFFNAttributes) -> str:
-    """A name for the structural variant of the function that `attributes` need."""
+VARIANT = "clada.variant"
+"""Metadata key of a function that tells which structural variant it is."""
+
+
+def variant_name(attributes: SparseFFNAttributes, weight_type: ir.DataType = ir.DataType.FLOAT) -> str:
+    """A name for the structural variant that `attributes` need; ONNX overloads of the function are named by it."""
     parts = [attributes.activation, "gated" if attributes.gated else "plain", attributes.score, attributes.rule]
-    parts.append(f"g{attributes.granule}")
-    if attributes.combine != "sum":
-        parts.append(attributes.combine)
+    parts += [f"g{attributes.granule}", attributes.combine, weight_type.name.lower()]
     parts += [name for name in ("use_stat", "emit_stat", "emit_active", "has_bias") if getattr(attributes, name)]
     return "_".join(parts)
 
@@ -62,6 +64,7 @@ def make_function(
         ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in (*attributes.to_onnx(), *PLUGIN_ATTRIBUTES)
     ]
     function = ir.Function(DOMAIN, OP_TYPE, overload, graph=graph, attributes=declared)
+    function.metadata_props[VARIANT] = variant_name(attributes, weight_type)
     function.doc_string = "Feed-forward layer that computes the neurons its score, rule and load select (masked dense arithmetic)."
     return function
 

@@ -85,8 +85,14 @@ def last_dim(value: ir.Value | None) -> int | None:
     """The size of the last axis, if it is known."""
     if value is None or value.shape is None or len(value.shape) == 0:
         return None
-    size = value.shape[-1]
-    return size if isinstance(size, int) else None
+    return fixed_size(value.shape[-1])
+
+
+def fixed_size(size: int | ir.SymbolicDim) -> int | None:
+    """The size as a number; the exporter writes some fixed sizes as symbols ("64")."""
+    if isinstance(size, int):
+        return size
+    return int(size.value) if size.value is not None and size.value.isdecimal() else None
 
 
 def rank(value: ir.Value) -> int | None:

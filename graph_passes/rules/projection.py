@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from graph_passes.rules.common import describe, keeps_last_axis
+from graph_passes.rules.common import describe, keeps_last_axis, last_dim
 from graph_passes.rules.weights import (
     QUANTISED_OPS,
     Columns,
@@ -129,7 +129,7 @@ def _split_columns(node: ir.Node, value: ir.Value) -> Columns | None:
     if not _last_axis(node, node.attributes.get_int("axis", 0)):
         return None
     sizes = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
-    widths = [int(size) for size in sizes] if sizes is not None else [_width(output) for output in node.outputs]
+    widths = [int(size) for size in sizes] if sizes is not None else [last_dim(output) for output in node.outputs]
     index = next(i for i, output in enumerate(node.outputs) if output is value)
     if any(width is None for width in widths[: index + 1]):
         return None
@@ -138,16 +138,11 @@ def _split_columns(node: ir.Node, value: ir.Value) -> Columns | None:
     return Columns(start, start + known[index])
 
 
-def _width(value: ir.Value) -> int | None:
-    size = value.shape[-1] if value.shape is not None and len(value.shape) else None
-    return size if isinstance(size, int) else None
-
-
 def _slice_columns(node: ir.Node) -> Columns | None:
     """Which columns of its input a Slice of the last axis holds."""
     numbers = [constant_scalar(value) for value in node.inputs[1:]]
     source = node.inputs[0]
-    width = _width(source) if source is not None else None
+    width = last_dim(source)
     if len(numbers) < 3 or width is None or any(number is None for number in numbers):
         return None
     start, stop, axis, step = [int(number or 0) for number in (*numbers, 1.0)[:4]]

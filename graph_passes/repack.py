@@ -1,0 +1,59 @@
+"""Repack the weights of one FFN to the op's neuron-major layout."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.rules.common import FFNMatch
+from graph_passes.rules.weights import MatrixSource, VectorSource
+
+
+def sources(match: FFNMatch) -> Iterator[MatrixSource | VectorSource]:
+    """Every constant operand of the layer."""
+    for source in (match.gate, match.up, match.down, match.gate_bias, match.up_bias, match.down_bias):
+        if source is not None:
+            yield source
+
+
+def weight_key(match: FFNMatch) -> Hashable:
+    """Equal for layers that use the same weights."""
+    return (match.gated, match.gate, match.up, match.down, match.gate_bias, match.up_bias, match.down_bias, match.has_bias)
+
+
+def repack(match: FFNMatch, dtype: ir.DataType | None) -> dict[str, np.ndarray]:
+    """Read the weights of a layer.
+
+    Args:
+        dtype: element type of the result; the graph's own when None. Biases are float32: they are small, and the op adds
+            them to float32 sums.
+
+    Returns:
+        `w_in` [f, n, d], `w_out` [f, d] and, with `has_bias`, `gate_bias` [f] (gated only), `up_bias` [f], `down_bias` [d];
+        copies that hold no reference to the graph's tensors.
+    """
+    assert match.up.value.dtype is not None
+    target = (dtype or match.up.value.dtype).numpy()
+    inner = [match.up] if match.gate is None else [match.gate, match.up]
+    w_in = np.empty((match.intermediate_size, len(inner), match.hidden_size), dtype=target)
+    for index, source in enumerate(inner):
+        w_in[:, index] = source.read().T
+    arrays = {"w_in": w_in, "w_out": np.array(match.down.read(), dtype=target, order="C")}
+    if match.has_bias:
+        widths = {"up_bias": match.intermediate_size, "down_bias": match.hidden_size}
+        if match.gated:
+            widths = {"gate_bias": match.intermediate_size, **widths}
+        for name, width in widths.items():
+            bias: VectorSource | None = getattr(match, name)
+            arrays[name] = np.zeros(width, np.float32) if bias is None else np.array(bias.read(), dtype=np.float32)
+    return arrays
+
+
+def free_unused(graph: ir.Graph, values: Iterator[ir.Value]) -> None:
+    """Remove initializers that nothing uses any more, and let go of their data."""
+    for value in values:
+        if value.name in graph.initializers and not value.uses() and not value.is_graph_output():
+            del graph.initializers[value.name]
+            value.const_value = None

@@ -1,0 +1,393 @@
+"""Rewrite feed-forward layers to `com.clada::SparseFFN` nodes that follow a load signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.find_ffns import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
+from graph_passes.function_body import PLUGIN_ATTRIBUTES, VARIANT, make_function, variant_name
+from graph_passes.op import (
+    DOMAIN,
+    OP_TYPE,
+    OP_VERSION,
+    ContractError,
+    SparseFFNAttributes,
+    input_names,
+    output_names,
+    weight_shapes,
+)
+from graph_passes.repack import free_unused, repack, sources, weight_key
+from graph_passes.report import RewriteReport, RewrittenFFN
+from graph_passes.rules.common import FFNMatch, rank
+
+LOAD = "load"
+ACTIVE_NEURONS = "active_neurons"
+MakeConstants = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class FFNRewrite:
+    """How one layer becomes sparse.
+
+    Attributes:
+        attributes: `activation`, `gated`, `has_bias` and `emit_active` are set by the pass.
+        threshold: float32 [1] or [E].
+        make_constants: called with the float32 weights w_in [f, n, d] and w_out [f, d]; returns the other constant inputs that
+            the score needs, by name (`neuron_scale`, `shadow`, `shadow_scale`).
+    """
+
+    attributes: SparseFFNAttributes
+    threshold: np.ndarray
+    make_constants: MakeConstants = lambda w_in, w_out: {}
+
+
+def rewrite_ffns(
+    model: ir.Model,
+    rewrites: Mapping[str, FFNRewrite],
+    *,
+    emit_active: bool = True,
+    weight_dtype: ir.DataType | None = None,
+) -> RewriteReport:
+    """Rewrite the FFNs named in `rewrites`, in place; see `RewriteFFNs`."""
+    rewrite = RewriteFFNs(rewrites, emit_active=emit_active, weight_dtype=weight_dtype)
+    rewrite(model)
+    return rewrite.report
+
+
+class RewriteFFNs(ir.passes.InPlacePass):
+    """Replace matched FFNs by op nodes, add the graph input `load` and the output `active_neurons`, attach the function(s).
+
+    Weights are repacked one layer at a time, and a layer's old initializers are let go before the next is read.
+    FFNs that `rewrites` does not name stay as they are. A second run finds nothing to do.
+
+    Args:
+        rewrites: by the module path of the down projection.
+        emit_active: add the output `active_neurons`, int32 [batch, layers, sequence].
+        weight_dtype: element type of the repacked weights; the graph's own when None.
+    """
+
+    def __init__(
+        self,
+        rewrites: Mapping[str, FFNRewrite],
+        *,
+        emit_active: bool = True,
+        weight_dtype: ir.DataType | None = None,
+    ) -> None:
+        super().__init__()
+        self.rewrites = dict(rewrites)
+        self.emit_active = emit_active
+        self.weight_dtype = weight_dtype
+        self.report = RewriteReport()
+
+    def requires(self, model: ir.Model) -> None:
+        """The graph has a 2-D `input_ids`, from whose axes `load` takes its own; no name the pass adds means something else."""
+        shape = next((value.shape for value in model.graph.inputs if value.name == "input_ids"), None)
+        if shape is None or len(shape) != 2:
+            raise ir.passes.PreconditionError("the graph has no input 'input_ids' with two axes")
+        if any(value.name == LOAD for value in model.graph.inputs) and not rewritten_ffns(model):
+            raise ir.passes.PreconditionError(f"the graph has an input {LOAD!r} already, and no {OP_TYPE} node that reads it")
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every op node has its function, its inputs in number, and typed, shaped outputs."""
+        for node in model.graph:
+            if node.domain != DOMAIN:
+                continue
+            if (DOMAIN, OP_TYPE, node.overload) not in model.functions:
+                raise ir.passes.PostconditionError(f"node {node.name!r} has no function")
+            values = {key: attribute.value for key, attribute in node.attributes.items()}
+            if len(node.inputs) != len(input_names(SparseFFNAttributes.from_onnx(values))):
+                raise ir.passes.PostconditionError(f"node {node.name!r} has {len(node.inputs)} inputs")
+            if any(output.shape is None or output.type is None for output in node.outputs):
+                raise ir.passes.PostconditionError(f"an output of node {node.name!r} has no shape")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        search = find_ffns(model, expected=list(self.rewrites))
+        report = self.report = RewriteReport(misses=search.misses, nodes_before=graph.num_nodes())
+        chosen = [match for match in search.matches if match.name in self.rewrites]
+        for match in chosen:
+            self._check(match, self.rewrites[match.name])
+        if chosen:
+            writer = _Writer(model, self.weight_dtype)
+            for match in chosen:
+                report.ffns.append(writer.rewrite(match, self.rewrites[match.name], self.emit_active))
+            writer.finish()
+        report.nodes_after = graph.num_nodes()
+        return ir.passes.PassResult(model, bool(chosen))
+
+    def _check(self, match: FFNMatch, rewrite: FFNRewrite) -> None:
+        """Refuse before the graph is touched.
+
+        Raises:
+            ContractError: sizes, threshold or score that the op does not allow here.
+        """
+        attributes = settle(match, rewrite.attributes, self.emit_active)
+        if attributes.score == "external":
+            raise ContractError(f"{match.name}: score 'external' needs nodes that compute the score; the pass adds none")
+        shapes = weight_shapes(attributes, match.hidden_size, match.intermediate_size)
+        allowed = {(1,)} if attributes.rule == "topk" else {(1,), shapes["threshold"]}
+        if rewrite.threshold.shape not in allowed or not bool(np.all(rewrite.threshold >= 0)):
+            raise ContractError(
+                f"{match.name}: threshold has shape {list(rewrite.threshold.shape)} and minimum {np.min(rewrite.threshold)}; "
+                f"wanted {' or '.join(str(list(shape)) for shape in sorted(allowed))} and no negative or NaN value"
+            )
+
+
+def settle(match: FFNMatch, attributes: SparseFFNAttributes, emit_active: bool) -> SparseFFNAttributes:
+    """The attributes with what the graph decides: activation, gating, biases; and whether counts are emitted."""
+    return replace(
+        attributes, activation=match.activation, gated=match.gated, has_bias=match.has_bias, emit_active=emit_active
+    )
+
+
+class _Writer:
+    """Rewrites the layers of one model, and keeps what they share."""
+
+    def __init__(self, model: ir.Model, weight_dtype: ir.DataType | None) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.weight_dtype = weight_dtype
+        self.load = self._load_input()
+        self.counts: list[ir.Value] = []
+        self.shared: dict[Hashable, tuple[str, dict[str, ir.Value]]] = {}
+        self.rows: ir.Value | None = None
+        self.stats = 0
+        self.names = {node.name for node in self.graph}
+
+    def rewrite(self, match: FFNMatch, wanted: FFNRewrite, emit_active: bool) -> RewrittenFFN:
+        graph, nodes_before = self.graph, self.graph.num_nodes()
+        attributes = settle(match, wanted.attributes, emit_active)
+        node_name = self._node_name(match.name)
+        owner, weights = self._weights(match, node_name)
+        constants = self._constants(attributes, wanted, weights, node_name)
+        anchor = match.y.producer()
+        assert anchor is not None
+        before: list[ir.Node] = []
+        x = self._three_axes(match, before)
+        by_name = {"x": x, LOAD: self.load, **weights, **constants}
+        if attributes.use_stat:
+            by_name["past_stat"] = self._stat_value(f"past_stat.{self.stats}", match.intermediate_size)
+            graph.inputs.append(by_name["past_stat"])
+        node = ir.node(
+            OP_TYPE,
+            [by_name[name] for name in input_names(attributes)],
+            {**attributes.to_onnx(), **PLUGIN_ATTRIBUTES},
+            domain=DOMAIN,
+            overload=self._function(attributes, weights["w_in"].dtype or ir.DataType.FLOAT),
+            num_outputs=len(output_names(attributes)),
+            name=node_name,
+            doc_string=f"{match.kind} feed-forward layer {match.name}: {match.hidden_size} x {match.intermediate_size}",
+            metadata_props=self._metadata(match),
+        )
+        outputs = dict(zip(output_names(attributes), node.outputs, strict=True))
+        for name, value in outputs.items():
+            value.name = f"{node_name}.{name}"
+        after = self._replace_y(match, x, outputs["y"])
+        if emit_active:
+            self._describe(outputs["active"], ir.DataType.INT32, self.load.shape)
+            self.counts.append(outputs["active"])
+        if attributes.emit_stat:
+            stat = outputs["stat"]
+            stat.name = f"present_stat.{self.stats}"
+            self._describe(stat, ir.DataType.FLOAT, ir.Shape([self._axes()[0], match.intermediate_size]))
+            graph.outputs.append(stat)
+        self.stats += attributes.use_stat or attributes.emit_stat
+        graph.insert_before(anchor, [*before, node, *after])
+        self._remove(match)
+        return RewrittenFFN(
+            name=match.name,
+            node=node_name,
+            kind=match.kind,
+            hidden_size=match.hidden_size,
+            intermediate_size=match.intermediate_size,
+            nodes_before=len(match.nodes),
+            nodes_after=len(match.nodes) + graph.num_nodes() - nodes_before,
+            weight_bytes=0 if owner else _bytes(weights.values()),
+            constant_bytes=_bytes(constants.values()),
+            shares_weights_with=owner,
+        )
+
+    def finish(self) -> None:
+        """Add what the layers need together: the counts' output and the opset import."""
+        if self.counts:
+            axes = self._axes()
+            layers = len(self.counts)
+            together = ir.node("Concat", self.counts, {"axis": -1}, name="active_neurons.concat")
+            self._describe(together.outputs[0], ir.DataType.INT32, ir.Shape([axes[0], None]), "active_neurons.flat")
+            target = self._initializer("active_neurons.shape", np.array([0, layers, -1], dtype=np.int64))
+            shaped = ir.node("Reshape", [together.outputs[0], target], name="active_neurons.reshape")
+            self._describe(shaped.outputs[0], ir.DataType.INT32, ir.Shape([axes[0], layers, axes[1]]), ACTIVE_NEURONS)
+            self.graph.extend([together, shaped])
+            self.graph.outputs.append(shaped.outputs[0])
+        self.graph.opset_imports[DOMAIN] = OP_VERSION
+
+    # Inputs
+
+    def _axes(self) -> list[int | ir.SymbolicDim]:
+        """batch and sequence, as `input_ids` has them."""
+        shape = next(value.shape for value in self.graph.inputs if value.name == "input_ids")
+        assert shape is not None
+        return list(shape)
+
+    def _load_input(self) -> ir.Value:
+        found = next((value for value in self.graph.inputs if value.name == LOAD), None)
+        if found is None:
+            found = ir.Value(name=LOAD, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(self._axes()))
+            found.doc_string = "Load of each token in standard deviations; +inf: every neuron, -inf: padding."
+            self.graph.inputs.append(found)
+        return found
+
+    def _stat_value(self, name: str, width: int) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([self._axes()[0], width]))
+
+    def _three_axes(self, match: FFNMatch, before: list[ir.Node]) -> ir.Value:
+        """x as [batch, sequence, d]; a Reshape is added if the graph has it in another form."""
+        if rank(match.x) == 3:
+            return match.x
+        if self.rows is None:
+            shape = ir.node("Shape", [self.load], name="load.rows")
+            self._describe(shape.outputs[0], ir.DataType.INT64, ir.Shape([2]), "load.rows")
+            self.rows = shape.outputs[0]
+            before.append(shape)
+        width = self._initializer(f"hidden_size.{match.hidden_size}", np.array([match.hidden_size], dtype=np.int64))
+        target = ir.node("Concat", [self.rows, width], {"axis": 0})
+        self._describe(target.outputs[0], ir.DataType.INT64, ir.Shape([3]), f"{match.x.name}.shape_3d")
+        x = ir.node("Reshape", [match.x, target.outputs[0]])
+        shape_3d = ir.Shape([*self._axes(), match.hidden_size])
+        self._describe(x.outputs[0], match.x.dtype or ir.DataType.FLOAT, shape_3d, f"{match.x.name}.3d")
+        before += [target, x]
+        return x.outputs[0]
+
+    # Constants
+
+    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        """Register an initializer; one of the same name is used again."""
+        if name not in self.graph.initializers:
+            tensor = ir.Tensor(array, name=name)
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def _weights(self, match: FFNMatch, prefix: str) -> tuple[str | None, dict[str, ir.Value]]:
+        """(the node whose weights are shared or None, the weights by input name)."""
+        key = weight_key(match)
+        if key in self.shared:
+            return self.shared[key]
+        arrays = repack(match, self.weight_dtype)
+        weights = {name: self._initializer(f"{prefix}.{name}", array) for name, array in arrays.items()}
+        self.shared[key] = (prefix, weights)
+        return None, weights
+
+    def _constants(
+        self, attributes: SparseFFNAttributes, wanted: FFNRewrite, weights: Mapping[str, ir.Value], prefix: str
+    ) -> dict[str, ir.Value]:
+        shapes = weight_shapes(attributes, *reversed(_sizes(weights["w_out"])))
+        w_in, w_out = (_float32(weights[name]) for name in ("w_in", "w_out"))
+        made = wanted.make_constants(w_in, w_out)
+        constants = {"threshold": self._initializer(f"{prefix}.threshold", wanted.threshold.astype(np.float32))}
+        types = {"neuron_scale": np.float32, "shadow": np.int8, "shadow_scale": np.float16}
+        for name in input_names(attributes):
+            if name not in types:
+                continue
+            if name not in made or made[name].shape != shapes[name] or made[name].dtype != types[name]:
+                found = f"{made[name].dtype} {list(made[name].shape)}" if name in made else "nothing"
+                raise ContractError(f"{prefix}: {name!r} is {found}; wanted {np.dtype(types[name])} {list(shapes[name])}")
+            constants[name] = self._initializer(f"{prefix}.{name}", np.ascontiguousarray(made[name]))
+        return constants
+
+    # Nodes
+
+    def _node_name(self, name: str) -> str:
+        """The path of the FFN's module; where the down projection is a part of the decoder layer, its own path."""
+        prefix, _, _ = name.rpartition(".")
+        base = name if not prefix or prefix.rpartition(".")[2].isdigit() else prefix
+        unique, count = base, 1
+        while unique in self.names:
+            count += 1
+            unique = f"{base}.{count}"
+        self.names.add(unique)
+        return unique
+
+    def _metadata(self, match: FFNMatch) -> dict[str, str]:
+        last = match.nodes[-1]
+        kept = {key: last.metadata_props[key] for key in ("namespace",) if key in last.metadata_props}
+        replaced = ", ".join(f"{node.op_type} {node.name}" for node in match.nodes)
+        return {**kept, FFN_NAME: match.name, "clada.op_version": str(OP_VERSION), "clada.replaced_nodes": replaced}
+
+    def _function(self, attributes: SparseFFNAttributes, weight_type: ir.DataType) -> str:
+        """Attach the function the node needs, once; its overload name, which is empty for the model's first variant."""
+        variant = variant_name(attributes, weight_type)
+        functions = self.model.functions
+        for function in functions.values():
+            if (function.domain, function.name) == (DOMAIN, OP_TYPE) and function.metadata_props.get(VARIANT) == variant:
+                return function.overload
+        overload = variant if (DOMAIN, OP_TYPE, "") in functions else ""
+        function = make_function(attributes, weight_type=weight_type, overload=overload)
+        functions[function.identifier()] = function
+        return overload
+
+    def _replace_y(self, match: FFNMatch, x: ir.Value, y: ir.Value) -> list[ir.Node]:
+        """Put y in the place of the layer's old result, with a Reshape if that has no three axes."""
+        dtype = match.y.dtype or ir.DataType.FLOAT
+        after: list[ir.Node] = []
+        self._describe(y, dtype, ir.Shape([*self._axes(), match.hidden_size]))
+        result = y
+        if (rank(match.y) or rank(match.x)) != 3:
+            flat = self._initializer(f"flat_rows.{match.hidden_size}", np.array([-1, match.hidden_size], dtype=np.int64))
+            back = ir.node("Reshape", [y, flat])
+            self._describe(back.outputs[0], dtype, match.y.shape, f"{y.name}.2d")
+            after, result = [back], back.outputs[0]
+        elif x.shape is not None:
+            y.shape = x.shape.copy()
+        old_name = match.y.name
+        match.y.replace_all_uses_with(result, replace_graph_outputs=True)
+        if result.is_graph_output():
+            result.name, match.y.name = old_name, f"{old_name}.replaced"
+        return after
+
+    def _remove(self, match: FFNMatch) -> None:
+        """Remove the layer's nodes, the nodes that only fed them, and initializers that are not used any more."""
+        freed = {source.value for source in sources(match)}
+        pending = list(match.nodes)
+        while pending:
+            node = pending.pop()
+            if node.graph is not self.graph or any(output.uses() or output.is_graph_output() for output in node.outputs):
+                continue
+            operands = {value for value in node.inputs if value is not None}
+            self.graph.remove(node, safe=True)
+            freed |= {value for value in operands if value.producer() is None}
+            pending += [producer for value in operands if (producer := value.producer()) is not None]
+        # Nodes are removed consumers first; what is left over was still in use when it was looked at.
+        leftover = [node for node in match.nodes if node.graph is self.graph]
+        if leftover:
+            raise RuntimeError(f"nodes of {match.name!r} are still in use: {[node.name for node in leftover]}")
+        free_unused(self.graph, iter(freed))
+
+    @staticmethod
+    def _describe(value: ir.Value, dtype: ir.DataType, shape: ir.Shape | None, name: str | None = None) -> None:
+        value.type = ir.TensorType(dtype)
+        value.shape = None if shape is None else shape.copy()
+        if name is not None:
+            value.name = name
+
+
+def _sizes(w_out: ir.Value) -> tuple[int, int]:
+    assert w_out.const_value is not None
+    f, d = w_out.const_value.shape
+    return int(f), int(d)
+
+
+def _float32(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return value.const_value.numpy().astype(np.float32, copy=False)
+
+
+def _bytes(values: Iterable[ir.Value]) -> int:
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+__all__ = ["ACTIVE_NEURONS", "LOAD", "FFNMiss", "FFNRewrite", "RewriteFFNs", "rewrite_ffns", "settle"]
