@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector primitives that one instruction set provides. Everything that decides is written once, on top of them.
+//
+// The files that implement the table are compiled with flags of their own, so they and this header use no inline function of
+// the standard library: the linker could keep the copy with instructions that the machine lacks.
+#ifndef CLADA_CPU_KERNELS_H_
+#define CLADA_CPU_KERNELS_H_
+
+#include "clada/sparse_ffn.h"
+
+namespace clada {
+
+struct Kernels {
+  const char* name;
+
+  // out[r][i * subrows + s] = x[r] . w[neuron list[i]][s] for up to kTileRows rows r. Neurons lie `stride` weights apart, their
+  // subrows (1 or 2) follow each other. list == null: neurons 0 .. count - 1. A row's bits do not depend on the other rows.
+  // Indexed by WeightType.
+  void (*dot[3])(const float* const* x, int rows, const void* w, int64_t d, int64_t stride, int subrows, const int32_t* list,
+                 int64_t count, float* const* out);
+
+  // y[0..d) += sum over i of coefficient[i] * w[list[i]], in the order of the list.
+  void (*axpy[3])(const float* coefficient, const void* w, int64_t d, const int32_t* list, int64_t count, float* y);
+
+  // Weights to float32.
+  void (*convert[3])(const void* w, int64_t count, float* out);
+
+  // out[i] = x . (offset + scale * q) of row i of the 4-bit copy. `folded` comes from fold.
+  void (*shadow)(const float* x, const float* folded, const uint8_t* q, const uint16_t* scale, int64_t d, int64_t count,
+                 float* out);
+
+  // folded[2 b] = 0, folded[2 b + 1] = sum of block b of x: what the blocks' (scale, offset) pairs are multiplied with.
+  void (*fold)(const float* x, int64_t d, float* folded);
+
+  // hidden[i] = act(pre[i]), or act(pre[2 i]) * pre[2 i + 1] when gated.
+  void (*activate)(Activation activation, bool gated, const float* pre, int64_t count, float* hidden);
+
+  // y[i] += a[i].
+  void (*add)(const float* a, int64_t count, float* y);
+
+  // out[i] = r[i] ^ -gamma for r >= 0, gamma > 0.
+  void (*inverse_power)(const float* r, int64_t count, float gamma, float* out);
+};
+
+constexpr int kTileRows = 4;
+
+#if defined(__x86_64__)
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx2Kernels;
+#endif
+extern const Kernels kBaselineKernels;
+
+}  // namespace clada
+
+#endif  // CLADA_CPU_KERNELS_H_

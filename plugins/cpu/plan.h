@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// How one call is cut up, and where its scratch memory lies. Nothing here depends on the number of threads.
+#ifndef CLADA_CPU_PLAN_H_
+#define CLADA_CPU_PLAN_H_
+
+#include "clada/sparse_ffn.h"
+#include "kernels.h"
+
+namespace clada {
+
+constexpr int64_t kBlockNeurons = 64;     // neurons that are scored, chosen and computed together
+constexpr int64_t kBlockRows = 16;        // rows that share one pass over the weights
+constexpr int64_t kGemmRows = 24;         // dense rows from which a GEMM beats row by row
+constexpr size_t kPromptBytes = 64u << 20;  // scratch of the GEMM path, about
+constexpr size_t kBlockBytes = 384u << 10;  // weights of one block: they stay in a core's L2 cache while rows take turns
+
+// Hands out pieces of the scratch memory; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* Take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+enum RowKind : uint8_t { kSparseRow = 0, kDenseRow = 1, kPaddingRow = 2 };
+
+struct Plan {
+  int64_t direct_rows = 0;  // rows that go neuron by neuron
+  int64_t gemm_rows = 0;    // dense rows that go through the GEMM
+  int64_t chunk = 0;        // neurons of one task
+  int64_t chunks = 0;
+  bool two_pass = false;    // the rule needs all scores, or a granule is wider than a block
+  int64_t block_rows = 0;   // rows of one direct pass
+  int64_t panel_rows = 0;   // rows of one GEMM pass
+  int64_t panel_neurons = 0;  // neurons whose weights are converted at a time; f for float32
+
+  // Scratch.
+  uint8_t* kind = nullptr;     // [rows] RowKind
+  int32_t* order = nullptr;    // [rows] direct rows, then GEMM rows
+  float* prior = nullptr;      // [batch, E], with use_stat
+  float* prior_factor = nullptr;  // [batch, E], with use_stat and prior_gamma > 0
+  float* prefix = nullptr;     // [batch, f], score prefix
+  float* folded = nullptr;     // [block_rows, d / 16], score shadow
+  float* score = nullptr;      // [block_rows, f] of neurons; of granules after the decision's sum
+  float* hidden = nullptr;     // [block_rows, f]
+  float* gate = nullptr;       // [block_rows, f] activated gates, score gate
+  uint8_t* mask = nullptr;     // [block_rows, E], two passes
+  int32_t* rank = nullptr;     // [block_rows, E], rule topk
+  float* partial = nullptr;    // [chunks, block_rows, d]
+  int32_t* count = nullptr;    // [chunks, block_rows] active neurons
+  float* gathered_x = nullptr;  // [panel_rows, d]
+  float* gathered_y = nullptr;  // [panel_rows, d]
+  float* pre = nullptr;        // [panel_rows, n panel_neurons]
+  float* act = nullptr;        // [panel_rows, f], panel after panel
+  float* weights = nullptr;    // [panel_neurons, n d] of float16 or bfloat16 weights
+  float* part_y = nullptr;     // [panel_rows, d], one panel's share of y
+  float* bias = nullptr;       // [f, n], the biases as w_in orders them
+  float* energy = nullptr;     // [max(block_rows, panel_rows)]
+};
+
+// Fills a plan; `base` null: only the size counts. Returns the bytes of scratch memory.
+size_t MakePlan(const Problem& problem, void* base, Plan* plan);
+
+// select.cc: the rule, for one row with a finite load.
+float LoadMultiplier(const Attributes& attributes, float load);
+// mask[e] = 1 iff granule e of the row runs. `rank` is scratch of E numbers, for topk.
+void Decide(const Problem& problem, int64_t first, int64_t count, const float* score, float multiplier, const float* prior,
+            const float* prior_factor, uint8_t* mask, int32_t* rank);
+
+// direct.cc: `count` rows (their indices in `rows`, ascending), neuron by neuron.
+void RunDirect(const Problem& problem, const Host& host, const Plan& plan, const int32_t* rows, int64_t count);
+
+// prompt.cc: `count` dense rows through the GEMM.
+void RunPrompt(const Problem& problem, const Host& host, const Plan& plan, const int32_t* rows, int64_t count);
+
+// stat[b] += energy share of hidden [f] for one row; `total` is the sum of hidden^2.
+float Energy(const float* hidden, int64_t count);
+void AddShare(const float* hidden, int64_t count, float total, float* stat);
+
+// Runs body(i) for i in [0, count) on the host's threads.
+template <class Body>
+void Parallel(const Host& host, int64_t count, const Body& body) {
+  if (count <= 0) return;
+  if (count == 1 || host.parallel_for.run == nullptr) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  host.parallel_for.run(
+      host.parallel_for.host, static_cast<size_t>(count),
+      [](void* context, size_t i) { (*static_cast<const Body*>(context))(static_cast<int64_t>(i)); },
+      const_cast<Body*>(&body));
+}
+
+inline const char* WeightAt(const Problem& problem, const void* weights, int64_t element) {
+  return static_cast<const char*>(weights) + element * (problem.weight_type == WeightType::kFloat32 ? 4 : 2);
+}
+
+}  // namespace clada
+
+#endif  // CLADA_CPU_PLAN_H_

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "clada/sparse_ffn.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "plan.h"
+
+namespace clada {
+namespace {
+
+int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+#if defined(__x86_64__)
+bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool HasAvx512() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+// The prior and the prefix score: functions of the sequence's statistic alone.
+void MakePrior(const Problem& problem, const Kernels& kernels, const Plan& plan, int64_t sequence) {
+  const Attributes& a = problem.attributes;
+  const int64_t f = problem.intermediate_size, granules = problem.granules();
+  const float* stat = problem.past_stat + sequence * f;
+  float lanes[8] = {};
+  for (int64_t j = 0; j < f; ++j) lanes[j % 8] += std::sqrt(stat[j]);
+  float mean = 0.0f;
+  for (const float lane : lanes) mean += lane;
+  mean /= static_cast<float>(f);
+  float* prior = plan.prior + sequence * granules;
+  for (int64_t e = 0; e < granules; ++e) {
+    float sum = 0.0f;
+    for (int64_t j = e * a.granule; j < (e + 1) * a.granule; ++j) sum += mean > 0.0f ? std::sqrt(stat[j]) / mean : 1.0f;
+    prior[e] = sum / static_cast<float>(a.granule);
+  }
+  if (plan.prior_factor) kernels.inverse_power(prior, granules, a.prior_gamma, plan.prior_factor + sequence * granules);
+  if (plan.prefix)
+    for (int64_t j = 0; j < f; ++j) plan.prefix[sequence * f + j] = std::sqrt(stat[j]);
+}
+
+}  // namespace
+
+const Kernels* FindKernels(const char* name) {
+  const auto wanted = [name](const char* isa) { return name == nullptr || *name == 0 || std::strcmp(name, isa) == 0; };
+#if defined(__x86_64__)
+  if (wanted("avx512") && HasAvx512()) return &kAvx512Kernels;
+  if (wanted("avx2") && HasAvx2()) return &kAvx2Kernels;
+#endif
+  return wanted("baseline") ? &kBaselineKernels : nullptr;
+}
+
+const char* KernelsName(const Kernels* kernels) { return kernels->name; }
+
+float Energy(const float* hidden, int64_t count) {
+  float lanes[8] = {};
+  int64_t j = 0;
+  for (; j + 8 <= count; j += 8)
+    for (int k = 0; k < 8; ++k) lanes[k] += hidden[j + k] * hidden[j + k];
+  for (; j < count; ++j) lanes[0] += hidden[j] * hidden[j];
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+void AddShare(const float* hidden, int64_t count, float total, float* stat) {
+  if (!(total > 0.0f)) return;
+  for (int64_t j = 0; j < count; ++j) stat[j] += hidden[j] * hidden[j] / total;
+}
+
+size_t MakePlan(const Problem& problem, void* base, Plan* plan) {
+  const Attributes& a = problem.attributes;
+  const int64_t rows = problem.rows(), d = problem.hidden_size, f = problem.intermediate_size, n = problem.projections();
+  const int64_t granules = problem.granules();
+  int64_t dense = 0, padding = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float load = problem.load[r];
+    dense += std::isnan(load) || (std::isinf(load) && load > 0);
+    padding += std::isinf(load) && load < 0;
+  }
+  plan->gemm_rows = dense >= kGemmRows ? dense : 0;
+  plan->direct_rows = rows - padding - plan->gemm_rows;
+
+  // About 64 tasks: enough to balance eight threads, few enough that their partial sums cost little.
+  plan->two_pass = a.rule != Rule::kThreshold || a.granule > kBlockNeurons;
+  plan->chunk = RoundUp(std::max<int64_t>(16, (f + 63) / 64), plan->two_pass ? 1 : a.granule);
+  plan->chunks = (f + plan->chunk - 1) / plan->chunk;
+  plan->block_rows = std::min(plan->direct_rows, kBlockRows);
+
+  Arena arena(base);
+  plan->kind = arena.Take<uint8_t>(rows);
+  plan->order = arena.Take<int32_t>(rows);
+  if (a.use_stat) {
+    plan->prior = arena.Take<float>(problem.batch * granules);
+    if (a.prior_gamma > 0.0f) plan->prior_factor = arena.Take<float>(problem.batch * granules);
+    if (a.score == Score::kPrefix) plan->prefix = arena.Take<float>(problem.batch * f);
+  }
+  if (plan->direct_rows > 0) {
+    const int64_t block = plan->block_rows;
+    if (a.score == Score::kShadow) plan->folded = arena.Take<float>(block * (d / (kShadowBlock / 2)));
+    plan->score = arena.Take<float>(block * f);
+    plan->hidden = arena.Take<float>(block * f);
+    if (a.score == Score::kGate && a.gated) plan->gate = arena.Take<float>(block * f);
+    plan->mask = arena.Take<uint8_t>(block * granules);
+    if (a.rule == Rule::kTopk) plan->rank = arena.Take<int32_t>(block * granules);
+    plan->partial = arena.Take<float>(plan->chunks * block * d);
+    plan->count = arena.Take<int32_t>(plan->chunks * block);
+  }
+  if (plan->gemm_rows > 0) {
+    const bool plain = problem.weight_type == WeightType::kFloat32;
+    // A quarter of the budget for converted weights; the rest for rows.
+    const int64_t weight_bytes = n * d * static_cast<int64_t>(sizeof(float));
+    const int64_t fit = static_cast<int64_t>(kPromptBytes / 4) / weight_bytes;
+    plan->panel_neurons = plain ? f : std::min(f, std::max<int64_t>(64, fit / 64 * 64));
+    const int64_t row_bytes = (n * plan->panel_neurons + f + 3 * d) * static_cast<int64_t>(sizeof(float));
+    const int64_t row_budget = static_cast<int64_t>(kPromptBytes) * 3 / 4 / row_bytes;
+    plan->panel_rows = std::min(plan->gemm_rows, std::max<int64_t>(kGemmRows, row_budget / 16 * 16));
+    plan->gathered_x = arena.Take<float>(plan->panel_rows * d);
+    plan->gathered_y = arena.Take<float>(plan->panel_rows * d);
+    plan->pre = arena.Take<float>(plan->panel_rows * n * plan->panel_neurons);
+    plan->act = arena.Take<float>(plan->panel_rows * f);
+    if (!plain) {
+      plan->weights = arena.Take<float>(plan->panel_neurons * n * d);
+      plan->part_y = arena.Take<float>(plan->panel_rows * d);
+    }
+    if (a.has_bias) plan->bias = arena.Take<float>(n * f);
+    plan->energy = arena.Take<float>(plan->panel_rows);
+  }
+  return arena.used();
+}
+
+size_t ScratchBytes(const Problem& problem) {
+  Plan plan;
+  return MakePlan(problem, nullptr, &plan);
+}
+
+void RunSparseFFN(const Problem& problem, const Host& host, void* scratch) {
+  const int64_t rows = problem.rows(), d = problem.hidden_size, f = problem.intermediate_size;
+  const Attributes& a = problem.attributes;
+  if (a.emit_stat && problem.batch > 0) {
+    const size_t bytes = static_cast<size_t>(problem.batch * f) * sizeof(float);
+    a.use_stat ? std::memcpy(problem.stat, problem.past_stat, bytes) : std::memset(problem.stat, 0, bytes);
+  }
+  if (rows == 0) return;
+  Plan plan;
+  MakePlan(problem, scratch, &plan);
+  if (a.use_stat)
+    Parallel(host, problem.batch, [&](int64_t b) { MakePrior(problem, *host.kernels, plan, b); });
+
+  int64_t direct = 0, gemm = plan.direct_rows;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float load = problem.load[r];
+    const bool infinite = std::isinf(load);
+    plan.kind[r] = infinite && load < 0 ? kPaddingRow : infinite || std::isnan(load) ? kDenseRow : kSparseRow;
+    if (plan.kind[r] == kPaddingRow) {
+      std::memset(problem.y + r * d, 0, static_cast<size_t>(d) * sizeof(float));
+      if (problem.active) problem.active[r] = 0;
+    } else if (plan.kind[r] == kDenseRow && plan.gemm_rows > 0) {
+      plan.order[gemm++] = static_cast<int32_t>(r);
+    } else {
+      plan.order[direct++] = static_cast<int32_t>(r);
+    }
+  }
+  for (int64_t done = 0; done < plan.direct_rows; done += plan.block_rows)
+    RunDirect(problem, host, plan, plan.order + done, std::min(plan.block_rows, plan.direct_rows - done));
+  for (int64_t done = 0; done < plan.gemm_rows; done += plan.panel_rows)
+    RunPrompt(problem, host, plan, plan.order + plan.direct_rows + done, std::min(plan.panel_rows, plan.gemm_rows - done));
+}
+
+}  // namespace clada

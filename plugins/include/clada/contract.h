@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a node may look like: attributes by name, inputs by attributes, shapes that belong together. Every refusal is a
+// ContractError that names the node, the input, the value found and the value wanted.
+#ifndef CLADA_CONTRACT_H_
+#define CLADA_CONTRACT_H_
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "clada/sparse_ffn.h"
+
+namespace clada {
+
+class ContractError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+enum class ElementType { kFloat32, kFloat16, kBFloat16, kInt8, kInt32, kOther };
+
+struct TensorView {
+  ElementType type = ElementType::kOther;
+  std::string type_name;  // for messages, when type is kOther
+  std::vector<int64_t> shape;
+  const void* data = nullptr;
+};
+
+// How a shell reads a node's attributes. Each returns false when the node does not have it, and throws ContractError when it
+// has another type.
+class AttributeReader {
+ public:
+  virtual ~AttributeReader() = default;
+  virtual bool Int(const char* name, int64_t* value) const = 0;
+  virtual bool Float(const char* name, float* value) const = 0;
+  virtual bool String(const char* name, std::string* value) const = 0;
+};
+
+// Reads and checks all attributes.
+Attributes ReadAttributes(const std::string& node, const AttributeReader& reader);
+
+enum class Input {
+  kX, kLoad, kWIn, kWOut, kThreshold, kNeuronScale, kShadow, kShadowScale, kScore, kPastStat, kGateBias, kUpBias, kDownBias
+};
+const char* InputName(Input input);
+
+// The inputs of a node in their order; every one of them is connected.
+std::vector<Input> Inputs(const Attributes& attributes);
+
+// Checks types and shapes and fills a problem's sizes and input pointers. `inputs` follow Inputs(attributes). The threshold's
+// values are read unless `check_threshold` is false (a constant that was checked before).
+Problem MakeProblem(const std::string& node, const Attributes& attributes, const std::vector<TensorView>& inputs,
+                    bool check_threshold);
+
+// No value may be negative or NaN.
+void CheckThreshold(const std::string& node, const float* values, int64_t count);
+
+}  // namespace clada
+
+#endif  // CLADA_CONTRACT_H_

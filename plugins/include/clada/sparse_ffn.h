@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel of com.clada::SparseFFN on raw pointers: no framework, no allocation, no threads of its own.
+//
+// docs/sparse-ffn-op.md is the contract. Notation: d hidden size, f neurons, n = 2 (gate, up) or 1 (up), g granule, E = f / g.
+#ifndef CLADA_SPARSE_FFN_H_
+#define CLADA_SPARSE_FFN_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace clada {
+
+constexpr int kOpVersion = 1;
+constexpr int kShadowBlock = 32;  // weights that share one (scale, offset) pair
+
+enum class WeightType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class Activation { kSilu = 0, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity };
+enum class Score { kGate = 0, kExact, kShadow, kPrefix, kExternal };
+enum class Rule { kThreshold = 0, kRelative, kTopk };
+enum class Combine { kSum = 0, kWeighted };
+
+struct Attributes {
+  Activation activation = Activation::kSilu;
+  bool gated = true;
+  Score score = Score::kGate;
+  Rule rule = Rule::kThreshold;
+  int64_t granule = 1;
+  Combine combine = Combine::kSum;
+  float load_slope = 0.0f;
+  float load_min = 0.25f;
+  float load_max = 4.0f;
+  bool use_stat = false;
+  float backbone_min = 0.0f;
+  float prior_gamma = 0.0f;
+  bool emit_stat = false;
+  bool emit_active = false;
+  bool has_bias = false;
+};
+
+// One call. Rows are batch x sequence; a shape without batch is one batch. Inputs need no alignment beyond their element's.
+struct Problem {
+  Attributes attributes;
+  int64_t batch = 0;
+  int64_t sequence = 0;
+  int64_t hidden_size = 0;        // d
+  int64_t intermediate_size = 0;  // f
+  WeightType weight_type = WeightType::kFloat32;
+
+  const float* x = nullptr;               // [batch, sequence, d]
+  const float* load = nullptr;            // [batch, sequence]
+  const void* w_in = nullptr;             // [f, n, d]
+  const void* w_out = nullptr;            // [f, d]
+  const float* threshold = nullptr;       // [1] or [E]
+  int64_t threshold_count = 1;
+  const float* neuron_scale = nullptr;    // [f], scores exact and shadow
+  const uint8_t* shadow = nullptr;        // [f, n, d / 2]
+  const uint16_t* shadow_scale = nullptr; // float16 [f, n, d / 32, 2]
+  const float* score = nullptr;           // [batch, sequence, E] or, per sequence, [batch, E]
+  bool score_per_sequence = false;
+  const float* past_stat = nullptr;       // [batch, f]
+  const float* gate_bias = nullptr;       // [f]
+  const float* up_bias = nullptr;         // [f]
+  const float* down_bias = nullptr;       // [d]
+
+  float* y = nullptr;                     // [batch, sequence, d]
+  float* stat = nullptr;                  // [batch, f], with emit_stat
+  int32_t* active = nullptr;              // [batch, sequence], with emit_active
+
+  int64_t rows() const { return batch * sequence; }
+  int64_t granules() const { return intermediate_size / attributes.granule; }
+  int64_t projections() const { return attributes.gated ? 2 : 1; }
+};
+
+// The host's thread pool: calls body(context, i) for every i in [0, count), in any order, on any threads, and returns when
+// all calls have returned. The bodies do not throw.
+using ParallelBody = void (*)(void* context, size_t index);
+struct ParallelFor {
+  void (*run)(void* host, size_t count, ParallelBody body, void* context) = nullptr;  // null: the calling thread
+  void* host = nullptr;
+};
+
+// The host's GEMM for prompts: c[m, n] = a[m, k] * b, b being [k, n], or [n, k] when transposed; all float32, dense rows.
+// It may throw; `RunSparseFFN` then passes the exception on.
+struct Gemm {
+  void (*run)(void* host, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c) = nullptr;
+  void* host = nullptr;  // run == null: a simple GEMM of our own
+};
+
+// An instruction set: "avx512", "avx2" or "baseline".
+struct Kernels;
+// The named one, or the best this machine has when name is null or empty. Null when it is unknown or the machine lacks it.
+const Kernels* FindKernels(const char* name);
+const char* KernelsName(const Kernels* kernels);
+
+struct Host {
+  ParallelFor parallel_for;
+  Gemm gemm;
+  const Kernels* kernels = nullptr;
+};
+
+// Bytes of scratch memory that this call needs; reads `load`, and no other data.
+size_t ScratchBytes(const Problem& problem);
+
+// Runs one call. Shapes must have been checked (clada/contract.h). `scratch` is 64-byte aligned and holds ScratchBytes().
+// The result has the same bits for any thread count.
+void RunSparseFFN(const Problem& problem, const Host& host, void* scratch);
+
+}  // namespace clada
+
+#endif  // CLADA_SPARSE_FFN_H_

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the library exports.
+#include <exception>
+#include <mutex>
+#include <string>
+
+#include "sparse_ffn_op.h"
+
+#define CLADA_EXPORT extern "C" __attribute__((visibility("default")))
+
+CLADA_EXPORT int clada_op_version(void) { return clada::kOpVersion; }
+
+CLADA_EXPORT const char* clada_build_info(void) {
+  static const std::string info = std::string("clada ") + CLADA_VERSION + ", com.clada::SparseFFN " +
+                                  std::to_string(clada::kOpVersion) + ", ONNX Runtime API " +
+                                  std::to_string(clada::ort::kApiVersion) + ", compiler " + __VERSION__ + ", instruction set " +
+                                  clada::KernelsName(clada::FindKernels(nullptr));
+  return info.c_str();
+}
+
+CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(clada::ort::kApiVersion);
+  if (api == nullptr) {
+    const std::string message = "libclada_ort.so needs ONNX Runtime 1." + std::to_string(clada::ort::kApiVersion) +
+                                " or newer; this is " + base->GetVersionString();
+    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
+  }
+  Ort::InitApi(api);
+  try {
+    // Sessions keep pointers to both, so they live as long as the library.
+    static const clada::ort::SparseFFNOp op;
+    static Ort::CustomOpDomain domain = [] {
+      Ort::CustomOpDomain made("com.clada");
+      made.Add(&op);
+      return made;
+    }();
+    Ort::UnownedSessionOptions(options).Add(domain);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return api->CreateStatus(ORT_FAIL, error.what());
+  }
+}

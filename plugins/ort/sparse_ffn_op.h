@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ONNX Runtime shell of com.clada::SparseFFN: turns ORT's tensors into a clada::Problem, and gives it ORT's threads, memory
+// and GEMM.
+#ifndef CLADA_ORT_SPARSE_FFN_OP_H_
+#define CLADA_ORT_SPARSE_FFN_OP_H_
+
+#define ORT_API_MANUAL_INIT
+#include <onnxruntime_cxx_api.h>
+
+#include <string>
+#include <vector>
+
+#include "clada/contract.h"
+
+namespace clada::ort {
+
+// The first version with ParallelFor and with shape inference. Newer runtimes serve it; only its calls are used.
+constexpr uint32_t kApiVersion = 17;
+
+class SparseFFNKernel {
+ public:
+  explicit SparseFFNKernel(const OrtKernelInfo* info);
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
+
+ private:
+  void Compute(OrtKernelContext* context);
+
+  std::string node_;
+  Attributes attributes_;
+  bool threshold_checked_ = false;
+  const Kernels* kernels_ = nullptr;
+  Ort::MemoryInfo memory_;
+  Ort::Op gemm_{nullptr};            // c = a * b
+  Ort::Op gemm_transposed_{nullptr};  // c = a * b^T
+};
+
+// The inputs after `threshold`, and the outputs after `y`, depend on the attributes, so both lists end in a variadic part.
+struct SparseFFNOp : Ort::CustomOpBase<SparseFFNOp, SparseFFNKernel, true> {
+  SparseFFNOp();
+  OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept;
+
+  const char* GetName() const { return "SparseFFN"; }
+  const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
+  size_t GetInputTypeCount() const { return 6; }
+  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
+    return index == 5 ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
+  }
+  int GetVariadicInputMinArity() const { return 0; }
+  bool GetVariadicInputHomogeneity() const { return false; }
+  size_t GetOutputTypeCount() const { return 2; }
+  ONNXTensorElementDataType GetOutputType(size_t index) const {
+    return index == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
+    return index == 1 ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
+  }
+  int GetVariadicOutputMinArity() const { return 0; }
+  bool GetVariadicOutputHomogeneity() const { return false; }
+};
+
+}  // namespace clada::ort
+
+#endif  // CLADA_ORT_SPARSE_FFN_OP_H_
