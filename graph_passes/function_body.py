@@ -60,12 +60,12 @@ def make_function(
         name=OP_TYPE,
     )
     # Without a value an attribute is one that every node has to carry.
-    declared = [
-        ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in (*attributes.to_onnx(), *PLUGIN_ATTRIBUTES)
-    ]
+    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in (*attributes.to_onnx(), *PLUGIN_ATTRIBUTES)]
     function = ir.Function(DOMAIN, OP_TYPE, overload, graph=graph, attributes=declared)
     function.metadata_props[VARIANT] = variant_name(attributes, weight_type)
-    function.doc_string = "Feed-forward layer that computes the neurons its score, rule and load select (masked dense arithmetic)."
+    function.doc_string = (
+        "Feed-forward layer that computes the neurons its score, rule and load select (masked dense arithmetic)."
+    )
     return function
 
 
@@ -81,7 +81,7 @@ class _Body:
 
     # Emitting
 
-    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: int | float | str | Sequence[int]) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: float | str | Sequence[int]) -> ir.Value:
         return self.tape.op(op_type, list(inputs), attributes)
 
     def floats(self, value: float) -> ir.Value:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 DOMAIN = "com.clada"
@@ -90,8 +90,9 @@ class SparseFFNAttributes:
 
     def to_onnx(self) -> dict[str, int | float | str]:
         """The attributes as ONNX stores them: booleans as 0 or 1, and a float as a float even if it was given as an integer."""
-        values = {field.name: type(field.default)(getattr(self, field.name)) for field in fields(self)}
-        return {key: int(value) if isinstance(value, bool) else value for key, value in values.items()}
+        values: dict[str, Any] = asdict(self)
+        stored = {bool: int, int: int, float: float, str: str}
+        return {key: stored[type(getattr(type(self), key))](value) for key, value in values.items()}
 
     @classmethod
     def from_onnx(cls, values: Mapping[str, Any]) -> SparseFFNAttributes:
@@ -103,8 +104,7 @@ class SparseFFNAttributes:
         known: dict[str, Any] = {}
         for field in fields(cls):
             if field.name in values:
-                default = field.default
-                known[field.name] = type(default)(values[field.name])
+                known[field.name] = type(getattr(cls, field.name))(values[field.name])
         return cls(**known)
 
 

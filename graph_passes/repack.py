@@ -54,6 +54,6 @@ def repack(match: FFNMatch, dtype: ir.DataType | None) -> dict[str, np.ndarray]:
 def free_unused(graph: ir.Graph, values: Iterator[ir.Value]) -> None:
     """Remove initializers that nothing uses any more, and let go of their data."""
     for value in values:
-        if value.name in graph.initializers and not value.uses() and not value.is_graph_output():
-            del graph.initializers[value.name]
+        if value.is_initializer() and not value.uses() and not value.is_graph_output():
+            del graph.initializers[str(value.name)]
             value.const_value = None

@@ -139,9 +139,7 @@ class RewriteFFNs(ir.passes.InPlacePass):
 
 def settle(match: FFNMatch, attributes: SparseFFNAttributes, emit_active: bool) -> SparseFFNAttributes:
     """The attributes with what the graph decides: activation, gating, biases; and whether counts are emitted."""
-    return replace(
-        attributes, activation=match.activation, gated=match.gated, has_bias=match.has_bias, emit_active=emit_active
-    )
+    return replace(attributes, activation=match.activation, gated=match.gated, has_bias=match.has_bias, emit_active=emit_active)
 
 
 class _Writer:
@@ -157,6 +155,7 @@ class _Writer:
         self.rows: ir.Value | None = None
         self.stats = 0
         self.names = {node.name for node in self.graph}
+        self.replaced: dict[ir.Value, ir.Value] = {}
 
     def rewrite(self, match: FFNMatch, wanted: FFNRewrite, emit_active: bool) -> RewrittenFFN:
         graph, nodes_before = self.graph, self.graph.num_nodes()
@@ -246,8 +245,10 @@ class _Writer:
 
     def _three_axes(self, match: FFNMatch, before: list[ir.Node]) -> ir.Value:
         """x as [batch, sequence, d]; a Reshape is added if the graph has it in another form."""
-        if rank(match.x) == 3:
-            return match.x
+        # One layer's result may be the next one's x.
+        source = self.replaced.get(match.x, match.x)
+        if rank(source) == 3:
+            return source
         if self.rows is None:
             shape = ir.node("Shape", [self.load], name="load.rows")
             self._describe(shape.outputs[0], ir.DataType.INT64, ir.Shape([2]), "load.rows")
@@ -256,7 +257,7 @@ class _Writer:
         width = self._initializer(f"hidden_size.{match.hidden_size}", np.array([match.hidden_size], dtype=np.int64))
         target = ir.node("Concat", [self.rows, width], {"axis": 0})
         self._describe(target.outputs[0], ir.DataType.INT64, ir.Shape([3]), f"{match.x.name}.shape_3d")
-        x = ir.node("Reshape", [match.x, target.outputs[0]])
+        x = ir.node("Reshape", [source, target.outputs[0]])
         shape_3d = ir.Shape([*self._axes(), match.hidden_size])
         self._describe(x.outputs[0], match.x.dtype or ir.DataType.FLOAT, shape_3d, f"{match.x.name}.3d")
         before += [target, x]
@@ -343,6 +344,7 @@ class _Writer:
             after, result = [back], back.outputs[0]
         elif x.shape is not None:
             y.shape = x.shape.copy()
+        self.replaced[match.y] = result
         old_name = match.y.name
         match.y.replace_all_uses_with(result, replace_graph_outputs=True)
         if result.is_graph_output():
@@ -377,8 +379,8 @@ class _Writer:
 
 def _sizes(w_out: ir.Value) -> tuple[int, int]:
     assert w_out.const_value is not None
-    f, d = w_out.const_value.shape
-    return int(f), int(d)
+    f, d = w_out.const_value.shape.numpy()
+    return f, d
 
 
 def _float32(value: ir.Value) -> np.ndarray:

@@ -116,9 +116,9 @@ def _export(model: PreTrainedModel, fusions: str | None) -> ir.Model:
     ids = torch.randint(3, model.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    module, inputs = decompose_for_generation(
-        model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True
-    )["decode"]
+    module, inputs = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)[
+        "decode"
+    ]
     exported = OnnxExporter().export(module, inputs, config=OnnxConfig(dynamic=True, ort_fusions=fusions))
     return exported.program.model if hasattr(exported.program, "model") else exported.program
 
@@ -164,9 +164,7 @@ def _size(value: ir.Value, axis: int) -> int:
     return int(str(value.shape[axis]))
 
 
-def next_feeds(
-    past: Mapping[str, np.ndarray], ids: np.ndarray, mask: np.ndarray
-) -> dict[str, np.ndarray]:
+def next_feeds(past: Mapping[str, np.ndarray], ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     """Feeds of a call after others: `past` maps input names to arrays, `mask` int64 [B, past + S] covers past and `ids`."""
     positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from graph_passes.rules.common import FFNMatch, Refusal, describe, keeps_last_axis, last_dim, module_path, rank, through_reshapes
+from graph_passes.rules.common import FFNMatch, Refusal, describe, keeps_last_axis, module_path, rank, through_reshapes
 from graph_passes.rules.elementwise import Elementwise, expression
 from graph_passes.rules.projection import MATMUL_OPS, NoProjection, Projection, match_product, match_projection
 from graph_passes.rules.weights import QUANTISED_OPS, VectorSource, vector_source
@@ -186,6 +186,3 @@ def _refuse_users(nodes: tuple[ir.Node, ...], y: ir.Value) -> Refusal | None:
                         f"{value.name!r} of {describe(node)} has another user: {describe(user)} reads {what}", ffn_like=True
                     )
     return None
-
-
-__all__ = ["Candidate", "assemble", "candidate", "last_dim", "product_name", "refuse_leaves"]

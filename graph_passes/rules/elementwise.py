@@ -22,8 +22,11 @@ MAX_NODES = 32
 _TOLERANCE = 1e-4
 """Relative to 1 + |value|: constants are stored in float16 or bfloat16 in some graphs, the nearest wrong activations are 1e-3 away."""
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
 _GRID = np.concatenate([np.linspace(-9.0, 9.0, 181), [-30.0, -0.01, 0.0, 0.01, 30.0]])
+
+
+def _erf(value: np.ndarray) -> np.ndarray:
+    return np.array([math.erf(each) for each in value.ravel()], dtype=np.float64).reshape(value.shape)
 
 
 def _sigmoid(value: np.ndarray) -> np.ndarray:

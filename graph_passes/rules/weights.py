@@ -75,7 +75,7 @@ def _read(value: ir.Value) -> np.ndarray:
 def _dims(value: ir.Value) -> tuple[int, ...]:
     tensor = value.const_value
     assert tensor is not None
-    return tuple(int(size) for size in tensor.shape)
+    return tuple(tensor.shape.numpy())
 
 
 def is_constant(value: ir.Value | None) -> bool:

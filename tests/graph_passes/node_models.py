@@ -23,9 +23,7 @@ def node_model(attributes: SparseFFNAttributes, feeds: dict[str, np.ndarray], ov
         shape: list[int | str] = list(array.shape)
         if name in ("x", "load"):
             shape[: array.ndim - (name == "x")] = [f"rows_{i}" for i in range(array.ndim - (name == "x"))]
-        values.append(
-            ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(shape))
-        )
+        values.append(ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(shape)))
     node = ir.node(
         OP_TYPE,
         values,
