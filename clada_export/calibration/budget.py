@@ -1,0 +1,126 @@
+"""The user's error budget, and the search for the highest sparsity that keeps it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clada_export.calibration.drift import Drift
+from clada_export.errors import UsageError
+
+LOWEST, HIGHEST = 0.02, 0.95
+_FORMS = "ppl=2% (perplexity rises by at most 2%) or kl=0.05 (nats a token)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much error is allowed: `metric` is `ppl` (limit: relative rise of perplexity) or `kl` (limit: nats a token)."""
+
+    metric: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `ppl=2%` or `kl=0.05`.
+
+        Raises:
+            UsageError: another form, or a limit out of range: 0 to 100% (both excluded), KL 0 to 2 nats.
+        """
+        match = re.fullmatch(r"\s*(ppl|kl)\s*=\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(%?)\s*", text)
+        if match is None:
+            raise UsageError(f"--budget {text!r} is not understood; give {_FORMS}")
+        metric, number, percent = match[1], float(match[2]), match[3]
+        if metric == "ppl" and not percent:
+            raise UsageError(f"--budget {text!r}: a perplexity budget is given in percent, like ppl=2%")
+        if metric == "kl" and percent:
+            raise UsageError(f"--budget {text!r}: a KL budget is given in nats, like kl=0.05")
+        limit = number / 100 if percent else number
+        highest = 1.0 if metric == "ppl" else 2.0
+        if not 0.0 < limit < highest:
+            wanted = "above 0% and below 100%" if metric == "ppl" else "above 0 and below 2 nats"
+            raise UsageError(f"--budget {text!r} is out of range: it must be {wanted}")
+        return cls(metric, limit)
+
+    def __str__(self) -> str:
+        return f"ppl={self.limit:.4g}".replace("ppl=", "ppl=+") if self.metric == "ppl" else f"kl={self.limit:.4g}"
+
+    def cost(self, drift: Drift) -> float:
+        """The measured error, one standard error on the safe side, in the budget's unit."""
+        return drift.ppl_increase_bound if self.metric == "ppl" else drift.kl_bound
+
+
+def parse_sparsity(value: float) -> float:
+    """Check `--sparsity`.
+
+    Raises:
+        UsageError: not between 0 and 0.95.
+    """
+    if not (math.isfinite(value) and 0.0 < value <= HIGHEST):
+        raise UsageError(f"--sparsity {value:g} is out of range: it must be above 0 and at most {HIGHEST}")
+    return value
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """One measurement of the search."""
+
+    sparsity: float
+    cost: float
+    drift: Drift
+
+
+def search_sparsity(
+    budget: Budget, measure: Callable[[float], Drift], *, first: float, tolerance: float = 0.01, steps: int = 7
+) -> tuple[SearchStep, list[SearchStep]]:
+    """The highest sparsity whose cost is within the budget.
+
+    Cost grows roughly as a power of sparsity, so the next guess comes from a power law through the last measurement and falls
+    back to bisection when the bracket says otherwise.
+
+    Args:
+        measure: the drift at a sparsity.
+        first: where to begin.
+        tolerance: the width of the bracket at which the search ends.
+
+    Returns:
+        The step that was taken, and all of them.
+
+    Raises:
+        UsageError: not even the lowest sparsity keeps the budget; says what it costs.
+    """
+    low: SearchStep | None = None
+    high = HIGHEST
+    history: list[SearchStep] = []
+    guess = min(max(first, LOWEST), HIGHEST)
+    for _ in range(steps):
+        drift = measure(guess)
+        step = SearchStep(guess, budget.cost(drift), drift)
+        history.append(step)
+        if step.cost <= budget.limit:
+            low = step
+            if guess >= HIGHEST:
+                break
+        else:
+            high = guess
+        floor = low.sparsity if low else LOWEST
+        if high - floor <= tolerance:
+            break
+        ratio = budget.limit / step.cost if step.cost > 0 else 16.0
+        predicted = step.sparsity * ratio**0.25
+        # Stay inside the bracket, and never so near its edge that the step buys nothing.
+        margin = min(tolerance / 2, (high - floor) / 4)
+        guess = min(max(predicted, floor + margin), high - margin if high < HIGHEST else HIGHEST)
+        if low is not None and len(history) >= 4:
+            guess = (floor + high) / 2
+    if low is None:
+        drift = measure(LOWEST)
+        low = SearchStep(LOWEST, budget.cost(drift), drift)
+        history.append(low)
+        if low.cost > budget.limit:
+            raise UsageError(
+                f"no sparsity keeps the budget {budget}: {LOWEST:.0%} already costs {low.cost:.4g} on the held-out text. "
+                "Give a larger --budget, or more calibration text"
+            )
+    return low, history

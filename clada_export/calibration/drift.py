@@ -1,0 +1,149 @@
+"""How far a sparse model drifts from the dense one on held-out text, simulated with masks in eager PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clada_export.calibration.scorer import LayerScorer
+from clada_export.calibration.tap import FFNTap
+from clada_export.ffn import EagerFFN
+from clada_export.load_signal import surprisal_entropy
+
+KEEP_LIMIT = 640 * 2**20
+"""Bytes of dense logits that are kept between measurements; beyond it they are computed again each time."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Sparse against dense, per token: arrays [tokens] of nll (nats), dense nll, KL(dense || sparse) and top-1 agreement.
+
+    `window` [tokens] is the window of each token; `sparsity` the share of skipped neurons.
+    """
+
+    nll: np.ndarray
+    dense_nll: np.ndarray
+    kl: np.ndarray
+    top1: np.ndarray
+    window: np.ndarray
+    sparsity: float
+
+    @property
+    def ppl_increase(self) -> float:
+        """Relative rise of perplexity: exp(mean nll - mean dense nll) - 1."""
+        return math.expm1(float((self.nll - self.dense_nll).mean()))
+
+    @property
+    def ppl_increase_bound(self) -> float:
+        """The same, one standard error (over tokens, paired) higher."""
+        difference = self.nll - self.dense_nll
+        error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        return math.expm1(float(difference.mean()) + error)
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL(dense || sparse), nats a token."""
+        return float(self.kl.mean())
+
+    @property
+    def kl_bound(self) -> float:
+        """Mean KL plus one standard error over tokens."""
+        return self.mean_kl + (float(self.kl.std(ddof=1)) / math.sqrt(len(self.kl)) if len(self.kl) > 1 else 0.0)
+
+    def window_kl(self) -> np.ndarray:
+        """Mean KL of every window."""
+        return np.array([self.kl[self.window == index].mean() for index in np.unique(self.window)])
+
+    def summary(self) -> dict[str, float]:
+        """Numbers for a report."""
+        return {
+            "tokens": float(len(self.nll)),
+            "dense_ppl": math.exp(float(self.dense_nll.mean())),
+            "ppl": math.exp(float(self.nll.mean())),
+            "ppl_increase": self.ppl_increase,
+            "ppl_increase_bound": self.ppl_increase_bound,
+            "kl": self.mean_kl,
+            "kl_bound": self.kl_bound,
+            "top1": float(self.top1.mean()),
+            "sparsity": self.sparsity,
+        }
+
+
+class DriftMeter:
+    """Measures thresholds on held-out windows, int64 [N, context]; the dense side is computed once where memory allows."""
+
+    def __init__(
+        self, model: nn.Module, ffns: Sequence[EagerFFN], scorers: Sequence[LayerScorer], windows: Tensor
+    ) -> None:
+        self._model, self._ffns, self._scorers, self._windows = model, ffns, scorers, windows
+        self._kept: list[Tensor] | None = None
+        signals: list[Tensor] = []
+        kept: list[Tensor] = []
+        with torch.inference_mode():
+            for window in windows:
+                logits = self._dense_logits(window)
+                if logits.nbytes * len(windows) <= KEEP_LIMIT:
+                    kept.append(logits)
+                signals.append(torch.stack(surprisal_entropy(logits[:-1], window[1:])))
+        if kept:
+            self._kept = kept
+        self.signals = torch.stack(signals)
+        """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""
+
+    def _dense_logits(self, window: Tensor) -> Tensor:
+        logits: Tensor = self._model(input_ids=window[None], use_cache=False).logits[0]
+        return logits.float()
+
+    def measure(
+        self, thresholds: np.ndarray, multiplier: Tensor | None = None, step: Callable[[], None] = lambda: None
+    ) -> Drift:
+        """Run the sparse model.
+
+        Args:
+            thresholds: [layers].
+            multiplier: m(load), float32 [N, context], or None for 1. Token t of a window runs under the load of the step
+                before it: the surprisal of token t and the entropy of the distribution that it came from.
+            step: called after every window.
+        """
+        parts: list[Tensor] = []
+        active = total = 0
+        current = 0
+
+        def inner(index: int, x: Tensor, h: Tensor) -> Tensor:
+            nonlocal active, total
+            level: Tensor | float = float(thresholds[index])
+            if multiplier is not None:
+                level = multiplier[current].unsqueeze(-1) * level
+            keep = ~(self._scorers[index](x, h) < level)
+            active += int(keep.sum())
+            total += keep.numel()
+            return torch.where(keep, h, torch.zeros(()))
+
+        with torch.inference_mode():
+            for current, window in enumerate(self._windows):
+                dense = self._kept[current] if self._kept is not None else self._dense_logits(window)
+                with FFNTap(self._ffns, inner=inner):
+                    sparse = self._dense_logits(window)
+                parts.append(_compare(dense[:-1], sparse[:-1], window[1:], current))
+                step()
+        nll, dense_nll, kl, top1, place = torch.cat(parts, dim=1).double().numpy()
+        return Drift(nll, dense_nll, kl, top1, place, 1.0 - active / total)
+
+
+def _compare(dense: Tensor, sparse: Tensor, targets: Tensor, window: int) -> Tensor:
+    dense_log, sparse_log = dense.log_softmax(-1), sparse.log_softmax(-1)
+    place = targets.unsqueeze(-1)
+    return torch.stack(
+        (
+            -sparse_log.gather(-1, place).squeeze(-1),
+            -dense_log.gather(-1, place).squeeze(-1),
+            (dense_log.exp() * (dense_log - sparse_log)).sum(-1).clamp(min=0.0),
+            (dense.argmax(-1) == sparse.argmax(-1)).float(),
+            torch.full((len(targets),), float(window)),
+        )
+    )

@@ -1,0 +1,93 @@
+"""Fit how much the load should move the thresholds, at equal mean sparsity, or find that it should not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clada_export.calibration.allocation import Allocation
+from clada_export.calibration.drift import Drift, DriftMeter
+from clada_export.load_signal import LOAD_LIMIT, load_from
+from clada_export.plan import LoadSignal
+
+LOAD_SLOPE = 0.25
+"""The op's slope. It gives `load` its unit as a speed knob: +1 multiplies every threshold by exp(-0.25)."""
+EFFECTIVE_SLOPES = (0.05, 0.1)
+"""Slopes tried for one standard deviation of the signal; larger ones lose (`docs/load-signal.md`)."""
+
+
+@dataclass(frozen=True)
+class LoadResponse:
+    """The fitted signal, the thresholds that keep the mean sparsity under it, and what was tried."""
+
+    signal: LoadSignal
+    thresholds: np.ndarray
+    drift: Drift
+    tried: tuple[dict[str, float | str | bool], ...]
+
+
+def multiplier_of(signal: LoadSignal, signals: Tensor, context: int) -> Tensor:
+    """m(load) for every token, float32 [N, context].
+
+    Args:
+        signals: surprisal and entropy [N, 2, context - 1] of token t + 1 given tokens up to t. A window's first token has
+            none and takes load 0.
+    """
+    load = torch.zeros(len(signals), context)
+    load[:, 1:] = load_from(signal, signals[:, 0], signals[:, 1])
+    limit = math.exp(LOAD_SLOPE * LOAD_LIMIT)
+    return torch.exp(-LOAD_SLOPE * load).clamp(1 / limit, limit)
+
+
+def fit_load_response(
+    meter: DriftMeter,
+    allocation: Allocation,
+    sparsity: float,
+    base: LoadSignal,
+    still: Drift,
+    thresholds: np.ndarray,
+    context: int,
+    step: Callable[[], None] = lambda: None,
+) -> LoadResponse:
+    """Try surprisal and entropy with small slopes against no response.
+
+    A response is taken only if its mean KL is lower by more than one standard error of the paired difference over windows;
+    the weights of the signal are zero otherwise.
+
+    Args:
+        still: the drift without a response, at `thresholds`.
+    """
+    tried: list[dict[str, float | str | bool]] = []
+    best = LoadResponse(base, thresholds, still, ())
+    for name, weights in (("surprisal", (1.0, 0.0)), ("entropy", (0.0, 1.0))):
+        for slope in EFFECTIVE_SLOPES:
+            scale = slope / LOAD_SLOPE
+            signal = replace(base, surprisal_weight=weights[0] * scale, entropy_weight=weights[1] * scale)
+            multiplier = multiplier_of(signal, meter.signals, context)
+            rescaled = allocation.thresholds_for(sparsity, multiplier.flatten()[:: max(1, multiplier.numel() // 512)].numpy())
+            drift = meter.measure(rescaled, multiplier, step)
+            gain = still.window_kl() - drift.window_kl()
+            error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+            # More active neurons than the still plan would be an unfair gain.
+            fair = drift.sparsity >= still.sparsity - 0.002
+            taken = bool(gain.mean() > error and fair and drift.mean_kl < best.drift.mean_kl)
+            tried.append(
+                {
+                    "signal": name,
+                    "slope": slope,
+                    "kl": drift.mean_kl,
+                    "kl_without": still.mean_kl,
+                    "gain": float(gain.mean()),
+                    "standard_error": error if math.isfinite(error) else -1.0,
+                    "sparsity": drift.sparsity,
+                    "better": taken,
+                }
+            )
+            if taken:
+                best = LoadResponse(signal, rescaled, drift, ())
+    return LoadResponse(best.signal, best.thresholds, best.drift, tuple(tried))

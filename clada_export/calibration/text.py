@@ -1,0 +1,139 @@
+"""Calibration text: where it comes from and how it becomes token windows."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clada_export.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Token windows, int64 [N, context] and [M, context]; no window is in both.
+
+    `origin` says where they come from, `digest` is the sha256 of all token ids, `warnings` go into the manifest.
+    """
+
+    calibration: Tensor
+    heldout: Tensor
+    origin: str
+    digest: str
+    warnings: tuple[str, ...] = ()
+
+
+def default_text() -> str:
+    """English technical prose of the standard library (`pydoc_data.topics`, the Python language reference, 460 kB)."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        UsageError: the file can't be read, is not text, or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"calibration text {path}: can't be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"calibration text {path}: not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise UsageError(f"calibration text {path}: it is empty")
+    return text
+
+
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """Read token ids from a `.npy` file: one integer array of any shape, read as one long text.
+
+    Raises:
+        UsageError: not such a file (pickled arrays are refused), or an id outside 0..vocab_size-1.
+    """
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UsageError(f"calibration tokens {path}: can't be read: {error}") from error
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"calibration tokens {path}: not a plain .npy array: {error}") from error
+    if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
+        raise UsageError(f"calibration tokens {path}: token ids are integers; found {getattr(ids, 'dtype', type(ids))}")
+    ids = ids.reshape(-1).astype(np.int64)
+    if ids.size == 0:
+        raise UsageError(f"calibration tokens {path}: it is empty")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise UsageError(f"calibration tokens {path}: ids from {ids.min()} to {ids.max()}; the model has 0 to {vocab_size - 1}")
+    return ids
+
+
+def make_windows(ids: np.ndarray, context: int, calibration: int, heldout: int, origin: str) -> CalibrationData:
+    """Cut a token sequence into windows and deal them out, so that both parts are spread over the whole text.
+
+    Args:
+        ids: int64 [L].
+        context: tokens a window.
+        calibration, heldout: how many windows are wanted; a short text gives fewer of each.
+
+    Raises:
+        UsageError: the text gives fewer than two windows.
+    """
+    count = len(ids) // context
+    if count < 2:
+        raise UsageError(
+            f"{origin}: {len(ids)} tokens; calibration needs at least two windows of {context} tokens (one is held out). "
+            "Give a longer text or a smaller --calibration-context"
+        )
+    windows = torch.from_numpy(ids[: count * context].reshape(count, context).copy())
+    wanted = min(count, calibration + heldout)
+    spread = np.linspace(0, count - 1, wanted).round().astype(int)
+    held = max(1, min(heldout, round(wanted * heldout / (calibration + heldout))))
+    places = set(np.linspace(0, wanted - 1, held + 2)[1:-1].round().astype(int).tolist()) or {0}
+    first = [int(spread[i]) for i in range(wanted) if i not in places]
+    second = [int(spread[i]) for i in sorted(places)]
+    digest = hashlib.sha256(windows[first + second].numpy().tobytes()).hexdigest()
+    return CalibrationData(windows[first], windows[second], origin, digest)
+
+
+def load_calibration_data(
+    tokenizer: Any | None,
+    vocab_size: int,
+    *,
+    text_file: Path | None = None,
+    tokens_file: Path | None = None,
+    context: int = 512,
+    calibration: int = 6,
+    heldout: int = 5,
+    seed: int = 0,
+) -> CalibrationData:
+    """Token windows from a token file, else a text file, else the default text, else (no tokenizer) random tokens.
+
+    Raises:
+        UsageError: a file that can't be used, or a text without a tokenizer.
+    """
+    if tokens_file is not None:
+        return make_windows(read_tokens(tokens_file, vocab_size), context, calibration, heldout, str(tokens_file))
+    if tokenizer is None:
+        if text_file is not None:
+            raise UsageError(
+                f"{text_file}: the model has no tokenizer, so a text can't be used; give token ids with --calibration-tokens"
+            )
+        rng = np.random.default_rng(seed)
+        ids = rng.integers(0, vocab_size, context * (calibration + heldout), dtype=np.int64)
+        data = make_windows(ids, context, calibration, heldout, "random tokens")
+        warning = (
+            "calibrated on random tokens, because the model has no tokenizer and no --calibration-tokens was given: "
+            "thresholds and drift say nothing about real text"
+        )
+        return CalibrationData(data.calibration, data.heldout, data.origin, data.digest, (warning,))
+    text = read_text(text_file) if text_file is not None else default_text()
+    origin = str(text_file.name) if text_file is not None else "pydoc_data.topics"
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    return make_windows(ids, context, calibration, heldout, origin)

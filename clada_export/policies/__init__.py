@@ -1,0 +1,23 @@
+"""The methods, one a file."""
+
+from __future__ import annotations
+
+from clada_export.errors import UsageError
+from clada_export.policies.base import Policy
+from clada_export.policies.clada import CladaPolicy
+
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (CladaPolicy(),)}
+
+
+def get_policy(name: str) -> Policy:
+    """The policy called `name`.
+
+    Raises:
+        UsageError: there is none; lists those that exist.
+    """
+    if name not in POLICIES:
+        raise UsageError(f"unknown policy {name!r}; known: {', '.join(sorted(POLICIES))}")
+    return POLICIES[name]
+
+
+__all__ = ["POLICIES", "Policy", "get_policy"]
