@@ -36,8 +36,9 @@ class FFNRewrite:
     Attributes:
         attributes: `activation`, `gated`, `has_bias` and `emit_active` are set by the pass.
         threshold: float32 [1] or [E].
-        make_constants: called with the float32 weights w_in [f, n, d] and w_out [f, d]; returns the other constant inputs that
-            the score needs, by name (`neuron_scale`, `shadow`, `shadow_scale`).
+        make_constants: called, if the score needs constants, with w_in [f, n, d] and w_out [f, d] as float32: the weights as they
+            are stored, after a cast to `weight_dtype`, not to be changed. Returns `neuron_scale` float32 [f] and, for score
+            `shadow`, `shadow` int8 [f, n, d/2] and `shadow_scale` float16 [f, n, d/32, 2].
     """
 
     attributes: SparseFFNAttributes
@@ -52,7 +53,13 @@ def rewrite_ffns(
     emit_active: bool = True,
     weight_dtype: ir.DataType | None = None,
 ) -> RewriteReport:
-    """Rewrite the FFNs named in `rewrites`, in place; see `RewriteFFNs`."""
+    """Rewrite the FFNs named in `rewrites`, in place; see `RewriteFFNs`.
+
+    Raises:
+        ContractError: a rewrite that the op does not allow for its layer. Sizes, thresholds and scores are checked before the graph
+            is touched; what `make_constants` returns, when its layer is reached.
+        PreconditionError: the graph has no `input_ids`.
+    """
     rewrite = RewriteFFNs(rewrites, emit_active=emit_active, weight_dtype=weight_dtype)
     rewrite(model)
     return rewrite.report
@@ -128,7 +135,10 @@ class RewriteFFNs(ir.passes.InPlacePass):
         attributes = settle(match, rewrite.attributes, self.emit_active)
         if attributes.score == "external":
             raise ContractError(f"{match.name}: score 'external' needs nodes that compute the score; the pass adds none")
-        shapes = weight_shapes(attributes, match.hidden_size, match.intermediate_size)
+        try:
+            shapes = weight_shapes(attributes, match.hidden_size, match.intermediate_size)
+        except ContractError as error:
+            raise ContractError(f"{match.name}: {error}") from error
         allowed = {(1,)} if attributes.rule == "topk" else {(1,), shapes["threshold"]}
         if rewrite.threshold.shape not in allowed or not bool(np.all(rewrite.threshold >= 0)):
             raise ContractError(
@@ -286,14 +296,14 @@ class _Writer:
     def _constants(
         self, attributes: SparseFFNAttributes, wanted: FFNRewrite, weights: Mapping[str, ir.Value], prefix: str
     ) -> dict[str, ir.Value]:
-        shapes = weight_shapes(attributes, *reversed(_sizes(weights["w_out"])))
-        w_in, w_out = (_float32(weights[name]) for name in ("w_in", "w_out"))
-        made = wanted.make_constants(w_in, w_out)
         constants = {"threshold": self._initializer(f"{prefix}.threshold", wanted.threshold.astype(np.float32))}
         types = {"neuron_scale": np.float32, "shadow": np.int8, "shadow_scale": np.float16}
-        for name in input_names(attributes):
-            if name not in types:
-                continue
+        needed = [name for name in input_names(attributes) if name in types]
+        if not needed:
+            return constants
+        shapes = weight_shapes(attributes, *reversed(_sizes(weights["w_out"])))
+        made = wanted.make_constants(_float32(weights["w_in"]), _float32(weights["w_out"]))
+        for name in needed:
             if name not in made or made[name].shape != shapes[name] or made[name].dtype != types[name]:
                 found = f"{made[name].dtype} {list(made[name].shape)}" if name in made else "nothing"
                 raise ContractError(f"{prefix}: {name!r} is {found}; wanted {np.dtype(types[name])} {list(shapes[name])}")

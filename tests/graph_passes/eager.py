@@ -60,7 +60,9 @@ def sparse_eager(
             continue
         if kind == "gpt2":
             up, down = parent.c_fc, parent.c_proj
-            new = _Sparse(attributes, rewrite.threshold, rows, up.weight.T[:, None].contiguous(), down.weight, up.bias, down.bias)
+            new = _Sparse(
+                attributes, rewrite.threshold, rows, up.weight.T[:, None].contiguous(), down.weight, up.bias, down.bias
+            )
         else:
             if kind == "phi3":
                 gate_weight, up_weight = parent.gate_up_proj.weight.chunk(2, 0)

@@ -189,7 +189,8 @@ def test_shape_inference_sees_the_outputs() -> None:
         output.shape = None
     inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model))
     shapes = {
-        value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in inferred.graph.output
+        value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
+        for value in inferred.graph.output
     }
     assert len(shapes["y"]) == 3 and len(shapes["active"]) == 2 and shapes["stat"] == [2, 16]
 
