@@ -38,7 +38,8 @@ class ArtifactWriter:
     """
 
     def __init__(self, out: Path, overwrite: bool = False) -> None:
-        self.out = Path(os.path.abspath(out))
+        # Not resolve(): whether `out` itself is a link matters.
+        self.out = Path(os.path.abspath(out))  # noqa: PTH100
         self.overwrite = overwrite
         self._temporary: Path | None = None
         self._lock: int | None = None

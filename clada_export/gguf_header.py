@@ -50,7 +50,7 @@ class GgufHeader:
         return elements.most_common(1)[0][0]
 
 
-class _CutShort(Exception):
+class _CutShortError(Exception):
     """The header runs past the end of the file."""
 
 
@@ -61,12 +61,12 @@ class _Reader:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.stream.tell():
-            raise _CutShort
+            raise _CutShortError
         return self.stream.read(count)
 
     def skip(self, count: int) -> None:
         if count > self.size - self.stream.tell():
-            raise _CutShort
+            raise _CutShortError
         self.stream.seek(count, 1)
 
     def number(self, layout: str) -> Any:
@@ -75,7 +75,7 @@ class _Reader:
     def string(self) -> str:
         length = self.number("<Q")
         if length > _MAX_STRING:
-            raise _CutShort
+            raise _CutShortError
         return self.take(length).decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
@@ -114,9 +114,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
             return _read(stream, size, path)
     except OSError as error:
         raise UsageError(f"{path}: can't be read: {error.strerror or error}") from error
-    except _CutShort:
+    except _CutShortError:
         raise UsageError(
-            f"{path}: the file is cut short or damaged: its header runs past the end of the file, at {size} bytes; download it again"
+            f"{path}: the file is cut short or damaged: its header runs past its end, at {size} bytes; download it again"
         ) from None
     except (ValueError, OverflowError) as error:
         raise UsageError(f"{path}: not a readable GGUF file: {error}") from error

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -68,9 +69,20 @@ _DESCRIPTION_FILES = (
 )
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _NAMES_SHOWN = 3
+_MESSAGE_LIMIT = 300
 
 # What transformers raises on a config or a checkpoint that it can't make sense of.
-_BAD_INPUT = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError, RuntimeError, OSError)
+_BAD_INPUT = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ZeroDivisionError,
+    RuntimeError,
+    OSError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,8 @@ class SourceModel:
 
     `model` is in eval mode; `tokenizer` is None when the source has none (then `warnings` says so). `name` is the Hub id, the
     folder's name or the GGUF file's stem; `kind` is `hub`, `folder` or `gguf`; `revision` is the commit of a Hub source.
-    `files` maps paths relative to `path` to their digests; `weights_digest` is over the weights as loaded. `source_dtype` is the
-    type most weights are stored in: `float32`, `bfloat16`, `float16`, or a GGUF type such as `Q4_1`.
+    `files` maps paths relative to `path` to their digests; `weights_digest` is over the weights as loaded. `source_dtype` is
+    the type most weights are stored in: `float32`, `bfloat16`, `float16`, or a GGUF type such as `Q4_1`.
     """
 
     model: PreTrainedModel
@@ -191,7 +203,7 @@ def _fetch(
     looks_like_path = model.startswith((".", "~", "/")) or model.endswith((".gguf", ".safetensors", *_PICKLE_SUFFIXES))
     if looks_like_path or not _HUB_ID.fullmatch(model):
         raise UsageError(
-            f"{model!r}: no such file or folder, and not a Hub id either; give a folder, a .gguf file, or an id such as org/name"
+            f"{model!r}: no such file or folder, and not a Hub id; give a folder, a .gguf file, or an id such as org/name"
         )
     arguments: dict[str, Any] = {
         "revision": revision,
@@ -327,7 +339,7 @@ def _check_config_file(folder: Path) -> None:
     if quantised:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise UnsupportedModelError(
-            f"{folder / 'config.json'}: quantization_config: the weights are already quantised ({method}); give the original model"
+            f"{folder / 'config.json'}: quantization_config: its weights are quantised ({method}); give the original"
         )
 
 
@@ -398,6 +410,7 @@ def _check_safetensors(files: list[Path]) -> str:
 
 def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     place = folder / "config.json"
+    config: PreTrainedConfig
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
@@ -405,14 +418,14 @@ def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         value = read_json(place)
         if not trust_remote_code and value.get("auto_map"):
             raise UnsupportedModelError(
-                f"{place}: the model comes with its own Python code, which is not run unless you ask for it (--trust-remote-code)"
+                f"{place}: the model comes with Python code, which is run only if you ask for it (--trust-remote-code)"
             ) from error
         model_type = value.get("model_type")
         if model_type not in transformers.CONFIG_MAPPING:
             raise UnsupportedModelError(
                 f"{place}: model_type: transformers {transformers.__version__} does not know {model_type!r}"
             ) from error
-        raise UsageError(f"{place}: not a config that transformers can read: {_first_line(error)}") from error
+        raise UsageError(f"{place}: not a config that transformers can read: {_one_line(error)}") from error
     _check_decoder(config, str(place))
     return config
 
@@ -454,16 +467,16 @@ def _build(location: str, place: str, config: PreTrainedConfig, **arguments: Any
                 **arguments,
             )
     except ImportError as error:
-        raise BackendError(f"{place}: loading this model needs another package: {_first_line(error)}") from error
-    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise UsageError(f"{place}: the weights can't be read: {_first_line(error)}") from error
+        raise BackendError(f"{place}: loading this model needs another package: {_one_line(error)}") from error
+    except (SafetensorError, pickle.UnpicklingError, EOFError, struct.error) as error:
+        raise UsageError(f"{place}: the weights can't be read: {_one_line(error)}") from error
     except _BAD_INPUT as error:
-        raise UsageError(f"{place}: transformers can't build the model: {_first_line(error)}") from error
+        raise UsageError(f"{place}: transformers can't build the model: {_one_line(error)}") from error
     model: PreTrainedModel
     model, info = loaded
     _check_loading(info, place)
     _check_finite(model, place)
-    model.eval()
+    model.train(False)
     model.requires_grad_(False)
     return model
 
@@ -516,8 +529,8 @@ def _tokenizer(location: str, warnings: list[str], **arguments: Any) -> Any:
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(location, local_files_only=True, **arguments)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception; the model is exported without a tokenizer
-        warnings.append(f"the tokenizer can't be loaded ({_first_line(error)}); prompts will have to be token ids")
+    except Exception as error:
+        warnings.append(f"the tokenizer can't be loaded ({_one_line(error)}); prompts will have to be token ids")
         return None
 
 
@@ -542,12 +555,12 @@ def _license(folder: Path, config: PreTrainedConfig) -> str | None:
 def _digest_file(path: Path) -> SourceFile:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return SourceFile(digest, os.stat(path).st_size)
+    return SourceFile(digest, path.stat().st_size)
 
 
-def _first_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    return " ".join(text.split())[:_MESSAGE_LIMIT]
 
 
 def _more(names: list[Any]) -> str:
@@ -558,13 +571,14 @@ def _more(names: list[Any]) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """transformers' own report and progress bars (its GGUF reader's has no switch) would stand beside our messages."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    control: Any = transformers_logging
+    level, bars = control.get_verbosity(), control.is_progress_bar_enabled()
+    control.set_verbosity_error()
+    control.disable_progress_bar()
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        transformers_logging.set_verbosity(level)
+        control.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            control.enable_progress_bar()

@@ -35,7 +35,7 @@ LOAD_HEAD = RANDOM.normal(size=VOCABULARY).astype(np.float32)
 
 def make_graph() -> onnx.ModelProto:
     """Keys are the embeddings and values twice that; the context is the sum of both over the visible tokens."""
-    shape = ["batch", 1, "past", WIDTH]
+    shape: list[str | int | None] = ["batch", 1, "past", WIDTH]
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
@@ -361,7 +361,7 @@ def test_text_prompts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="prompt 0 is empty"):
         engine.generate("", 1)
     with pytest.raises(UsageError, match="all as text or all as token ids"):
-        engine.generate(["w1", [1]], 1)  # type: ignore[list-item]
+        engine.generate(["w1", [1]], 1)  # type: ignore[arg-type]
 
 
 def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:

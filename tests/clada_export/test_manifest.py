@@ -1,0 +1,237 @@
+"""The manifest and its reader: any damage is a UsageError that says where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clada_export.errors import BackendError, UsageError
+from clada_export.manifest import (
+    MANIFEST_NAME,
+    CacheTensor,
+    Manifest,
+    TensorSpec,
+    _digest,
+    file_record,
+    read_manifest,
+    write_manifest,
+)
+from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    plan = SparsityPlan(
+        policy="clada",
+        score="gate",
+        rule="threshold",
+        layers=(LayerPlan("model.layers.0.mlp.down_proj", "silu", True, 8, 16, (0.5,)),),
+        load=LoadSignal(),
+        source={"weights_digest": "ab"},
+    )
+    values: dict[str, Any] = {
+        "tool_version": "0.1.0",
+        "source": {"name": "org/tiny", "kind": "hub", "revision": "abc", "weights_digest": "ab", "files": {}},
+        "target": "ort",
+        "op": {"domain": "com.clada", "name": "SparseFFN", "version": 1},
+        "plan": plan.to_dict(),
+        "load_signal": LoadSignal(surprisal_mean=1.5),
+        "inputs": (TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+        "outputs": (TensorSpec("logits", "float32", ("batch", "sequence", 10)),),
+        "dtype": "float32",
+        "cache": (CacheTensor(0, "key", "past_key_values.0.key", "present.0.key", "float32", ("batch", 2, "past", 4)),),
+        "versions": {"onnx": "1.0"},
+        "library": "libclada_ort.so",
+        "verification": {"max_abs": 1e-6},
+        "drift": {"kl": 0.01},
+        "warnings": ("careful",),
+    }
+    return Manifest(**{**values, **changes})
+
+
+def write_folder(folder: Path, **changes: Any) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"graph")
+    (folder / "libclada_ort.so").write_bytes(b"library")
+    (folder / "sub" / "note.txt").write_text("note")
+    files = {name: file_record(folder / name) for name in ("model.onnx", "libclada_ort.so", "sub/note.txt")}
+    write_manifest(folder, make_manifest(**changes).with_files(files))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "out")
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change the parsed manifest and give it a digest that fits, as a careful editor would."""
+    path = folder / MANIFEST_NAME
+    value = json.loads(path.read_text())
+    change(value)
+    value["digest"] = _digest({key: item for key, item in value.items() if key != "digest"})
+    path.write_text(json.dumps(value))
+
+
+def test_round_trip(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest == make_manifest().with_files(manifest.files)
+    assert set(manifest.files) == {"model.onnx", "libclada_ort.so", "sub/note.txt"}
+    assert manifest.sparsity_plan().layers[0].threshold == (0.5,)
+    assert manifest.digest == json.loads((folder / MANIFEST_NAME).read_text())["digest"]
+
+
+def test_is_the_same_bytes_every_time(tmp_path: Path) -> None:
+    first, second = write_folder(tmp_path / "a"), write_folder(tmp_path / "b")
+    assert (first / MANIFEST_NAME).read_bytes() == (second / MANIFEST_NAME).read_bytes()
+
+
+def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        read_manifest(tmp_path / "nope")
+    with pytest.raises(UsageError, match=r"no clada\.json"):
+        read_manifest(tmp_path)
+
+
+def test_edited_manifest(folder: Path) -> None:
+    path = folder / MANIFEST_NAME
+    path.write_text(path.read_text().replace("careful", "all well"))
+    with pytest.raises(UsageError, match="edited or damaged"):
+        read_manifest(folder)
+
+
+def test_newer_schema(folder: Path) -> None:
+    rewrite(folder, lambda value: value.update(schema_version=2))
+    with pytest.raises(UsageError, match="schema_version 2 is newer"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "a//b", ".", "", "a\\b", "x\n", "a\0b", ".hidden", "C:x"])
+def test_file_names_that_leave_the_folder(folder: Path, name: str) -> None:
+    rewrite(folder, lambda value: value["files"].update({name: {"sha256": "0" * 64, "bytes": 0}}))
+    with pytest.raises(UsageError, match="not a plain relative path"):
+        read_manifest(folder)
+
+
+def test_a_link_that_leads_out(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(b"graph")
+    (folder / "model.onnx").unlink()
+    (folder / "model.onnx").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="leads out of the folder"):
+        read_manifest(folder)
+
+
+def test_a_pipe_instead_of_a_file(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+    os.mkfifo(folder / "model.onnx")
+    with pytest.raises(UsageError, match="not a regular file"):
+        read_manifest(folder)
+
+
+def test_missing_shorter_and_edited_files(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"grapH")
+    read_manifest(folder, check_files=False)
+    with pytest.raises(UsageError, match=r"model\.onnx: changed after the export"):
+        read_manifest(folder)
+    (folder / "model.onnx").write_bytes(b"gra")
+    with pytest.raises(UsageError, match="has 3 bytes, and the manifest says 5"):
+        read_manifest(folder, check_files=False)
+    (folder / "model.onnx").unlink()
+    with pytest.raises(UsageError, match=r"model\.onnx: .* missing"):
+        read_manifest(folder)
+    (folder / "libclada_ort.so").unlink()
+    (folder / "model.onnx").write_bytes(b"graph")
+    with pytest.raises(BackendError, match="library is missing"):
+        read_manifest(folder)
+
+
+def test_an_extra_library(folder: Path) -> None:
+    (folder / "extra.txt").write_text("fine")
+    read_manifest(folder)
+    (folder / "sub" / "libother.so.1").write_bytes(b"")
+    with pytest.raises(UsageError, match="a library that the manifest does not list"):
+        read_manifest(folder)
+
+
+def test_model_and_library_must_be_listed(folder: Path) -> None:
+    rewrite(folder, lambda value: value["files"].pop("model.onnx"))
+    with pytest.raises(UsageError, match=r"model: 'model\.onnx' is not one of the listed files"):
+        read_manifest(folder)
+
+
+def test_a_deep_manifest(folder: Path) -> None:
+    deep: Any = 1
+    for _ in range(400):
+        deep = [deep]
+    rewrite(folder, lambda value: value.update(drift={"deep": deep}))
+    try:
+        read_manifest(folder)
+    except UsageError as error:
+        assert "nested too deeply" in str(error)
+
+
+def test_writing_refuses_what_reading_would(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a finite number"):
+        write_manifest(tmp_path, make_manifest(library=None, drift={"kl": float("nan")}))
+    assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+SHARED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at] * bool(at) + [place for key, item in inner for place in places(item, (*at, key))]
+
+
+@SHARED
+@given(st.data())
+def test_fuzz_values(folder: Path, data: st.DataObject) -> None:
+    original = (folder / MANIFEST_NAME).read_bytes()
+    value = json.loads(original)
+    place = data.draw(st.sampled_from(places(value)))
+    owner = value
+    for key in place[:-1]:
+        owner = owner[key]
+    if isinstance(owner, dict) and data.draw(st.booleans()):
+        owner[data.draw(st.text(max_size=6))] = owner.pop(place[-1])
+    else:
+        owner[place[-1]] = data.draw(JSON)
+    if data.draw(st.booleans()):
+        content = {key: item for key, item in value.items() if key != "digest"}
+        value["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    (folder / MANIFEST_NAME).write_text(json.dumps(value), encoding="utf-8")
+    try:
+        read_manifest(folder)
+    except UsageError:
+        pass
+    finally:
+        (folder / MANIFEST_NAME).write_bytes(original)
+
+
+@SHARED
+@given(st.data())
+def test_fuzz_bytes(folder: Path, data: st.DataObject) -> None:
+    original = (folder / MANIFEST_NAME).read_bytes()
+    start = data.draw(st.integers(0, len(original)))
+    end = data.draw(st.integers(start, min(len(original), start + 40)))
+    changed = original[:start] + data.draw(st.binary(max_size=8)) + original[end:]
+    (folder / MANIFEST_NAME).write_bytes(changed)
+    try:
+        manifest = read_manifest(folder)
+        assert manifest.to_dict() == json.loads(original)
+    except UsageError:
+        pass
+    finally:
+        (folder / MANIFEST_NAME).write_bytes(original)
