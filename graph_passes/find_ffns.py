@@ -1,7 +1,7 @@
 """Find the feed-forward layers of a graph.
 
-The search walks backwards from every matrix product, because the down projection is the one node that every form of an FFN has and
-that keeps its module path through fusions. A hand-written walk is used instead of the onnxscript pattern matcher: the
+The search walks backwards from every matrix product, because the down projection is the one node that every form of an FFN has
+and that keeps its module path through fusions. A hand-written walk is used instead of the onnxscript pattern matcher: the
 patterns would multiply (packed or not, with or without biases and Reshapes, each spelling of each activation, commuted), and a
 pattern that fails says at which node it stopped, not what is wrong with the layer.
 """

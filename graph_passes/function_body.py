@@ -1,8 +1,8 @@
 """The ONNX function `com.clada::SparseFFN`: the op's meaning in standard ONNX operators.
 
-It computes every neuron and masks, so it saves nothing; it makes a model that contains the op run, with the same numbers, wherever
-the native op is missing. Values that differ between layers (the load response and the prior) reach the body as attribute
-references, so that one function serves all layers; attributes that change the structure are baked in.
+It computes every neuron and masks, so it saves nothing; it makes a model that contains the op run, with the same numbers,
+wherever the native op is missing. Values that differ between layers (the load response and the prior) reach the body as
+attribute references, so that one function serves all layers; attributes that change the structure are baked in.
 
 Notation: d `hidden_size`, f `intermediate_size`, g `granule`, E = f / g, `..` the leading axes of x.
 """
@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from graph_passes.op import DOMAIN, OP_TYPE, SHADOW_BLOCK, SparseFFNAttributes, input_names, output_names
 
-FUNCTION_OPSET = 20
+MIN_OPSET, DEFAULT_OPSET = 18, 20
 REFERENCED_ATTRIBUTES = ("load_slope", "load_min", "load_max", "backbone_min", "prior_gamma")
 """Float attributes that the body reads from the node; all others are fixed when the function is made."""
 
@@ -38,7 +38,11 @@ def variant_name(attributes: SparseFFNAttributes, weight_type: ir.DataType = ir.
 
 
 def make_function(
-    attributes: SparseFFNAttributes, *, weight_type: ir.DataType = ir.DataType.FLOAT, overload: str = ""
+    attributes: SparseFFNAttributes,
+    *,
+    weight_type: ir.DataType = ir.DataType.FLOAT,
+    overload: str = "",
+    opset: int = DEFAULT_OPSET,
 ) -> ir.Function:
     """Build the function for one structural variant.
 
@@ -46,17 +50,23 @@ def make_function(
         attributes: structure of the op. The values of `REFERENCED_ATTRIBUTES` are not used: nodes bring their own.
         weight_type: element type of `w_in` and `w_out`; other than float32, they are cast in the body.
         overload: ONNX overload name, for models that hold several variants.
+        opset: version of the standard operators; a function has to use its model's.
 
     Returns:
-        A function with the inputs and outputs of `graph_passes.op`, opset 20, that needs no custom operator.
+        A function with the inputs and outputs of `graph_passes.op` that needs no custom operator.
+
+    Raises:
+        ValueError: an opset below 18.
     """
+    if opset < MIN_OPSET:
+        raise ValueError(f"{OP_TYPE}: the function needs opset {MIN_OPSET} or later; the model has {opset}")
     body = _Body(attributes, weight_type)
     outputs = body.build()
     graph = ir.Graph(
         [body.inputs[name] for name in input_names(attributes)],
         outputs,
         nodes=list(body.tape.nodes),
-        opset_imports={"": FUNCTION_OPSET},
+        opset_imports={"": opset},
         name=OP_TYPE,
     )
     # Without a value an attribute is one that every node has to carry.

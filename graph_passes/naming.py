@@ -53,8 +53,8 @@ class NameInterface(ir.passes.InPlacePass):
 
     Inputs: `input_ids` [batch_size, sequence_length], `attention_mask` [batch_size, total_sequence_length], `position_ids`,
     `past_key_values.{i}.key` and `.value` [batch_size, heads, past_sequence_length, head_dim]. Outputs: `logits`,
-    `present.{i}.key` and `.value` [batch_size, heads, total_sequence_length, head_dim]. Sizes that the exporter found to be fixed
-    but wrote as symbols become numbers. A second run changes nothing.
+    `present.{i}.key` and `.value` [batch_size, heads, total_sequence_length, head_dim]. Sizes that the exporter found to be
+    fixed but wrote as symbols become numbers. A second run changes nothing.
     """
 
     def __init__(self) -> None:
@@ -94,8 +94,8 @@ def _new_name(name: str) -> str:
 def _resolve_cache_scalars(graph: ir.Graph, report: InterfaceReport) -> None:
     """Remove what a sliding-window layer's cache carries besides keys and values.
 
-    Its window size is read by nothing and handed on; its count of past tokens equals the length of the past keys, because a graph
-    traced inside the window keeps every token and masks those beyond the window.
+    Its window size is read by nothing and handed on; its count of past tokens equals the length of the past keys, because a
+    graph traced inside the window keeps every token and masks those beyond the window.
     """
     outputs = {str(value.name): value for value in graph.outputs}
     for value in list(graph.inputs):

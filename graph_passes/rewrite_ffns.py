@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.find_ffns import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
-from graph_passes.function_body import PLUGIN_ATTRIBUTES, VARIANT, make_function, variant_name
+from graph_passes.function_body import MIN_OPSET, PLUGIN_ATTRIBUTES, VARIANT, make_function, variant_name
 from graph_passes.op import (
     DOMAIN,
     OP_TYPE,
@@ -36,9 +36,9 @@ class FFNRewrite:
     Attributes:
         attributes: `activation`, `gated`, `has_bias` and `emit_active` are set by the pass.
         threshold: float32 [1] or [E].
-        make_constants: called, if the score needs constants, with w_in [f, n, d] and w_out [f, d] as float32: the weights as they
-            are stored, after a cast to `weight_dtype`, not to be changed. Returns `neuron_scale` float32 [f] and, for score
-            `shadow`, `shadow` int8 [f, n, d/2] and `shadow_scale` float16 [f, n, d/32, 2].
+        make_constants: called, if the score needs constants, with w_in [f, n, d] and w_out [f, d] as float32: the weights
+            as they are stored, after a cast to `weight_dtype`, not to be changed. Returns `neuron_scale` float32 [f] and,
+            for score `shadow`, `shadow` int8 [f, n, d/2] and `shadow_scale` float16 [f, n, d/32, 2].
     """
 
     attributes: SparseFFNAttributes
@@ -56,9 +56,9 @@ def rewrite_ffns(
     """Rewrite the FFNs named in `rewrites`, in place; see `RewriteFFNs`.
 
     Raises:
-        ContractError: a rewrite that the op does not allow for its layer. Sizes, thresholds and scores are checked before the graph
-            is touched; what `make_constants` returns, when its layer is reached.
-        PreconditionError: the graph has no `input_ids`.
+        ContractError: a rewrite that the op does not allow for its layer. Sizes, thresholds and scores are checked before the
+            graph is touched; what `make_constants` returns, when its layer is reached.
+        PreconditionError: the graph has no `input_ids`, or an opset below 18.
     """
     rewrite = RewriteFFNs(rewrites, emit_active=emit_active, weight_dtype=weight_dtype)
     rewrite(model)
@@ -91,10 +91,14 @@ class RewriteFFNs(ir.passes.InPlacePass):
         self.report = RewriteReport()
 
     def requires(self, model: ir.Model) -> None:
-        """The graph has a 2-D `input_ids`, from whose axes `load` takes its own; no name the pass adds means something else."""
+        """The graph has a 2-D `input_ids`, from whose axes `load` takes its own, and an opset that the
+        function body can use; no input of another meaning is called `load`."""
         shape = next((value.shape for value in model.graph.inputs if value.name == "input_ids"), None)
         if shape is None or len(shape) != 2:
             raise ir.passes.PreconditionError("the graph has no input 'input_ids' with two axes")
+        opset = model.graph.opset_imports.get("", 0)
+        if opset < MIN_OPSET:
+            raise ir.passes.PreconditionError(f"the graph has opset {opset}; {MIN_OPSET} or later is needed")
         if any(value.name == LOAD for value in model.graph.inputs) and not rewritten_ffns(model):
             raise ir.passes.PreconditionError(f"the graph has an input {LOAD!r} already, and no {OP_TYPE} node that reads it")
 
@@ -233,6 +237,8 @@ class _Writer:
             self.graph.extend([together, shaped])
             self.graph.outputs.append(shaped.outputs[0])
         self.graph.opset_imports[DOMAIN] = OP_VERSION
+        # Overloads and metadata of functions and nodes.
+        self.model.ir_version = max(self.model.ir_version, 10)
 
     # Inputs
 
@@ -337,7 +343,7 @@ class _Writer:
             if (function.domain, function.name) == (DOMAIN, OP_TYPE) and function.metadata_props.get(VARIANT) == variant:
                 return function.overload
         overload = variant if (DOMAIN, OP_TYPE, "") in functions else ""
-        function = make_function(attributes, weight_type=weight_type, overload=overload)
+        function = make_function(attributes, weight_type=weight_type, overload=overload, opset=self.graph.opset_imports[""])
         functions[function.identifier()] = function
         return overload
 

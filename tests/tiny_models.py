@@ -1,6 +1,6 @@
 """Tiny random models of the supported families, and their ONNX exports.
 
-Exports take about ten seconds each, so they are kept in `.cache/tiny_models/`, keyed by the versions of everything that shapes them.
+Exports take about ten seconds each, so they are kept in `.cache/tiny_models/`, keyed by what shapes them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import inspect
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -101,7 +100,7 @@ def export_tiny(kind: str, fusions: str | None = None, seed: int = 0) -> ir.Mode
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             ir.save(program, Path(folder) / path.name)
-            os.replace(Path(folder) / path.name, path)
+            (Path(folder) / path.name).replace(path)
     model = ir.load(path)
     for value in model.graph.initializers.values():
         if value.const_value is not None:

@@ -23,8 +23,8 @@ class Refusal:
 class FFNMatch:
     """One feed-forward layer found in a graph.
 
-    `name` is the module path of the down projection; a module that is called twice gives two matches of one name. `x` and `y` are
-    the values before and after the layer, as the projections see them or, where only a Reshape lies between, as [.., d] of
+    `name` is the module path of the down projection; a module that is called twice gives two matches of one name. `x` and `y`
+    are the values before and after the layer, as the projections see them or, where only a Reshape lies between, as [.., d] of
     rank 3. `nodes` compute y from x and nothing else. Weights are described, not loaded.
     """
 

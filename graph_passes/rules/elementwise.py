@@ -1,7 +1,7 @@
 """Recognise an activation by what it computes.
 
-Exporters and fusions write one activation in many ways (`gelu_new` alone in more than ten), so the elementwise nodes in front of a
-down projection are not compared with patterns. They are evaluated on a grid, and the numbers are compared with the
+Exporters and fusions write one activation in many ways (`gelu_new` alone in more than ten), so the elementwise nodes in front
+of a down projection are not compared with patterns. They are evaluated on a grid, and the numbers are compared with the
 activations of the op contract. Commuted operands, other orders and other constants cost no further rule.
 """
 
@@ -20,7 +20,8 @@ from graph_passes.rules.weights import VectorSource, constant_scalar, vector_sou
 
 MAX_NODES = 32
 _TOLERANCE = 1e-4
-"""Relative to 1 + |value|: constants are stored in float16 or bfloat16 in some graphs, the nearest wrong activations are 1e-3 away."""
+"""Relative to 1 + |value|, for the closest activation: below the distance of gelu and gelu_tanh, the closest pair, and far
+above the rounding of constants."""
 
 _GRID = np.concatenate([np.linspace(-9.0, 9.0, 181), [-30.0, -0.01, 0.0, 0.01, 30.0]])
 

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-QUANTISED_OPS = ("DequantizeLinear", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm",
-                 "DynamicQuantizeMatMul")  # fmt: skip
+QUANTISED_OPS = (
+    "DequantizeLinear",
+    "MatMulNBits",
+    "MatMulBnb4",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QLinearMatMul",
+    "QGemm",
+    "DynamicQuantizeMatMul",
+)
 
 
 @dataclass(frozen=True)

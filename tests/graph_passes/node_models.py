@@ -14,7 +14,7 @@ from graph_passes.function_body import PLUGIN_ATTRIBUTES, make_function
 from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, output_names
 
 
-def node_model(attributes: SparseFFNAttributes, feeds: dict[str, np.ndarray], overload: str = "") -> ir.Model:
+def node_model(attributes: SparseFFNAttributes, feeds: dict[str, np.ndarray], overload: str = "", opset: int = 20) -> ir.Model:
     """A model of one node; x and load are inputs with free leading axes, everything else is a graph input of fixed shape."""
     weight_type = ir.DataType.from_numpy(feeds["w_in"].dtype)
     values = []
@@ -42,8 +42,8 @@ def node_model(attributes: SparseFFNAttributes, feeds: dict[str, np.ndarray], ov
     for output, name in zip(node.outputs, output_names(attributes), strict=True):
         output.name = name
         output.type, output.shape = ir.TensorType(results[name][0]), results[name][1].copy()
-    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 20, DOMAIN: 1}, name="one_node")
-    function = make_function(attributes, weight_type=weight_type, overload=overload)
+    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": opset, DOMAIN: 1}, name="one_node")
+    function = make_function(attributes, weight_type=weight_type, overload=overload, opset=opset)
     return ir.Model(graph, ir_version=10, functions=[function])
 
 

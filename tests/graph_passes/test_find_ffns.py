@@ -124,6 +124,28 @@ def test_weights_in_every_orientation_read_alike() -> None:
     assert [match.up_bias is not None for match in matches] == [False, False, False, True, True, True]
 
 
+@pytest.mark.parametrize("spelling", ["Split", "Slice"])
+def test_packed_gate_and_up(spelling: str) -> None:
+    """Gate and up in one product, with one bias, up first."""
+    g = Handmade()
+    packed = g.weight("p", HIDDEN, 2 * WIDTH)
+    bias = g.weight("b", 2 * WIDTH)
+    both = g.op("Add", g.matmul(g.x, packed), bias, shape=["b", "s", 2 * WIDTH])
+    if spelling == "Split":
+        sizes = g.const("sizes", np.array([WIDTH, WIDTH]))
+        up, gate = g.tape.op_multi_out("Split", [both, sizes], {"axis": 2}, num_outputs=2)
+    else:
+        ends = [g.const(f"end{i}", np.array([end])) for i, end in enumerate((0, WIDTH, 2**63 - 1, -1))]
+        up, gate = (g.op("Slice", both, ends[i], ends[i + 1], ends[3]) for i in range(2))
+    y = g.matmul(g.op("Mul", g.silu(gate), up), g.weight("d", WIDTH, HIDDEN), module="mlp.down_proj")
+    (match,) = find_ffns(g.model(y)).matches
+    assert match.gate is not None and match.gate_bias is not None and match.up_bias is not None
+    array = packed.const_value.numpy()
+    np.testing.assert_array_equal(match.up.read(), array[:, :WIDTH])
+    np.testing.assert_array_equal(match.gate.read(), array[:, WIDTH:])
+    np.testing.assert_array_equal(match.gate_bias.read(), bias.const_value.numpy()[WIDTH:])
+
+
 def _second_user() -> ir.Model:
     g = Handmade()
     y = g.swiglu()

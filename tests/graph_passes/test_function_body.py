@@ -199,3 +199,17 @@ def test_one_function_serves_layers_that_differ_in_numbers() -> None:
     first = SparseFFNAttributes(load_slope=0.1, load_min=0.5, load_max=2.0)
     second = replace(first, load_slope=0.3, load_min=0.2, load_max=3.0)
     assert ir.to_proto(make_function(first)) == ir.to_proto(make_function(second))
+
+
+@pytest.mark.parametrize("opset", [18, 19, 21, 22])
+def test_other_opsets(opset: int) -> None:
+    attributes = SparseFFNAttributes(score="shadow", rule="topk", granule=2, use_stat=True, emit_stat=True, emit_active=True)
+    feeds = make_feeds(attributes, (2, 3), 16, seed=5)
+    model = node_models.node_model(attributes, feeds, opset=opset)
+    node_models.check(model)
+    compare(node_models.run_onnxruntime(model, feeds), reference(attributes, feeds), attributes)
+
+
+def test_old_opsets_are_refused() -> None:
+    with pytest.raises(ValueError, match="opset 18 or later"):
+        make_function(SparseFFNAttributes(), opset=17)
