@@ -95,8 +95,7 @@ class Direct {
   }
 
   void Dot(int64_t i, int64_t j, int first, int subrows, const int32_t* list, int64_t count, float* out) const {
-    const float* x = Row(i);
-    k_.dot[type_](&x, 1, WeightAt(problem_, problem_.w_in, (j * n_ + first) * d_), d_, n_ * d_, subrows, list, count, &out);
+    k_.dot[type_](Row(i), WeightAt(problem_, problem_.w_in, (j * n_ + first) * d_), d_, n_ * d_, subrows, list, count, out);
   }
 
   // Scores of neurons j .. j + size - 1 of a row, and what of its gates or hidden values falls out on the way.

@@ -13,11 +13,10 @@ namespace clada {
 struct Kernels {
   const char* name;
 
-  // out[r][i * subrows + s] = x[r] . w[neuron list[i]][s] for up to kTileRows rows r. Neurons lie `stride` weights apart, their
-  // subrows (1 or 2) follow each other. list == null: neurons 0 .. count - 1. A row's bits do not depend on the other rows.
-  // Indexed by WeightType.
-  void (*dot[3])(const float* const* x, int rows, const void* w, int64_t d, int64_t stride, int subrows, const int32_t* list,
-                 int64_t count, float* const* out);
+  // out[i * subrows + s] = x . w[neuron list[i]][s]. Neurons lie `stride` weights apart, their subrows (1 or 2) follow each
+  // other. list == null: neurons 0 .. count - 1. Indexed by WeightType.
+  void (*dot[3])(const float* x, const void* w, int64_t d, int64_t stride, int subrows, const int32_t* list, int64_t count,
+                 float* out);
 
   // y[0..d) += sum over i of coefficient[i] * w[list[i]], in the order of the list.
   void (*axpy[3])(const float* coefficient, const void* w, int64_t d, const int32_t* list, int64_t count, float* y);
@@ -41,8 +40,6 @@ struct Kernels {
   // out[i] = r[i] ^ -gamma for r >= 0, gamma > 0.
   void (*inverse_power)(const float* r, int64_t count, float gamma, float* out);
 };
-
-constexpr int kTileRows = 4;
 
 #if defined(__x86_64__)
 extern const Kernels kAvx512Kernels;

@@ -38,101 +38,89 @@ inline float ToFloat(Half value) {
   return BitsToFloat(sign | bits);
 }
 
-// One weight row (S subrows side by side) times R rows of x. Two accumulators a product hide the latency of the additions;
-// the row that comes next is fetched meanwhile, because the hardware cannot guess where an active neuron lies.
-template <class V, class W, int S, int R>
-inline void DotNeuron(const float* const* x, const W* w, const W* next, int64_t d, float* const* out, int64_t at) {
-  typename V::F sum[R][S][2];
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) sum[r][s][0] = sum[r][s][1] = V::Set(0.0f);
-  int64_t i = 0;
-  for (; i + 2 * V::kWidth <= d; i += 2 * V::kWidth) {
-    for (int s = 0; s < S; ++s) {
-      constexpr int64_t kStep = 64 / static_cast<int64_t>(sizeof(W));
-      for (int64_t p = 0; p < 2 * V::kWidth; p += kStep) __builtin_prefetch(next + s * d + i + p);
-      const typename V::F w0 = V::LoadWeight(w + s * d + i);
-      const typename V::F w1 = V::LoadWeight(w + s * d + i + V::kWidth);
-      for (int r = 0; r < R; ++r) {
-        sum[r][s][0] = V::Fma(w0, V::Load(x[r] + i), sum[r][s][0]);
-        sum[r][s][1] = V::Fma(w1, V::Load(x[r] + i + V::kWidth), sum[r][s][1]);
-      }
-    }
-  }
-  for (; i + V::kWidth <= d; i += V::kWidth)
-    for (int s = 0; s < S; ++s) {
-      const typename V::F w0 = V::LoadWeight(w + s * d + i);
-      for (int r = 0; r < R; ++r) sum[r][s][0] = V::Fma(w0, V::Load(x[r] + i), sum[r][s][0]);
-    }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) {
-      float total = V::Sum(V::Add(sum[r][s][0], sum[r][s][1]));
-      for (int64_t k = i; k < d; ++k) total += ToFloat(w[s * d + k]) * x[r][k];
-      out[r][at + s] = total;
-    }
+// Rows are walked in the order of memory, one stream at a time: two rows at once (gate and up, or several neurons) halve what a
+// core reads a second, because they defeat the hardware's prefetching. A list's gaps defeat it too, so while one of its rows is
+// used, the one that comes kAhead places later is fetched, into the second-level cache: the first level has too few slots for
+// requests that take this long.
+constexpr int64_t kAhead = 2;
+
+template <class W>
+inline void Fetch(const W* p) {
+  __builtin_prefetch(p, 0, 2);
 }
 
-template <class V, class W, int S, int R>
-inline void DotRows(const float* const* x, const W* w, int64_t d, int64_t stride, const int32_t* list, int64_t count,
-                    float* const* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t next = i + 1 < count ? i + 1 : i;
-    DotNeuron<V, W, S, R>(x, w + (list ? list[i] : i) * stride, w + (list ? list[next] : next) * stride, d, out, i * S);
+template <class W>
+inline const W* Ahead(const W* w, int64_t stride, const int32_t* list, int64_t i, int64_t count) {
+  const int64_t at = i + kAhead < count ? i + kAhead : count - 1;
+  return w + (list ? list[at] : at) * stride;
+}
+
+template <class W>
+inline void FetchFirst(const W* w, int64_t stride, const int32_t* list, int64_t count, int64_t length) {
+  for (int64_t i = 0; i < kAhead && i < count; ++i)
+    for (int64_t k = 0; k < length; k += 64 / static_cast<int64_t>(sizeof(W))) Fetch(w + (list ? list[i] : i) * stride + k);
+}
+
+// Four accumulators hide the latency of the additions.
+template <class V, class W, bool kFetch>
+inline float DotRow(const float* x, const W* w, const W* ahead, int64_t d) {
+  using F = typename V::F;
+  constexpr int64_t kWidth = V::kWidth, kLine = 64 / static_cast<int64_t>(sizeof(W));
+  F a = V::Set(0.0f), b = a, c = a, e = a;
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= d; i += 4 * kWidth) {
+    if constexpr (kFetch)
+      for (int64_t k = 0; k < 4 * kWidth; k += kLine) Fetch(ahead + i + k);
+    a = V::Fma(V::LoadWeight(w + i), V::Load(x + i), a);
+    b = V::Fma(V::LoadWeight(w + i + kWidth), V::Load(x + i + kWidth), b);
+    c = V::Fma(V::LoadWeight(w + i + 2 * kWidth), V::Load(x + i + 2 * kWidth), c);
+    e = V::Fma(V::LoadWeight(w + i + 3 * kWidth), V::Load(x + i + 3 * kWidth), e);
   }
+  for (; i + kWidth <= d; i += kWidth) a = V::Fma(V::LoadWeight(w + i), V::Load(x + i), a);
+  float sum = V::Sum(V::Add(V::Add(a, b), V::Add(c, e)));
+  for (; i < d; ++i) sum += ToFloat(w[i]) * x[i];
+  return sum;
 }
 
 template <class V, class W>
-void Dot(const float* const* x, int rows, const void* w, int64_t d, int64_t stride, int subrows, const int32_t* list,
-         int64_t count, float* const* out) {
-  const W* weights = static_cast<const W*>(w);
-  switch (rows * 2 + subrows - 1) {
-    case 2: return DotRows<V, W, 1, 1>(x, weights, d, stride, list, count, out);
-    case 3: return DotRows<V, W, 2, 1>(x, weights, d, stride, list, count, out);
-    case 4: return DotRows<V, W, 1, 2>(x, weights, d, stride, list, count, out);
-    case 5: return DotRows<V, W, 2, 2>(x, weights, d, stride, list, count, out);
-    case 6: return DotRows<V, W, 1, 3>(x, weights, d, stride, list, count, out);
-    case 7: return DotRows<V, W, 2, 3>(x, weights, d, stride, list, count, out);
-    case 8: return DotRows<V, W, 1, 4>(x, weights, d, stride, list, count, out);
-    case 9: return DotRows<V, W, 2, 4>(x, weights, d, stride, list, count, out);
-    default: return;
+void Dot(const float* x, const void* weights, int64_t d, int64_t stride, int subrows, const int32_t* list, int64_t count,
+         float* out) {
+  const W* w = static_cast<const W*>(weights);
+  if (list == nullptr && stride == subrows * d) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int s = 0; s < subrows; ++s) *out++ = DotRow<V, W, false>(x, w + i * stride + s * d, nullptr, d);
+    return;
+  }
+  FetchFirst(w, stride, list, count, subrows * d);
+  for (int64_t i = 0; i < count; ++i) {
+    const W* ahead = Ahead(w, stride, list, i, count);
+    for (int s = 0; s < subrows; ++s) *out++ = DotRow<V, W, true>(x, w + (list ? list[i] : i) * stride + s * d, ahead + s * d, d);
   }
 }
 
-// N neurons at once: y is read and written once for all of them, and their rows are N streams from memory.
-template <class V, class W, int N>
-inline void AxpyNeurons(const float* coefficient, const W* const* w, const W* const* next, int64_t d, float* y) {
+template <class V, class W, bool kFetch>
+inline void AxpyRow(float coefficient, const W* row, const W* ahead, int64_t d, float* y) {
+  constexpr int64_t kWidth = V::kWidth, kLine = 64 / static_cast<int64_t>(sizeof(W));
+  const typename V::F c = V::Set(coefficient);
   int64_t i = 0;
-  typename V::F c[N];
-  for (int k = 0; k < N; ++k) c[k] = V::Set(coefficient[k]);
-  for (; i + V::kWidth <= d; i += V::kWidth) {
-    typename V::F sum = V::Load(y + i);
-    for (int k = 0; k < N; ++k) {
-      __builtin_prefetch(next[k] + i);
-      sum = V::Fma(c[k], V::LoadWeight(w[k] + i), sum);
-    }
-    V::Store(y + i, sum);
+  for (; i + 2 * kWidth <= d; i += 2 * kWidth) {
+    if constexpr (kFetch)
+      for (int64_t k = 0; k < 2 * kWidth; k += kLine) Fetch(ahead + i + k);
+    V::Store(y + i, V::Fma(c, V::LoadWeight(row + i), V::Load(y + i)));
+    V::Store(y + i + kWidth, V::Fma(c, V::LoadWeight(row + i + kWidth), V::Load(y + i + kWidth)));
   }
-  for (; i < d; ++i)
-    for (int k = 0; k < N; ++k) y[i] += coefficient[k] * ToFloat(w[k][i]);
+  for (; i < d; ++i) y[i] += coefficient * ToFloat(row[i]);
 }
 
 template <class V, class W>
 void Axpy(const float* coefficient, const void* weights, int64_t d, const int32_t* list, int64_t count, float* y) {
   const W* w = static_cast<const W*>(weights);
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const W* rows[4];
-    const W* next[4];
-    for (int k = 0; k < 4; ++k) {
-      const int64_t ahead = i + 4 + k < count ? i + 4 + k : i + k;
-      rows[k] = w + (list ? list[i + k] : i + k) * d;
-      next[k] = w + (list ? list[ahead] : ahead) * d;
-    }
-    AxpyNeurons<V, W, 4>(coefficient + i, rows, next, d, y);
+  if (list == nullptr) {
+    for (int64_t i = 0; i < count; ++i) AxpyRow<V, W, false>(coefficient[i], w + i * d, nullptr, d, y);
+    return;
   }
-  for (; i < count; ++i) {
-    const W* row = w + (list ? list[i] : i) * d;
-    AxpyNeurons<V, W, 1>(coefficient + i, &row, &row, d, y);
-  }
+  FetchFirst(w, d, list, count, d);
+  for (int64_t i = 0; i < count; ++i) AxpyRow<V, W, true>(coefficient[i], w + list[i] * d, Ahead(w, d, list, i, count), d, y);
 }
 
 template <class V, class W>

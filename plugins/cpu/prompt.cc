@@ -18,7 +18,7 @@ void SimpleGemm(const Host& host, bool transpose_b, int64_t m, int64_t n, int64_
     const float* x = a + row * k;
     float* out = c + row * n;
     if (transpose_b) {
-      kernels.dot[0](&x, 1, b, k, k, 1, nullptr, n, &out);
+      kernels.dot[0](x, b, k, k, 1, nullptr, n, out);
     } else {
       std::memset(out, 0, static_cast<size_t>(n) * sizeof(float));
       kernels.axpy[0](x, b, n, nullptr, k, out);

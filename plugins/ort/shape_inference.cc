@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "shape_inference.h"
 
+#include <atomic>
+
 namespace clada::ort {
 namespace {
 
@@ -13,9 +15,16 @@ bool Flag(OrtShapeInferContext* context, const char* name) {
 }
 
 struct Shape {
-  std::vector<int64_t> sizes;         // -1: not known
-  std::vector<std::string> symbols;  // a name, or empty
+  std::vector<int64_t> sizes;        // -1: not known
+  std::vector<std::string> symbols;  // a name where the size is not known, else empty
 };
+
+// The runtime takes a size of -1 without a name for a real size, so every open size needs a name; a new one each time, since
+// equal names mean equal sizes.
+std::string NewSymbol() {
+  static std::atomic<uint64_t> count{0};
+  return "com.clada.size_" + std::to_string(count++);
+}
 
 // The C++ wrapper of the headers is avoided: it writes -2 for symbolic sizes, which the runtime refuses.
 bool Read(OrtShapeInferContext* context, size_t input, Shape* shape) {
@@ -29,19 +38,22 @@ bool Read(OrtShapeInferContext* context, size_t input, Shape* shape) {
   if (rank == 0) return true;
   if (!Ort::Status(api.GetDimensions(info, shape->sizes.data(), rank)).IsOK()) return false;
   if (!Ort::Status(api.GetSymbolicDimensions(info, names.data(), rank)).IsOK()) return false;
-  for (const char* name : names) shape->symbols.emplace_back(name ? name : "");
+  for (size_t i = 0; i < rank; ++i) {
+    shape->symbols.emplace_back(names[i] ? names[i] : "");
+    if (shape->sizes[i] < 0 && shape->symbols[i].empty()) shape->symbols[i] = NewSymbol();
+  }
   return true;
 }
 
-OrtStatusPtr Write(OrtShapeInferContext* context, size_t output, ONNXTensorElementDataType type, const Shape* shape) {
+OrtStatusPtr Write(OrtShapeInferContext* context, size_t output, ONNXTensorElementDataType type, const Shape& shape) {
   const OrtApi& api = Ort::GetApi();
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatusPtr status = api.CreateTensorTypeAndShapeInfo(&info)) return status;
   OrtStatusPtr status = api.SetTensorElementType(info, type);
-  if (!status && shape && !shape->sizes.empty()) {
-    status = api.SetDimensions(info, shape->sizes.data(), shape->sizes.size());
+  if (!status && !shape.sizes.empty()) {
+    status = api.SetDimensions(info, shape.sizes.data(), shape.sizes.size());
     std::vector<const char*> names;
-    for (const std::string& symbol : shape->symbols) names.push_back(symbol.c_str());
+    for (const std::string& symbol : shape.symbols) names.push_back(symbol.c_str());
     if (!status) status = api.SetSymbolicDimensions(info, names.data(), names.size());
   }
   if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, output, info);
@@ -66,21 +78,27 @@ OrtStatusPtr ORT_API_CALL InferShapes(const OrtCustomOp*, OrtShapeInferContext* 
   try {
     Shape x, load, weights;
     if (!Read(context, 0, &x)) return nullptr;
-    if (OrtStatusPtr status = Write(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &x)) return status;
+    // An x of unknown rank reads like a scalar, which x can't be.
+    if (!x.sizes.empty())
+      if (OrtStatusPtr status = Write(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, x)) return status;
     size_t output = 1;
     if (Flag(context, "emit_stat")) {
-      const bool known = Read(context, 2, &weights) && x.sizes.size() == 3 && weights.sizes.size() == 3;
-      Shape stat;
-      if (known) {
-        stat.sizes = {x.sizes[0], weights.sizes[0]};
-        stat.symbols = {x.symbols[0], weights.symbols[0]};
-      }
-      if (OrtStatusPtr status = Write(context, output++, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, known ? &stat : nullptr))
-        return status;
+      Shape stat{{-1, -1}, {NewSymbol(), NewSymbol()}};
+      const auto copy = [&stat](size_t axis, const Shape& from) {
+        stat.sizes[axis] = from.sizes[0];
+        stat.symbols[axis] = from.symbols[0];
+      };
+      if (!x.sizes.empty()) copy(0, x);
+      if (Read(context, 2, &weights) && !weights.sizes.empty()) copy(1, weights);
+      if (OrtStatusPtr status = Write(context, output++, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, stat)) return status;
     }
     if (Flag(context, "emit_active")) {
-      const bool known = Read(context, 1, &load);
-      return Write(context, output, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, known ? &load : nullptr);
+      if (!Read(context, 1, &load)) return nullptr;
+      if (load.sizes.size() + 1 != x.sizes.size()) {  // unknown rank: as x without its last axis
+        load = x;
+        if (!load.sizes.empty()) load.sizes.pop_back(), load.symbols.pop_back();
+      }
+      return Write(context, output, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, load);
     }
     return nullptr;
   } catch (const std::exception& error) {
