@@ -147,9 +147,9 @@ class TensorSpec:
 class CacheTensor:
     """State that one step hands to the next: output `present` becomes input `past`.
 
-    `role` is `key`, `value` or `stat` (the prompt statistic of a SparseFFN). In `shape` the name `batch` stands for the
-    number of sequences; every other name is the axis that grows, and is 0 before the first step. A key or value is
-    [batch, heads, past, head_dim].
+    `role` is `key`, `value` or `stat` (the prompt statistic of a SparseFFN). In `shape` the first axis is the number
+    of sequences; any other axis with a name grows, and is 0 before the first step. A key or value is
+    [batch_size, heads, past_sequence_length, head_dim].
     """
 
     layer: int

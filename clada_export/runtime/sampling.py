@@ -72,12 +72,30 @@ class Sampler:
         settings = self.settings
         if settings.temperature == 0:
             return best
-        order = np.argsort(-values, kind="stable")
-        if settings.top_k:
-            order = order[: settings.top_k]
-        weights = np.exp((values[order] - values[best]) / settings.temperature)
-        share = np.cumsum(weights) / weights.sum()
-        # The first token that reaches top_p is kept, so at least one always is.
-        kept = min(int(np.searchsorted(share, settings.top_p)) + 1, len(order))
-        point = generator.random() * share[kept - 1]
-        return int(order[min(int(np.searchsorted(share[:kept], point, side="right")), kept - 1)])
+        tokens = _best(values, settings.top_k) if settings.top_k else np.arange(len(values))
+        weights = np.exp((values[tokens] - values[best]) / settings.temperature)
+        if settings.top_p < 1:
+            kept = _nucleus(weights, settings.top_p)
+            tokens, weights = tokens[kept], weights[kept]
+        share = np.cumsum(weights)
+        point = generator.random() * share[-1]
+        return int(tokens[min(int(np.searchsorted(share, point, side="right")), len(tokens) - 1)])
+
+
+def _best(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+    """The indices of the `count` largest values, the largest first; ties go to the lowest index."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    smallest = np.partition(values, len(values) - count)[len(values) - count]
+    candidates = np.flatnonzero(values >= smallest)
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
+
+
+def _nucleus(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """The indices of the fewest weights that make up `top_p` of the sum: at least one, the largest first."""
+    total = weights.sum()
+    # All weights below this together stay under 1 - top_p, so none is needed; a vocabulary is too long to sort whole.
+    candidates = np.flatnonzero(weights >= total * (1 - top_p) / len(weights))
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    share = np.cumsum(weights[order]) / total
+    return order[: int(np.searchsorted(share, top_p)) + 1]

@@ -84,7 +84,7 @@ class GraphSession:
         """The state before the first step, for `batch` sequences: by input name, with growing axes of length 0."""
         state = {}
         for tensor in self._cache:
-            shape = [batch if axis == "batch" else 0 if isinstance(axis, str) else axis for axis in tensor.shape]
+            shape = [batch, *(0 if isinstance(axis, str) else axis for axis in tensor.shape[1:])]
             if 0 not in shape:  # a statistic: it starts at zero, and memory from ORT is not cleared
                 state[tensor.past] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=tensor.dtype))
             else:
