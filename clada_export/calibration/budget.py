@@ -44,7 +44,7 @@ class Budget:
         return cls(metric, limit)
 
     def __str__(self) -> str:
-        return f"ppl={self.limit:.4g}".replace("ppl=", "ppl=+") if self.metric == "ppl" else f"kl={self.limit:.4g}"
+        return f"ppl={self.limit:.4%}" if self.metric == "ppl" else f"kl={self.limit:.6g}"
 
     def cost(self, drift: Drift) -> float:
         """The measured error, one standard error on the safe side, in the budget's unit."""

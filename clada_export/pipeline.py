@@ -1,0 +1,320 @@
+"""The compiler: source, calibrate, trace, graph passes, target, verify, artifact, in this order."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clada_export import __version__
+from clada_export.artifact import ArtifactWriter
+from clada_export.calibration import Budget, CalibrationData, CalibrationOptions, calibrate, load_calibration_data
+from clada_export.calibration.budget import parse_sparsity
+from clada_export.errors import UsageError, VerificationError
+from clada_export.ffn import EagerFFNs, require_ffns
+from clada_export.manifest import Manifest, write_manifest
+from clada_export.plan import SparsityPlan
+from clada_export.policies import get_policy
+from clada_export.progress import Progress, Stages
+from clada_export.report import write_model_card, write_report
+from clada_export.rounding import round_ffn_weights
+from clada_export.runtime import load_engine
+from clada_export.source import SourceModel, load_source
+from clada_export.targets import onnxruntime as target_ort
+from clada_export.trace import trace
+from clada_export.verify import Verification, VerifyOptions, verify
+from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
+
+TARGETS = ("ort",)
+DTYPES = tuple(target_ort.WEIGHT_TYPES)
+PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `clada-export` was asked for; the defaults are those of the command line."""
+
+    target: str = "ort"
+    policy: str = "clada"
+    score: str | None = None
+    budget: str = "ppl=2%"
+    sparsity: float | None = None
+    plan: Path | None = None
+    calibration_data: Path | None = None
+    calibration_tokens: Path | None = None
+    calibration_context: int = 512
+    dtype: str = "float32"
+    load_response: bool = True
+    verify: bool = True
+    overwrite: bool = False
+    seed: int = 0
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def check(self) -> None:
+        """Refuse what can be refused before any work.
+
+        Raises:
+            UsageError: an unknown target, dtype or policy, a budget or sparsity out of range, options that exclude each other.
+        """
+        if self.target not in TARGETS:
+            raise UsageError(f"unknown target {self.target!r}; known: {', '.join(TARGETS)}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        get_policy(self.policy)
+        Budget.parse(self.budget)
+        if self.sparsity is not None:
+            parse_sparsity(self.sparsity)
+        if self.calibration_context < 8:
+            raise UsageError(f"--calibration-context {self.calibration_context} is too short: at least 8 tokens")
+        if self.calibration_data is not None and self.calibration_tokens is not None:
+            raise UsageError("--calibration-data and --calibration-tokens exclude each other; give one")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where the engine is, and what is known about it."""
+
+    path: Path
+    manifest: Manifest
+    plan: SparsityPlan
+    verification: Verification | None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> ExportResult:
+    """Compile a decoder into an engine folder.
+
+    Args:
+        model: a Hub id, a local folder, or a `.gguf` file.
+        output: the folder to make.
+        options: all options at once; `overrides` set single ones (`budget="kl=0.05"`).
+
+    Raises:
+        UsageError, UnsupportedModelError, VerificationError, BackendError: see `clada_export.errors`. Nothing is left behind.
+    """
+    options = replace(options or ExportOptions(), **overrides)
+    options.check()
+    stages = Stages(progress)
+    target_ort.require_backend()
+    given = SparsityPlan.load_file(options.plan) if options.plan is not None else None
+    with ArtifactWriter(Path(output), options.overwrite) as writer:
+        with stages("source") as note:
+            source = _load(str(model), options)
+            ffns = require_ffns(source.model)
+            note(f"{source.name}, {len(ffns.found)} FFNs, {source.source_dtype}")
+        warnings = [*source.warnings, *(f"{item.name} is left dense: {item.reason}" for item in ffns.skipped)]
+        if options.dtype != "float32":
+            with stages("round"):
+                warnings.append(round_ffn_weights(ffns.found, options.dtype))
+        data = _data(source, options)
+        warnings += data.warnings
+        with stages("calibrate") as note:
+            plan, details = _plan(source, ffns, data, given, options, stages.inner)
+            note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
+        with stages("trace"):
+            traced = trace(source.model, fusions=target_ort.FUSIONS)
+        with stages("rewrite and write") as note:
+            built = target_ort.build(traced, plan, writer.path, dtype=options.dtype)
+            del traced
+            note(f"matched {len(built.report.ffns)}/{len(ffns.found)} FFNs")
+        warnings += [f"{miss.name} is left dense: {miss.reason}" for miss in built.report.misses]
+        # What the graph does not have can't be checked or reported as sparse.
+        rewritten = {item.name for item in built.report.ffns}
+        plan = plan.with_layers(tuple(layer for layer in plan.layers if layer.name in rewritten))
+        _write_companions(source, writer.path)
+        manifest = _manifest(source, plan, built, options, warnings)
+        write_manifest(writer.path, manifest.with_files({}))
+        verification: Verification | None = None
+        if options.verify:
+            with stages("verify") as note:
+                verification = _verify(writer.path, source, ffns, data, plan, stages)
+                note(f"{sum(check.passed for check in verification.checks)}/{len(verification.checks)} checks")
+            if not verification.passed:
+                raise VerificationError("verification failed:\n  " + "\n  ".join(verification.failures()))
+            manifest = replace(manifest, verification=verification.to_dict(), drift=verification.drift)
+        else:
+            manifest = replace(manifest, warnings=(*manifest.warnings, "not verified (--no-verify)"))
+        report = {
+            "model": source.name,
+            "plan": plan.to_dict(),
+            "verification": verification.to_dict() if verification else {},
+            "rewrite": built.report.to_dict(),
+            "calibration": details,
+            "warnings": list(manifest.warnings),
+        }
+        write_report(writer.path, report)
+        write_model_card(writer.path, manifest)
+        manifest = writer.commit(manifest)
+    return ExportResult(Path(output), manifest, plan, verification, stages.seconds)
+
+
+def verify_folder(
+    folder: str | Path, source: str | None = None, *, progress: Progress | None = None, **source_options: Any
+) -> Verification:
+    """Verify an engine folder again, against its source model.
+
+    Args:
+        folder: what `export` wrote.
+        source: where the source model is; by default the Hub id in the manifest.
+        source_options: of `clada_export.source.load_source`.
+
+    Raises:
+        UsageError: the source can't be found, or is another model than the one that was exported.
+    """
+    stages = Stages(progress)
+    engine = load_engine(folder, verify_files=True)
+    recorded = engine.manifest.source
+    place = source or (recorded["name"] if recorded["kind"] == "hub" else None)
+    if place is None:
+        raise UsageError(
+            f"{folder} was exported from a local {recorded['kind']} called {recorded['name']!r}; say where it is with --source"
+        )
+    with stages("source"):
+        loaded = load_source(place, **{"revision": recorded["revision"], **source_options})
+        if loaded.weights_digest != recorded["weights_digest"]:
+            raise UsageError(
+                f"{place} is not the model that {folder} was exported from: its weights have digest "
+                f"{loaded.weights_digest[:16]}..., and the manifest says {recorded['weights_digest'][:16]}..."
+            )
+        ffns = require_ffns(loaded.model)
+        if engine.manifest.dtype != "float32":
+            round_ffn_weights(ffns.found, engine.manifest.dtype)
+    data = load_calibration_data(loaded.tokenizer, loaded.model.config.vocab_size)
+    with stages("verify"):
+        return _verify(Path(folder), loaded, ffns, data, engine.manifest.sparsity_plan(), stages)
+
+
+def _load(model: str, options: ExportOptions) -> SourceModel:
+    return load_source(
+        model,
+        revision=options.revision,
+        token=options.token,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+        dtype=torch.float32,
+    )
+
+
+def _data(source: SourceModel, options: ExportOptions) -> CalibrationData:
+    config = source.model.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    context = min(options.calibration_context, limit) if isinstance(limit, int) else options.calibration_context
+    return load_calibration_data(
+        source.tokenizer,
+        config.vocab_size,
+        text_file=options.calibration_data,
+        tokens_file=options.calibration_tokens,
+        context=context,
+        seed=options.seed,
+    )
+
+
+def _plan(
+    source: SourceModel,
+    ffns: EagerFFNs,
+    data: CalibrationData,
+    given: SparsityPlan | None,
+    options: ExportOptions,
+    progress: Callable[[str, int, int], None],
+) -> tuple[SparsityPlan, dict[str, Any]]:
+    if given is not None:
+        if given.source.get("weights_digest") != source.weights_digest:
+            raise UsageError(
+                f"{options.plan}: the plan was made for other weights (digest {str(given.source.get('weights_digest'))[:16]}...); "
+                f"this model has {source.weights_digest[:16]}..."
+            )
+        known = {ffn.name for ffn in ffns.found}
+        missing = [layer.name for layer in given.layers if layer.name not in known]
+        if missing:
+            raise UsageError(f"{options.plan}: layer {missing[0]!r} is not in this model")
+        return given, given.calibration
+    calibration = CalibrationOptions(
+        budget=Budget.parse(options.budget),
+        sparsity=options.sparsity,
+        score=options.score,
+        load_response=options.load_response,
+        seed=options.seed,
+    )
+    origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
+    result = calibrate(source.model, ffns.found, get_policy(options.policy), data, origin, calibration, progress)
+    return result.plan, result.details
+
+
+def _manifest(
+    source: SourceModel,
+    plan: SparsityPlan,
+    built: target_ort.BuiltModel,
+    options: ExportOptions,
+    warnings: list[str],
+) -> Manifest:
+    return Manifest(
+        tool_version=__version__,
+        source={
+            "name": source.name,
+            "kind": source.kind,
+            "revision": source.revision,
+            "weights_digest": source.weights_digest,
+            "files": {name: asdict(file) for name, file in source.files.items()},
+            "license": source.license,
+            "dtype": source.source_dtype,
+        },
+        target=options.target,
+        op={"domain": DOMAIN, "name": OP_TYPE, "version": OP_VERSION},
+        plan=plan.to_dict(),
+        load_signal=plan.load,
+        inputs=built.inputs,
+        outputs=built.outputs,
+        dtype=options.dtype,
+        cache=built.cache,
+        versions={"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        library=built.library,
+        model=built.model,
+        warnings=tuple(warnings),
+        tokenizer=source.tokenizer is not None,
+    )
+
+
+def _write_companions(source: SourceModel, folder: Path) -> None:
+    """config.json, generation_config.json and the tokenizer's files, as transformers writes them."""
+    source.model.config.save_pretrained(folder)
+    if source.model.generation_config is not None:
+        source.model.generation_config.save_pretrained(folder)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+
+
+def _verify(
+    folder: Path, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, plan: SparsityPlan, stages: Stages
+) -> Verification:
+    engine = load_engine(folder)
+    text = None if data.origin == "random tokens" else data.heldout.numpy().astype(np.int64)
+    options = VerifyOptions(limits=_limits(plan))
+    return verify(engine, source.model, ffns.found, text, options, lambda what: stages.inner(what, 0, 0))
+
+
+def _limits(plan: SparsityPlan) -> dict[str, float]:
+    """The drift that the plan's budget allows; none for a plan by sparsity."""
+    text = str(plan.calibration.get("budget", ""))
+    if text.startswith("ppl="):
+        return {"ppl_increase": Budget.parse(text).limit}
+    return {"kl": Budget.parse(text).limit} if text.startswith("kl=") else {}

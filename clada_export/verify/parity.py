@@ -1,0 +1,146 @@
+"""Dense parity and sparse parity: the engine's numbers are the model's numbers.
+
+Tolerances, for float32 logits:
+
+* Dense parity: 3e-4. Eager float32 differs from eager float64 by up to 7e-5 on SmolLM2-135M, and from ONNX Runtime's dense
+  graph by up to 8e-5; sums in another order account for the rest. It grows with the largest logit beyond 50, as rounding does.
+* Sparse parity: twice that, as long as both sides ran the same neurons. A neuron whose score is within rounding of the threshold
+  may run on one side only; it changes the row's hidden state by about its (small) contribution, and later rows see that through
+  the cache. So flips are counted from the numbers of active neurons, positions from the first flip on are held to a bound on the
+  mean KL (1e-3 nats), and the share of flipped decisions to 2e-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+
+from clada_export.runtime import Engine
+from clada_export.verify.cases import DECODE, Case
+from clada_export.verify.eager import ReferenceModel
+from clada_export.verify.numbers import ParityNumbers, common_prefix, compare_logits
+from clada_export.verify.report import Check
+
+DENSE_TOLERANCE = 3e-4
+FLIP_KL = 1e-3
+FLIP_SHARE = 2e-3
+DENSE = np.float32(np.inf)
+
+Rows = list[npt.NDArray[np.float32]]
+
+
+def tolerance(largest_logit: float) -> float:
+    """The largest allowed difference of two float32 logits."""
+    return DENSE_TOLERANCE * max(1.0, largest_logit / 50.0)
+
+
+def run_engine(engine: Engine, case: Case, decode_loads: npt.NDArray[np.float32]) -> tuple[Rows, Rows]:
+    """Prompt dense, then the rest of every row token by token under the given loads.
+
+    Args:
+        decode_loads: float32 [DECODE].
+
+    Returns:
+        For each row: the logits of the last prompt token and of every decoded token [DECODE + 1, V], and the active neurons of
+        the decoded tokens [layers, DECODE] (empty if the engine does not report them).
+    """
+    output = engine.prefill(case.prompts)
+    logits, active = [output.logits.copy()], []
+    for step in range(DECODE):
+        tokens = np.array([row[len(row) - DECODE + step] for row in case.rows])
+        output = engine.step(tokens, decode_loads[step])
+        logits.append(output.logits.copy())
+        if output.active is not None:
+            active.append(output.active.copy())
+    rows = [np.stack([step[index] for step in logits]) for index in range(len(case.rows))]
+    counts = [np.stack([step[index] for step in active], axis=1) if active else np.zeros((0, DECODE)) for index in range(len(rows))]
+    return rows, counts  # type: ignore[return-value]
+
+
+def dense_parity(engine: Engine, case: Case, wanted: Sequence[npt.NDArray[np.float32]]) -> list[Check]:
+    """Prompt in one pass, and prompt then decode, both at load = +inf.
+
+    Args:
+        wanted: for each row the untouched model's logits [T, V].
+    """
+    whole = engine.logits([list(row) for row in case.rows], "dense")
+    steps, _ = run_engine(engine, case, np.full(DECODE, DENSE))
+    return [
+        _dense_check(f"dense parity, prompt ({case.name})", whole, wanted),
+        _dense_check(f"dense parity, decode ({case.name})", steps, [row[-DECODE - 1 :] for row in wanted]),
+    ]
+
+
+def _dense_check(name: str, found: Sequence[npt.NDArray[np.float32]], wanted: Sequence[npt.NDArray[np.float32]]) -> Check:
+    numbers = compare_logits(np.concatenate(list(found)), np.concatenate(list(wanted)))
+    bound = tolerance(numbers.largest_logit)
+    passed = numbers.max_abs <= bound
+    why = "" if passed else f"logits differ by up to {numbers.max_abs:.3g}; allowed {bound:.3g} ({numbers.positions} positions)"
+    return Check(name, passed, numbers.to_dict(), {"max_abs": bound}, why)
+
+
+def greedy_parity(
+    engine: Engine, prompts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], gaps: Sequence[Sequence[float]]
+) -> Check:
+    """Greedy tokens at load = +inf equal the eager model's.
+
+    Where the eager model's two best logits are closer than twice the tolerance, either token is right; a row that parts there
+    is compared up to that point, and counted as a tie.
+    """
+    length = len(wanted[0])
+    found = [engine.generate([list(prompt)], length, load="dense", eos_token_id=[]).tokens[0] for prompt in prompts]
+    prefixes = [common_prefix(mine, list(theirs)) for mine, theirs in zip(found, wanted, strict=True)]
+    ties = [
+        prefix < length and gaps[index][prefix] <= 2 * DENSE_TOLERANCE for index, prefix in enumerate(prefixes)
+    ]
+    passed = all(prefix == length or tie for prefix, tie in zip(prefixes, ties, strict=True))
+    why = "" if passed else f"greedy tokens part from the eager model's after {min(prefixes)} of {length} tokens"
+    numbers = {"prompts": len(prompts), "tokens": length, "equal_prefix": prefixes, "ties": sum(ties)}
+    return Check("dense parity, greedy tokens", passed, numbers, {"equal_prefix": float(length)}, why)
+
+
+def sparse_parity(engine: Engine, case: Case, reference: ReferenceModel, loads: npt.NDArray[np.float32]) -> Check:
+    """The engine at finite loads against the eager model with reference FFNs: logits, and which rows flipped a neuron."""
+    found, found_active = run_engine(engine, case, loads)
+    same_found, same_wanted, later_found, later_wanted = [], [], [], []
+    flips = decisions = 0
+    for index, row in enumerate(case.rows):
+        prompt = len(row) - DECODE
+        run = reference.run(row, np.concatenate([np.full(prompt, DENSE), loads]))
+        wanted, counts = run.logits[-DECODE - 1 :], run.active[:, prompt:]
+        differ = np.abs(found_active[index] - counts)
+        flips += int(differ.sum())
+        decisions += int(counts.shape[1]) * engine_neurons(engine)
+        changed = np.flatnonzero(differ.sum(axis=0))
+        # Entry 0 is the last prompt token; decoded token t is entry t + 1.
+        first = int(changed[0]) + 1 if len(changed) else DECODE + 1
+        same_found.append(found[index][:first])
+        same_wanted.append(wanted[:first])
+        later_found.append(found[index][first:])
+        later_wanted.append(wanted[first:])
+    same = compare_logits(np.concatenate(same_found), np.concatenate(same_wanted))
+    later = compare_logits(np.concatenate(later_found), np.concatenate(later_wanted))
+    share = flips / max(decisions, 1)
+    bound = 2 * tolerance(same.largest_logit)
+    return _sparse_check(case.name, same, later, flips, share, bound)
+
+
+def _sparse_check(name: str, same: ParityNumbers, later: ParityNumbers, flips: int, share: float, bound: float) -> Check:
+    faults = []
+    if same.max_abs > bound:
+        faults.append(f"with the same neurons, logits differ by up to {same.max_abs:.3g}; allowed {bound:.3g}")
+    if later.kl > FLIP_KL:
+        faults.append(f"after a flipped neuron, KL is {later.kl:.3g} nats; allowed {FLIP_KL:.3g}")
+    if share > FLIP_SHARE:
+        faults.append(f"{flips} neurons flipped ({share:.3g} of all decisions); allowed {FLIP_SHARE:.3g}")
+    numbers = {"same_neurons": asdict(same), "after_a_flip": asdict(later), "flipped": flips, "flipped_share": share}
+    bounds = {"max_abs": bound, "kl_after_a_flip": FLIP_KL, "flipped_share": FLIP_SHARE}
+    return Check(f"sparse parity ({name})", not faults, numbers, bounds, "; ".join(faults))
+
+
+def engine_neurons(engine: Engine) -> int:
+    """Neurons of all sparse layers together: decisions a token."""
+    return sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])

@@ -1,0 +1,94 @@
+"""Run all checks on one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from clada_export.ffn import EagerFFN
+from clada_export.runtime import Engine
+from clada_export.verify.cases import DECODE, make_cases
+from clada_export.verify.drift import drift_check, measure_drift, sparse_greedy_prefix
+from clada_export.verify.eager import ReferenceModel, dense_logits, greedy
+from clada_export.verify.parity import dense_parity, greedy_parity, sparse_parity
+from clada_export.verify.report import Verification
+
+GREEDY_TOKENS = 64
+GREEDY_PROMPTS = 4
+GREEDY_PROMPT_LENGTH = 16
+DRIFT_ROWS, DRIFT_LENGTH = 2, 160
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """`limits` is the plan's budget for drift (`ppl_increase`, `kl`); `seed` is that of the random tokens."""
+
+    limits: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+    greedy_tokens: int = GREEDY_TOKENS
+
+
+def verify(
+    engine: Engine,
+    model: nn.Module,
+    ffns: Sequence[EagerFFN],
+    text: npt.NDArray[np.int64] | None,
+    options: VerifyOptions,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Verification:
+    """Hold an engine to the eager model.
+
+    Args:
+        model: the source model, eval mode, float32.
+        text: int64 [windows, context] of real text that calibration did not see, or None.
+    """
+    limit = engine.max_positions
+    vocabulary = engine.vocab_size or int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    plan = engine.manifest.sparsity_plan()
+    reference = ReferenceModel(model, ffns, plan)
+    result = Verification()
+    rng = np.random.default_rng(options.seed)
+    for case in make_cases(text, vocabulary, limit, options.seed):
+        progress(f"dense parity, {case.name}")
+        wanted = [dense_logits(model, row) for row in case.rows]
+        result.checks += dense_parity(engine, case, wanted)
+        progress(f"sparse parity, {case.name}")
+        # Loads of every kind: the still plan, easy and hard text, and a dense step among them.
+        loads = rng.uniform(-2, 2, DECODE).astype(np.float32)
+        loads[0], loads[DECODE // 2] = 0.0, np.inf
+        result.checks.append(sparse_parity(engine, case, reference, loads))
+    del reference
+
+    progress("greedy tokens")
+    prompts = _prompts(text, vocabulary, limit, options)
+    tokens, gaps = greedy(model, prompts, options.greedy_tokens)
+    result.checks.append(greedy_parity(engine, prompts, tokens, gaps))
+
+    progress("drift")
+    source = text if text is not None else rng.integers(0, vocabulary, (DRIFT_ROWS, DRIFT_LENGTH))
+    length = min(DRIFT_LENGTH, source.shape[1], limit or DRIFT_LENGTH)
+    rows = [[int(token) for token in row[:length]] for row in source[-DRIFT_ROWS:]]
+    numbers = measure_drift(engine, rows, [dense_logits(model, row) for row in rows])
+    numbers["greedy_prefix"] = sparse_greedy_prefix(engine, prompts, tokens)
+    numbers["greedy_tokens"] = options.greedy_tokens
+    result.checks.append(drift_check(numbers, options.limits if text is not None else {}))
+    result.drift = numbers
+    return result
+
+
+def _prompts(
+    text: npt.NDArray[np.int64] | None, vocabulary: int, limit: int | None, options: VerifyOptions
+) -> list[list[int]]:
+    length = GREEDY_PROMPT_LENGTH
+    if limit is not None:
+        length = max(1, min(length, limit - options.greedy_tokens))
+    if text is None:
+        noise = np.random.default_rng(options.seed + 1).integers(0, vocabulary, (GREEDY_PROMPTS, length))
+        return [[int(token) for token in row] for row in noise]
+    rows = text.reshape(-1)
+    places = np.linspace(0, len(rows) - length, GREEDY_PROMPTS).astype(int)
+    return [[int(token) for token in rows[place : place + length]] for place in places]
