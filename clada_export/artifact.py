@@ -79,6 +79,14 @@ class ArtifactWriter:
                 "free some space or choose another folder. Nothing was left behind"
             ) from error
 
+    def draft(self, manifest: Manifest) -> None:
+        """Write the manifest for what the temporary folder holds so far, so that an engine can be loaded from it.
+
+        Raises:
+            UsageError: the manifest is not valid.
+        """
+        write_manifest(self.path, manifest.with_files(_records(self.path)))
+
     def commit(self, manifest: Manifest) -> Manifest:
         """Record every file, write the manifest last, and put the folder in place.
 

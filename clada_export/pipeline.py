@@ -18,7 +18,7 @@ from clada_export.calibration import Budget, CalibrationData, CalibrationOptions
 from clada_export.calibration.budget import parse_sparsity
 from clada_export.errors import UsageError, VerificationError
 from clada_export.ffn import EagerFFNs, require_ffns
-from clada_export.manifest import Manifest, write_manifest
+from clada_export.manifest import Manifest
 from clada_export.plan import SparsityPlan
 from clada_export.policies import get_policy
 from clada_export.progress import Progress, Stages
@@ -141,7 +141,7 @@ def export(
         plan = plan.with_layers(tuple(layer for layer in plan.layers if layer.name in rewritten))
         _write_companions(source, writer.path)
         manifest = _manifest(source, plan, built, options, warnings)
-        write_manifest(writer.path, manifest.with_files({}))
+        writer.draft(manifest)
         verification: Verification | None = None
         if options.verify:
             with stages("verify") as note:

@@ -1,11 +1,32 @@
 """Passes on ONNX graphs: find feed-forward layers and rewrite them to `com.clada::SparseFFN`."""
 
-from graph_passes.find_ffns import FFNMiss, FFNSearch, find_ffns
-from graph_passes.function_body import make_function
-from graph_passes.naming import InterfaceReport, NameInterface, name_interface
-from graph_passes.report import RewriteReport, RewrittenFFN
-from graph_passes.rewrite_ffns import FFNRewrite, RewriteFFNs, rewrite_ffns
-from graph_passes.rules.common import FFNMatch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graph_passes.search import FFNMiss, FFNSearch, find_ffns
+    from graph_passes.function_body import make_function
+    from graph_passes.naming import InterfaceReport, NameInterface, name_interface
+    from graph_passes.report import RewriteReport, RewrittenFFN
+    from graph_passes.rewrite import FFNRewrite, RewriteFFNs, rewrite_ffns
+    from graph_passes.rules.common import FFNMatch
+
+_HOMES = {
+    "FFNMatch": "graph_passes.rules.common",
+    "FFNMiss": "graph_passes.search",
+    "FFNRewrite": "graph_passes.rewrite",
+    "FFNSearch": "graph_passes.search",
+    "InterfaceReport": "graph_passes.naming",
+    "NameInterface": "graph_passes.naming",
+    "RewriteFFNs": "graph_passes.rewrite",
+    "RewriteReport": "graph_passes.report",
+    "RewrittenFFN": "graph_passes.report",
+    "find_ffns": "graph_passes.search",
+    "make_function": "graph_passes.function_body",
+    "name_interface": "graph_passes.naming",
+    "rewrite_ffns": "graph_passes.rewrite",
+}
 
 __all__ = [
     "FFNMatch",
@@ -22,3 +43,12 @@ __all__ = [
     "name_interface",
     "rewrite_ffns",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A runtime needs only the op's contract (`graph_passes.op`); onnx_ir is imported when a pass is asked for.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from graph_passes.find_ffns import FFNMiss
+from graph_passes.search import FFNMiss
 
 
 @dataclass(frozen=True)

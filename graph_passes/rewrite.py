@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.find_ffns import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
+from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
 from graph_passes.function_body import MIN_OPSET, PLUGIN_ATTRIBUTES, VARIANT, make_function, variant_name
 from graph_passes.op import (
     DOMAIN,

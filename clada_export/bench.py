@@ -1,0 +1,73 @@
+"""`clada bench`: decode speed of one engine, dense and sparse, side by side."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from clada_export.errors import UsageError
+from clada_export.runtime import Engine
+from clada_export.runtime.engine import Load
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """One load's numbers.
+
+    Attributes:
+        load: as it was asked for.
+        ttft_s: time to first token: the prompt in one pass and the choice of its token; median of the repeats.
+        itl_p50_ms, itl_p90_ms, itl_p99_ms: inter-token latency, choosing the token and updating the load included, over all
+            decode steps of all repeats.
+        tokens_per_s: 1000 / itl_p50_ms.
+        sparsity: share of the sparse layers' neurons that were skipped while decoding.
+    """
+
+    load: str
+    ttft_s: float
+    itl_p50_ms: float
+    itl_p90_ms: float
+    itl_p99_ms: float
+    tokens_per_s: float
+    sparsity: float
+
+    def to_dict(self) -> dict[str, float | str]:
+        """Plain numbers."""
+        return asdict(self)
+
+
+def bench(
+    engine: Engine, loads: list[Load], *, prompt_tokens: int = 128, new_tokens: int = 64, repeats: int = 3, seed: int = 0
+) -> list[DecodeSpeed]:
+    """Time greedy decoding from one random prompt under each load; the loads take turns, so that noise meets them alike.
+
+    Raises:
+        UsageError: a count below 1, or longer than the model takes.
+    """
+    if min(prompt_tokens, new_tokens - 1, repeats) < 1:
+        raise UsageError("bench needs a prompt of at least 1 token, at least 2 new tokens and at least 1 repeat")
+    limit = engine.max_positions
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise UsageError(f"{prompt_tokens} + {new_tokens} tokens are more than the {limit} that the model takes")
+    prompt = np.random.default_rng(seed).integers(0, engine.vocab_size or 1, prompt_tokens).tolist()
+    neurons = sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])
+    first: dict[Load, list[float]] = {load: [] for load in loads}
+    later: dict[Load, list[float]] = {load: [] for load in loads}
+    active: dict[Load, list[float]] = {load: [] for load in loads}
+    for repeat in range(repeats + 1):
+        for load in loads:
+            made = engine.generate([prompt], new_tokens, load=load, eos_token_id=[])
+            if repeat == 0:  # Warms caches and the thread pool.
+                continue
+            first[load].append(made.ttft_s)
+            later[load] += made.decode_s
+            if made.active is not None:
+                active[load].append(float(made.active.sum(-1).mean()))
+    result = []
+    for load in loads:
+        p50, p90, p99 = (float(np.percentile(later[load], percent)) * 1e3 for percent in (50, 90, 99))
+        skipped = 1.0 - statistics.fmean(active[load]) / neurons if active[load] and neurons else 0.0
+        result.append(DecodeSpeed(str(load), statistics.median(first[load]), p50, p90, p99, 1e3 / p50, skipped))
+    return result

@@ -1,0 +1,363 @@
+"""The command line. stdout carries the result, stderr everything else; exit codes as in `clada_export.errors`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clada_export import __version__
+from clada_export.console import ConsoleProgress
+from clada_export.errors import CladaError, UsageError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`clada COMMAND ...`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="clada", description="Compile and run sparse decoder engines.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"clada-export {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _export_arguments(commands.add_parser("export", help="compile a model (the same as clada-export)", allow_abbrev=False))
+    _verify_arguments(commands.add_parser("verify", help="check an engine against its source model", allow_abbrev=False))
+    _run_arguments(commands.add_parser("run", help="generate text with an engine", allow_abbrev=False))
+    _bench_arguments(commands.add_parser("bench", help="time an engine, dense against sparse", allow_abbrev=False))
+    _inspect_arguments(commands.add_parser("inspect", help="show what an engine is", allow_abbrev=False))
+    return _dispatch(parser.parse_args(arguments))
+
+
+def main_export(arguments: Sequence[str] | None = None) -> int:
+    """`clada-export MODEL ...`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="clada-export",
+        description="Compile a Hugging Face decoder into an engine that skips the neurons a token does not need.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"clada-export {__version__}")
+    _export_arguments(parser)
+    return _dispatch(parser.parse_args(arguments))
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    handler: Callable[[argparse.Namespace], int] = options.handler
+    try:
+        return handler(options)
+    except CladaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout has gone (`clada run ... | head`): nothing more to say, and nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # The last line of defence: anything else is our fault and says so.
+        if os.environ.get("CLADA_DEBUG"):
+            traceback.print_exc()
+        print(
+            f"internal error: {type(error).__name__}: {error}\nThis is a fault of clada-export; run again with CLADA_DEBUG=1 "
+            "for the traceback and report it",
+            file=sys.stderr,
+        )
+        return 1
+
+
+# --- export ---
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_export)
+    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, or a .gguf file")
+    parser.add_argument("--target", required=True, metavar="{ort}", help="ort: ONNX Runtime on the CPU")
+    parser.add_argument("-o", "--output", type=Path, help="the folder to make (default: MODEL's name with -clada-TARGET)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--policy", default="clada", help="which method picks neurons (default: clada)")
+    parser.add_argument("--score", help="the policy's score: shadow, gate, exact (default: the policy's choice)")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--budget", default="ppl=2%", help="allowed error, ppl=2%% or kl=0.05 (default: ppl=2%%)")
+    goal.add_argument("--sparsity", type=float, help="a mean sparsity instead of a budget, like 0.5")
+    goal.add_argument("--plan", type=Path, help="a sparsity plan made before; no calibration")
+    parser.add_argument("--calibration-data", type=Path, metavar="FILE", help="a UTF-8 text (default: a text that comes with Python)")
+    parser.add_argument("--calibration-tokens", type=Path, metavar="FILE", help="token ids as .npy, for models without a tokenizer")
+    parser.add_argument("--calibration-context", type=int, default=512, metavar="N", help="tokens a window (default: 512)")
+    parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
+    parser.add_argument("--dtype", default="float32", help="type of the FFN weights: float32, float16, bfloat16 (default: float32)")
+    parser.add_argument("--no-verify", action="store_true", help="skip verification; the manifest says so")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    _hub_arguments(parser)
+    _output_arguments(parser)
+
+
+def _hub_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--token", help="Hub access token")
+    parser.add_argument("--cache-dir", help="where Hub files are kept")
+    parser.add_argument("--local-files-only", action="store_true", help="never use the network")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--allow-pickle", action="store_true", help="accept pickled weights (pytorch_model.bin)")
+
+
+def _output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from clada_export.pipeline import ExportOptions, export
+
+    output = options.output or Path(f"{Path(options.model.rstrip('/')).stem}-clada-{options.target}")
+    progress = ConsoleProgress(quiet=options.quiet)
+    try:
+        result = export(
+            options.model,
+            output,
+            ExportOptions(
+                target=options.target,
+                policy=options.policy,
+                score=options.score,
+                budget=options.budget,
+                sparsity=options.sparsity,
+                plan=options.plan,
+                calibration_data=options.calibration_data,
+                calibration_tokens=options.calibration_tokens,
+                calibration_context=options.calibration_context,
+                dtype=options.dtype,
+                load_response=not options.no_load_response,
+                verify=not options.no_verify,
+                overwrite=options.overwrite,
+                seed=options.seed,
+                **_hub_options(options),
+            ),
+            progress=progress,
+        )
+    finally:
+        progress.stop()
+    for warning in result.manifest.warnings:
+        progress.warn(warning)
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "path": str(result.path),
+                    "sparsity": result.plan.expected_sparsity,
+                    "layers": len(result.plan.layers),
+                    "verified": result.verification is not None,
+                    "drift": result.manifest.drift,
+                    "warnings": list(result.manifest.warnings),
+                    "seconds": result.timings,
+                }
+            )
+        )
+    else:
+        print(result.path)
+    return 0
+
+
+def _hub_options(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "allow_pickle")
+    return {name: getattr(options, name) for name in names}
+
+
+# --- verify ---
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_verify)
+    parser.add_argument("folder", type=Path, metavar="OUT", help="what clada-export wrote")
+    parser.add_argument("--source", help="where the source model is (default: the Hub id in the manifest)")
+    _hub_arguments(parser)
+    _output_arguments(parser)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from clada_export.errors import VerificationError
+    from clada_export.pipeline import verify_folder
+
+    progress = ConsoleProgress(quiet=options.quiet)
+    hub = {name: value for name, value in _hub_options(options).items() if value}
+    try:
+        result = verify_folder(options.folder, options.source, progress=progress, **hub)
+    finally:
+        progress.stop()
+    if options.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        for check in result.checks:
+            print(f"[{'✓' if check.passed else '✗'}] {check.name}{'  ' + check.why if check.why else ''}")
+    if not result.passed:
+        raise VerificationError("verification failed:\n  " + "\n  ".join(result.failures()))
+    return 0
+
+
+# --- run ---
+
+
+def _load(text: str) -> Any:
+    if text in ("auto", "dense"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, dense or a number") from None
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_run)
+    parser.add_argument("folder", type=Path, metavar="OUT", help="what clada-export wrote")
+    parser.add_argument("--prompt", action="append", required=True, help="a text; give it again for a batch")
+    parser.add_argument("--chat", action="store_true", help="the prompts are user messages: use the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--load", type=_load, default="auto", help="auto (follow the text), dense, or a number: higher is denser")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=None)
+    _output_arguments(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from clada_export.runtime import load_engine
+
+    engine = load_engine(options.folder, threads=options.threads)
+    prompts: list[Any] = list(options.prompt)
+    if options.chat:
+        if engine.tokenizer is None:
+            raise UsageError(f"{options.folder}: this export has no tokenizer, so there is no chat template")
+        prompts = [engine.tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+    streaming = len(prompts) == 1 and not options.json
+
+    def show(row: int, token: int, text: str) -> None:
+        print(text, end="", flush=True)
+
+    made = engine.generate(
+        prompts,
+        options.max_new_tokens,
+        load=options.load,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stream=show if streaming else None,
+    )
+    neurons = sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])
+    finite = made.active.sum(-1)[made.loads > float("-inf")] if made.active is not None else None
+    sparsity = 1.0 - float(finite.mean()) / neurons if finite is not None and finite.size and neurons else None
+    per_token = sorted(made.decode_s)[len(made.decode_s) // 2] if made.decode_s else None
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "texts": made.texts,
+                    "tokens": made.tokens,
+                    "finish": made.finish,
+                    "ttft_s": made.ttft_s,
+                    "itl_p50_s": per_token,
+                    "sparsity": sparsity,
+                }
+            )
+        )
+    elif streaming:
+        print()
+    else:
+        for text in made.texts or []:
+            print(text)
+    if not options.quiet and per_token is not None:
+        skipped = f", {sparsity:.1%} of FFN neurons skipped" if sparsity is not None else ""
+        print(f"{1 / per_token:.1f} tokens/s, first token after {made.ttft_s:.2f} s{skipped}", file=sys.stderr)
+    return 0
+
+
+# --- bench ---
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_bench)
+    parser.add_argument("folder", type=Path, metavar="OUT", help="what clada-export wrote")
+    parser.add_argument("--load", type=_load, action="append", help="loads to time (default: dense and auto)")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--threads", type=int, default=None)
+    _output_arguments(parser)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from clada_export.bench import bench
+    from clada_export.runtime import load_engine
+
+    engine = load_engine(options.folder, threads=options.threads)
+    speeds = bench(
+        engine,
+        options.load or ["dense", "auto"],
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+    )
+    if options.json:
+        print(json.dumps([speed.to_dict() for speed in speeds]))
+        return 0
+    print(f"{'load':>8} {'tokens/s':>9} {'ITL p50':>9} {'p90':>7} {'p99':>7} {'TTFT':>8} {'skipped':>8}")
+    for speed in speeds:
+        print(
+            f"{speed.load:>8} {speed.tokens_per_s:>9.1f} {speed.itl_p50_ms:>6.1f} ms {speed.itl_p90_ms:>7.1f} "
+            f"{speed.itl_p99_ms:>7.1f} {speed.ttft_s * 1e3:>5.0f} ms {speed.sparsity:>8.1%}"
+        )
+    if not options.quiet:
+        print(
+            "ITL: time between tokens, choosing the token and updating the load included; TTFT: the prompt and its first token",
+            file=sys.stderr,
+        )
+    return 0
+
+
+# --- inspect ---
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_inspect)
+    parser.add_argument("folder", type=Path, metavar="OUT", help="what clada-export wrote")
+    parser.add_argument("--json", action="store_true", help="print the whole manifest")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from clada_export.manifest import read_manifest
+
+    manifest = read_manifest(options.folder)
+    if options.json:
+        print(json.dumps(manifest.to_dict(), indent=2))
+        return 0
+    plan = manifest.sparsity_plan()
+    source = manifest.source
+    print(f"model     {source['name']} ({source['kind']}{', ' + source['revision'] if source['revision'] else ''})")
+    print(f"target    {manifest.target}, FFN weights {manifest.dtype}, {manifest.op['domain']}::{manifest.op['name']} version {manifest.op['version']}")
+    print(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {plan.calibration.get('budget', 'given')}")
+    signal = plan.load
+    print(
+        f"load      {signal.surprisal_weight:g} * (S - {signal.surprisal_mean:.3f}) / {signal.surprisal_std:.3f}"
+        f" + {signal.entropy_weight:g} * (H - {signal.entropy_mean:.3f}) / {signal.entropy_std:.3f}  (nats)"
+    )
+    drift = manifest.drift
+    if drift:
+        print(f"drift     perplexity {drift['ppl_increase']:+.2%}, KL {drift['kl']:.4f} nats, top-1 {drift['top1']:.1%} on {drift['tokens']} tokens")
+    print(f"sparsity  {plan.expected_sparsity:.1%} expected at load 0\n")
+    print(f"{'layer':<44} {'activation':<10} {'d x f':>13} {'threshold':>10} {'skipped':>8} {'CETT':>6}")
+    for layer in plan.layers:
+        threshold = f"{layer.threshold[0]:.4g}" if len(layer.threshold) == 1 else f"[{len(layer.threshold)}]"
+        kind = layer.activation + ("*" if layer.gated else "")
+        sizes = f"{layer.hidden_size} x {layer.intermediate_size}"
+        print(f"{layer.name:<44} {kind:<10} {sizes:>13} {threshold:>10} {layer.expected_sparsity:>8.1%} {layer.expected_cett:>6.3f}")
+    print("(* gated)")
+    for warning in manifest.warnings:
+        print(f"warning: {warning}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
