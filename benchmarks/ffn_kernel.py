@@ -74,7 +74,9 @@ class Layers:
         return gate.abs() if score == "gate" else (gate * pre[..., 1]).abs() * self.tensors[f"{layer}.neuron_scale"]
 
 
-def _session(nodes: list[onnx.NodeProto], protos: list[onnx.TensorProto], values: dict[str, Any], threads: int) -> ort.InferenceSession:
+def _session(
+    nodes: list[onnx.NodeProto], protos: list[onnx.TensorProto], values: dict[str, Any], threads: int
+) -> ort.InferenceSession:
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, None]),
         helper.make_tensor_value_info("load", TensorProto.FLOAT, [None, None]),
@@ -103,7 +105,7 @@ def sparse_session(layers: Layers, score: str, sparsity: float, threads: int) ->
                 values[name] = layers.values[name]
         nodes.append(
             helper.make_node(
-                OP_TYPE, names, [f"{i}.{o}" for o in output_names(attributes)], domain=DOMAIN, name=f"{i}", **attributes.to_onnx()
+                OP_TYPE, names, [f"{i}.{o}" for o in output_names(attributes)], f"{i}", domain=DOMAIN, **attributes.to_onnx()
             )
         )
     nodes.append(helper.make_node("Sum", [f"{i}.y" for i in range(layers.count)], ["y"]))
@@ -198,7 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
             "isa": os.environ.get("CLADA_ISA", ""),
         }
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({"about": about, "settings": settings, "results": rows}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"about": about, "settings": settings, "results": rows}, indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

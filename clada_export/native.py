@@ -41,7 +41,8 @@ def ort_library_path() -> Path:
     if override:
         raise BackendError(f"{ENVIRONMENT_VARIABLE} is {override!r}, which is no file; unset it or point it to {LIBRARY_NAME}")
     raise BackendError(
-        f"{LIBRARY_NAME} was not found (looked for {places}); install the package with its native part: pip install {_DISTRIBUTION}"
+        f"{LIBRARY_NAME} was not found (looked for {places}); "
+        f"install the package with its native part: pip install {_DISTRIBUTION}"
     )
 
 
@@ -57,7 +58,9 @@ def check_library(path: Path) -> None:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BackendError(f"library {path} can't be loaded ({error}); wanted a {LIBRARY_NAME} with {wanted}: rebuild it") from error
+        raise BackendError(
+            f"library {path} can't be loaded ({error}); wanted a {LIBRARY_NAME} with {wanted}: rebuild it"
+        ) from error
     try:
         version = library.clada_op_version
     except AttributeError as error:

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the framework-free kernel over random calls, on every instruction set that the machine has. Buffers have exactly the
+// bytes that the contract gives them, at odd addresses, so the sanitizers see every access beyond; the instruction sets and the
+// thread orders are compared with each other.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "clada/contract.h"
+#include "clada/sparse_ffn.h"
+
+namespace {
+
+using namespace clada;
+
+std::mt19937 random_engine(7);
+
+int64_t Pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_engine); }
+float Normal() { return std::normal_distribution<float>()(random_engine); }
+
+// Exactly `count` elements, the first of them at an address that is aligned to the element only.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : bytes_((count + 1) * sizeof(T)) {}
+  T* data() { return reinterpret_cast<T*>(bytes_.data() + sizeof(T)); }
+
+ private:
+  std::vector<char> bytes_;
+};
+
+Buffer<float> Normals(int64_t count, float scale) {
+  Buffer<float> buffer(count);
+  for (int64_t i = 0; i < count; ++i) buffer.data()[i] = scale * Normal();
+  return buffer;
+}
+
+Buffer<float> Positives(int64_t count) {
+  Buffer<float> buffer = Normals(count, 1.0f);
+  for (int64_t i = 0; i < count; ++i) buffer.data()[i] = std::fabs(buffer.data()[i]);
+  return buffer;
+}
+
+// float16 in [0.25, 0.5) or its negative; as bfloat16 the same bits are small numbers.
+Buffer<uint16_t> Halves(int64_t count) {
+  Buffer<uint16_t> buffer(count);
+  for (int64_t i = 0; i < count; ++i) buffer.data()[i] = static_cast<uint16_t>(0x3400 + Pick(0, 0x3ff) + (Pick(0, 1) << 15));
+  return buffer;
+}
+
+// The bodies in reverse order: another schedule must give the same bits.
+void Reverse(void*, size_t count, ParallelBody body, void* context) {
+  for (size_t i = count; i-- > 0;) body(context, i);
+}
+
+bool Same(const std::vector<float>& a, const std::vector<float>& b, float tolerance) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (std::isnan(a[i]) && std::isnan(b[i])) continue;
+    if (!(std::fabs(a[i] - b[i]) <= tolerance * (1.0f + std::fabs(a[i])))) return false;
+  }
+  return true;
+}
+
+int Run(int number) {
+  Problem p;
+  Attributes& a = p.attributes;
+  a.activation = static_cast<Activation>(Pick(0, 5));
+  a.gated = Pick(0, 1) == 1;
+  a.score = static_cast<Score>(Pick(0, 4));
+  a.rule = static_cast<Rule>(Pick(0, 2));
+  a.granule = Pick(0, 3) == 0 ? Pick(1, 70) : 1;
+  a.combine = a.score == Score::kExternal ? static_cast<Combine>(Pick(0, 1)) : Combine::kSum;
+  a.load_slope = 0.3f;
+  a.use_stat = a.score == Score::kPrefix || Pick(0, 3) == 0;
+  if (a.use_stat && Pick(0, 1)) a.backbone_min = 0.3f, a.prior_gamma = 0.2f;
+  a.emit_stat = Pick(0, 1) == 1;
+  a.emit_active = Pick(0, 1) == 1;
+  a.has_bias = Pick(0, 1) == 1;
+  p.batch = Pick(1, 3);
+  p.sequence = Pick(0, 9) == 0 ? Pick(20, 60) : Pick(0, 6);
+  p.hidden_size = a.score == Score::kShadow ? 32 * Pick(1, 5) : Pick(1, 90);
+  p.intermediate_size = a.granule * Pick(1, a.granule > 1 ? 6 : 200);
+  p.weight_type = static_cast<WeightType>(Pick(0, 2));
+
+  const int64_t rows = p.rows(), d = p.hidden_size, f = p.intermediate_size, n = p.projections(), e = p.granules();
+  const bool wide = p.weight_type == WeightType::kFloat32;
+  Buffer<float> x = Normals(rows * d, 1.0f), load = Normals(rows, 1.0f);
+  // All loads dense, so that instruction sets agree: a choice could hang on the last bit. Every third call is sparse.
+  const bool sparse = number % 3 == 0;
+  const float special[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+                           std::numeric_limits<float>::quiet_NaN()};
+  for (int64_t r = 0; r < rows; ++r)
+    if (!sparse || Pick(0, 2) == 0) load.data()[r] = special[Pick(0, 9) < 7 ? 0 : Pick(1, 2)];
+  Buffer<float> w_in = Normals(wide ? f * n * d : 0, 0.2f), w_out = Normals(wide ? f * d : 0, 0.2f);
+  Buffer<uint16_t> w_in_half = Halves(wide ? 0 : f * n * d), w_out_half = Halves(wide ? 0 : f * d);
+  const int64_t thresholds = a.rule == Rule::kTopk || Pick(0, 1) ? 1 : e;
+  Buffer<float> threshold = Positives(thresholds), scale = Positives(f), score = Positives(rows * e), past = Positives(p.batch * f);
+  Buffer<uint8_t> shadow(a.score == Score::kShadow ? f * n * d / 2 : 0);
+  Buffer<uint16_t> shadow_scale = Halves(a.score == Score::kShadow ? f * n * d / 16 : 0);
+  for (int64_t i = 0; a.score == Score::kShadow && i < f * n * d / 2; ++i) shadow.data()[i] = static_cast<uint8_t>(Pick(0, 255));
+  Buffer<float> gate_bias = Normals(f, 0.1f), up_bias = Normals(f, 0.1f), down_bias = Normals(d, 0.1f);
+  p.x = x.data(), p.load = load.data();
+  p.w_in = wide ? static_cast<const void*>(w_in.data()) : w_in_half.data();
+  p.w_out = wide ? static_cast<const void*>(w_out.data()) : w_out_half.data();
+  p.threshold = threshold.data(), p.threshold_count = thresholds;
+  p.neuron_scale = scale.data(), p.shadow = shadow.data(), p.shadow_scale = shadow_scale.data(), p.score = score.data();
+  if (a.use_stat) p.past_stat = past.data();
+  p.gate_bias = gate_bias.data(), p.up_bias = up_bias.data(), p.down_bias = down_bias.data();
+
+  std::vector<std::vector<float>> results;
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    Host host;
+    host.kernels = FindKernels(isa);
+    if (host.kernels == nullptr) continue;
+    std::vector<float> first;
+    for (const bool reverse : {false, true}) {
+      if (reverse) host.parallel_for.run = &Reverse;
+      Buffer<float> y(rows * d), stat(p.batch * f);
+      Buffer<int32_t> active(rows);
+      p.y = y.data();
+      p.stat = a.emit_stat ? stat.data() : nullptr;
+      p.active = a.emit_active ? active.data() : nullptr;
+      const size_t bytes = ScratchBytes(p);
+      void* scratch = std::aligned_alloc(64, (bytes + 64) / 64 * 64);
+      std::memset(scratch, 0xff, bytes);  // as float32, NaN: what is read before it is written shows
+      RunSparseFFN(p, host, scratch);
+      std::free(scratch);
+      std::vector<float> all(y.data(), y.data() + rows * d);
+      if (a.emit_stat) all.insert(all.end(), stat.data(), stat.data() + p.batch * f);
+      if (a.emit_active) all.insert(all.end(), active.data(), active.data() + rows);
+      if (!reverse) first = all;
+      if (!all.empty() && std::memcmp(first.data(), all.data(), all.size() * sizeof(float)) != 0) {
+        std::printf("call %d, %s: another schedule gives other bits\n", number, isa);
+        return 1;
+      }
+    }
+    for (const float value : first)
+      if (std::isnan(value)) {
+        std::printf("call %d, %s: NaN\n", number, isa);
+        return 1;
+      }
+    results.push_back(first);
+  }
+  for (size_t i = 1; !sparse && i < results.size(); ++i)
+    if (!Same(results[0], results[i], 1e-3f)) {
+      std::printf("call %d: instruction sets disagree\n", number);
+      return 1;
+    }
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int calls = count > 1 ? std::atoi(arguments[1]) : 600;
+  int failures = 0;
+  for (int i = 0; i < calls; ++i) failures += Run(i);
+  std::printf("%d calls, %d failures\n", calls, failures);
+  return failures != 0;
+}

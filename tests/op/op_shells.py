@@ -1,0 +1,221 @@
+"""One case of the op, and the ways to run it: eager reference, ONNX function body, native library."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from clada_export.native import ort_library_path
+from clada_export.reference import SparseFFNTensors, quantize_shadow, sparse_ffn
+from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, output_names
+
+ONNX_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int8: TensorProto.INT8,
+}
+ISAS = ("avx512", "avx2", "baseline")
+
+# Sums of d and f float32 terms of order one in another order: about sqrt(d + f) 2^-24, 1e-6 at the sizes used here; times 20.
+RELATIVE, ABSOLUTE = 2e-5, 2e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    attributes: SparseFFNAttributes
+    tensors: SparseFFNTensors
+    x: Tensor
+    load: Tensor
+    score: Tensor | None = None
+    past_stat: Tensor | None = None
+
+    def input(self, name: str) -> Tensor:
+        value = getattr(self, name) if name in ("x", "load", "score", "past_stat") else getattr(self.tensors, name)
+        assert isinstance(value, Tensor)
+        return value
+
+    def reference(self) -> dict[str, np.ndarray]:
+        result = sparse_ffn(self.x, self.load, self.tensors, self.attributes, score=self.score, past_stat=self.past_stat)
+        found = {"y": result.y, "stat": result.stat, "active": result.active}
+        return {name: found[name].numpy() for name in output_names(self.attributes)}
+
+    def mask(self) -> Tensor:
+        return sparse_ffn(self.x, self.load, self.tensors, self.attributes, score=self.score, past_stat=self.past_stat).mask
+
+    def is_clear(self) -> bool:
+        """No choice hangs on rounding: small changes of the inputs leave the mask as it is."""
+        mask, generator = self.mask(), torch.Generator().manual_seed(0)
+        for step in (1e-4, -1e-4):
+            tensors = replace(self.tensors, threshold=self.tensors.threshold * (1 + step))
+            if not torch.equal(mask, replace(self, tensors=tensors).mask()):
+                return False
+        for _ in range(3):
+            noise = 1 + 1e-5 * torch.randn(self.x.shape, generator=generator)
+            stat = None if self.past_stat is None else self.past_stat * (1 + 1e-5 * torch.randn(1, generator=generator))
+            if stat is not None:
+                stat = stat * (1 + 1e-5 * torch.randn(stat.shape, generator=generator))
+            if not torch.equal(mask, replace(self, x=self.x * noise, past_stat=stat).mask()):
+                return False
+        return True
+
+
+def make_case(
+    attributes: SparseFFNAttributes,
+    *,
+    shape: tuple[int, ...] = (2, 5),
+    d: int = 64,
+    f: int = 96,
+    dtype: torch.dtype = torch.float32,
+    load: Tensor | None = None,
+    threshold: Tensor | None = None,
+    seed: int = 0,
+    per_sequence: bool = False,
+) -> Case:
+    """A random case, drawn again until its choices are clear."""
+    a, n, g = attributes, 2 if attributes.gated else 1, attributes.granule
+    for attempt in range(200):
+        generator = torch.Generator().manual_seed(1000 * seed + attempt)
+
+        def normal(*size: int, scale: float = 1.0, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(*size, generator=generator) * scale
+
+        w_in, w_out = normal(f, n, d, scale=d**-0.5).to(dtype), normal(f, d, scale=f**-0.5).to(dtype)
+        shadow, scale = quantize_shadow(w_in) if a.score == "shadow" else (None, None)
+        if threshold is None:
+            start = {"threshold": 0.25 * g, "relative": 0.3, "topk": max(1.0, 0.4 * f / g)}[a.rule]
+            if a.score == "external" and a.rule == "threshold":
+                start = 0.4
+            chosen = torch.tensor([start])
+        else:
+            chosen = threshold
+        biases = (normal(f, scale=0.1) if a.gated else None, normal(f, scale=0.1), normal(d, scale=0.1)) if a.has_bias else ()
+        scale_needed = a.score in ("exact", "shadow")
+        tensors = SparseFFNTensors(
+            w_in, w_out, chosen, w_out.float().norm(dim=1) if scale_needed else None, shadow, scale, *biases
+        )
+        loads = load
+        if loads is None:
+            special = torch.tensor([0.0, float("inf"), 0.7, float("-inf"), float("nan"), -0.9, float("inf"), 2.0])
+            rows = int(np.prod(shape)) if shape else 1
+            loads = special[torch.arange(rows) % len(special)].reshape(shape)
+        score_shape = (shape[0], f // g) if per_sequence else (*shape, f // g)
+        case = Case(
+            a,
+            tensors,
+            normal(*shape, d),
+            loads,
+            torch.rand(*score_shape, generator=generator) if a.score == "external" else None,
+            torch.rand(shape[0], f, generator=generator).square() if a.use_stat else None,
+        )
+        if case.is_clear():
+            return case
+    raise AssertionError("no case with clear choices was found")
+
+
+def tensor_proto(name: str, value: Tensor) -> onnx.TensorProto:
+    raw = value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    return helper.make_tensor(name, ONNX_TYPES[value.dtype], list(value.shape), raw, raw=True)
+
+
+def make_model(
+    case: Case, *, function: bool = False, runtime_inputs: tuple[str, ...] = (), node_attributes: dict[str, Any] | None = None
+) -> onnx.ModelProto:
+    """A model of one node; the weights are initializers, except those that `runtime_inputs` names."""
+    names, outputs = input_names(case.attributes), output_names(case.attributes)
+    inputs, initializers = [], []
+    for name in names:
+        value = case.input(name)
+        if name in ("x", "load", "score", "past_stat", *runtime_inputs):
+            axes = [f"{name}_{i}" for i in range(value.dim())]
+            inputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], axes))
+        else:
+            initializers.append(tensor_proto(name, value))
+    attributes = case.attributes.to_onnx() | (node_attributes or {})
+    if function:
+        attributes |= {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+    node = helper.make_node(OP_TYPE, list(names), list(outputs), domain=DOMAIN, name="layer7/ffn", **attributes)
+    infos = [helper.make_tensor_value_info(o, TensorProto.INT32 if o == "active" else TensorProto.FLOAT, None) for o in outputs]
+    model = helper.make_model(
+        helper.make_graph([node], "one", inputs, infos, initializers),
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=10,
+    )
+    if function:
+        from graph_passes.function_body import make_function
+
+        weight_type = ir.DataType(ONNX_TYPES[case.tensors.w_in.dtype])
+        model.functions.append(ir.to_proto(make_function(case.attributes, weight_type=weight_type)))
+    return model
+
+
+def feeds(case: Case, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    wanted = [n for n in input_names(case.attributes) if n in ("x", "load", "score", "past_stat", *names)]
+    return {name: case.input(name).numpy() for name in wanted}
+
+
+def session(model: onnx.ModelProto, *, library: Path | None = None, threads: int = 1) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CLADA_ISA", name)
+    try:
+        yield
+    finally:
+        patch.undo()
+
+
+def run_native(case: Case, *, isa: str = "", threads: int = 1) -> dict[str, np.ndarray]:
+    with instruction_set(isa):
+        found = session(make_model(case), library=ort_library_path(), threads=threads)
+    return dict(zip(output_names(case.attributes), found.run(None, feeds(case)), strict=True))
+
+
+def run_function(case: Case) -> dict[str, np.ndarray]:
+    found = session(make_model(case, function=True))
+    return dict(zip(output_names(case.attributes), found.run(None, feeds(case)), strict=True))
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this machine has, best first."""
+    info = ctypes.CDLL(str(ort_library_path())).clada_build_info
+    info.restype = ctypes.c_char_p
+    best = info().decode().rsplit(" ", 1)[1]
+    return ISAS[ISAS.index(best) :]
+
+
+SHELLS: dict[str, Callable[[Case], dict[str, np.ndarray]]] = {
+    "reference": Case.reference,
+    "function_body": run_function,
+    **{f"ort_{isa}": lambda case, isa=isa: run_native(case, isa=isa, threads=2) for isa in available_isas()},
+}
+
+
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        if name == "active":
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], value, rtol=RELATIVE, atol=ABSOLUTE, err_msg=name)

@@ -1,0 +1,100 @@
+"""Every shell gives the reference's numbers, over the op's whole range of attributes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_shells import SHELLS, assert_same, make_case
+
+from graph_passes.op import ACTIVATIONS, RULES, SCORES, SparseFFNAttributes
+
+TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def attributes(score: str, rule: str, **changes: object) -> SparseFFNAttributes:
+    stat = {"use_stat": True} if score == "prefix" else {}
+    return SparseFFNAttributes(score=score, rule=rule, load_slope=0.3, emit_stat=True, emit_active=True, **(stat | changes))
+
+
+def check(shell: str, **settings: object) -> None:
+    case = make_case(**settings)
+    if shell == "function_body" and case.tensors.w_in.dtype == torch.bfloat16:
+        pytest.skip("ONNX Runtime's CPU provider has no bfloat16 Gemm for the function body")
+    assert_same(SHELLS[shell](case), case.reference())
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("score", SCORES)
+def test_score_rule_activation(shell: str, score: str, rule: str, activation: str) -> None:
+    for gated, bias in ((True, False), (False, True)):
+        check(shell, attributes=attributes(score, rule, activation=activation, gated=gated, has_bias=bias))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("score", SCORES)
+def test_weight_types_and_granules(shell: str, score: str, dtype: str) -> None:
+    for granule in (1, 4, 96):  # 96: one granule is wider than a block of the native kernel
+        for rule in RULES:
+            wanted = attributes(score, rule, granule=granule, has_bias=True)
+            check(shell, attributes=wanted, dtype=TYPES[dtype], f=192)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("score", SCORES)
+def test_prior(shell: str, score: str, rule: str) -> None:
+    for granule in (1, 4):
+        wanted = attributes(score, rule, granule=granule, use_stat=True, backbone_min=0.6, prior_gamma=0.4)
+        check(shell, attributes=wanted)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_weighted(shell: str, per_sequence: bool) -> None:
+    for granule in (1, 8, 96):
+        wanted = attributes("external", "topk", granule=granule, combine="weighted")
+        check(shell, attributes=wanted, f=192, per_sequence=per_sequence)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("load", ["finite", "inf", "-inf", "nan"])
+def test_uniform_loads(shell: str, load: str) -> None:
+    value = 0.3 if load == "finite" else float(load)
+    for score in ("gate", "shadow"):
+        check(shell, attributes=attributes(score, "threshold", has_bias=True), load=torch.full((2, 5), value))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_prompts(shell: str, dtype: str) -> None:
+    """200 rows: the native kernel's GEMM path, alone and mixed with sparse and padding rows."""
+    dense = torch.full((2, 100), float("inf"))
+    mixed = dense.clone()
+    mixed[0, :7] = float("-inf")
+    mixed[1, 40:50] = 0.4
+    mixed[1, 50] = float("nan")
+    for load in (dense, mixed):
+        for changes in ({}, {"gated": False, "has_bias": True}, {"has_bias": True, "use_stat": True}):
+            check(shell, attributes=attributes("gate", "threshold", **changes), shape=(2, 100), load=load, dtype=TYPES[dtype])
+    weighted = attributes("external", "threshold", combine="weighted", granule=4)
+    check(shell, attributes=weighted, shape=(2, 100), load=mixed, dtype=TYPES[dtype], per_sequence=True)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 3)])
+def test_other_ranks(shell: str, shape: tuple[int, ...]) -> None:
+    if shell == "function_body":
+        pytest.skip("the function body is made for models, where x is [B, S, d]")
+    for score in ("shadow", "external"):
+        wanted = SparseFFNAttributes(score=score, emit_active=True)
+        check(shell, attributes=wanted, shape=shape, load=torch.full(shape, 0.2))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_threshold_per_granule(shell: str) -> None:
+    threshold = torch.linspace(0.1, 1.2, 24)
+    for rule in ("threshold", "relative"):
+        check(shell, attributes=attributes("exact", rule, granule=4), threshold=threshold * (1 if rule == "threshold" else 0.5))
