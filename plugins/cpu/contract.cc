@@ -38,7 +38,8 @@ const char* TypeName(ElementType type) {
 }
 
 template <class Enum, size_t N>
-Enum Choice(const std::string& node, const AttributeReader& reader, const char* name, const char* const (&allowed)[N], Enum value) {
+Enum Choice(const std::string& node, const AttributeReader& reader, const char* name, const char* const (&allowed)[N],
+            Enum value) {
   std::string found;
   if (!reader.String(name, &found)) return value;
   std::string list;
@@ -52,7 +53,8 @@ Enum Choice(const std::string& node, const AttributeReader& reader, const char* 
 bool Flag(const std::string& node, const AttributeReader& reader, const char* name, bool value) {
   int64_t found = value;
   reader.Int(name, &found);
-  if (found != 0 && found != 1) Fail(node, std::string("attribute '") + name + "' is " + std::to_string(found) + "; allowed: 0, 1");
+  if (found != 0 && found != 1)
+    Fail(node, std::string("attribute '") + name + "' is " + std::to_string(found) + "; allowed: 0, 1");
   return found == 1;
 }
 
@@ -141,9 +143,11 @@ Attributes ReadAttributes(const std::string& node, const AttributeReader& reader
   a.emit_active = Flag(node, reader, "emit_active", a.emit_active);
   a.has_bias = Flag(node, reader, "has_bias", a.has_bias);
   if (!(a.load_min > 0.0f && a.load_min <= a.load_max))
-    Fail(node, "load_min is " + Text(a.load_min) + " and load_max is " + Text(a.load_max) + "; 0 < load_min <= load_max is needed");
+    Fail(node, "load_min is " + Text(a.load_min) + " and load_max is " + Text(a.load_max) +
+                   "; 0 < load_min <= load_max is needed");
   if (a.backbone_min < 0.0f || a.prior_gamma < 0.0f)
-    Fail(node, "backbone_min is " + Text(a.backbone_min) + " and prior_gamma is " + Text(a.prior_gamma) + "; neither may be negative");
+    Fail(node, "backbone_min is " + Text(a.backbone_min) + " and prior_gamma is " + Text(a.prior_gamma) +
+                   "; neither may be negative");
   if (!a.use_stat && (a.score == Score::kPrefix || a.backbone_min > 0.0f || a.prior_gamma > 0.0f))
     Fail(node, "score 'prefix', backbone_min and prior_gamma need use_stat = 1; use_stat is 0");
   if (a.combine == Combine::kWeighted && a.score != Score::kExternal)
@@ -171,7 +175,8 @@ std::vector<Input> Inputs(const Attributes& a) {
 void CheckThreshold(const std::string& node, const float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     if (!(values[i] >= 0.0f))
-      Fail(node, "input 'threshold' has the value " + Text(values[i]) + " at " + std::to_string(i) + "; wanted numbers that are at least 0");
+      Fail(node, "input 'threshold' has the value " + Text(values[i]) + " at " + std::to_string(i) +
+                     "; wanted numbers that are at least 0");
 }
 
 Problem MakeProblem(const std::string& node, const Attributes& a, const std::vector<TensorView>& inputs, bool check_threshold) {
@@ -193,7 +198,8 @@ Problem MakeProblem(const std::string& node, const Attributes& a, const std::vec
     check.ShapeError(Input::kX, x, "its last axis must be " + std::to_string(d) + ", the width of w_in");
   p.x = static_cast<const float*>(x.data);
   if (a.granule > f || f % a.granule)
-    Fail(node, "input 'w_in' has " + std::to_string(f) + " neurons; they must be divisible by granule " + std::to_string(a.granule));
+    Fail(node, "input 'w_in' has " + std::to_string(f) + " neurons; they must be divisible by granule " +
+                   std::to_string(a.granule));
   const int64_t granules = p.granules();
   const TensorView& w_out = check.Get(Input::kWOut, {w_in.type});
   check.CheckShape(Input::kWOut, w_out, {{f, d}});

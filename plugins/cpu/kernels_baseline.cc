@@ -19,7 +19,8 @@ struct Baseline {
   static F LoadWeight(const float* p) { return Load(p); }
   template <class W>
   static F LoadWeight(const W* p) {
-    return F{ToFloat(p[0]), ToFloat(p[1]), ToFloat(p[2]), ToFloat(p[3]), ToFloat(p[4]), ToFloat(p[5]), ToFloat(p[6]), ToFloat(p[7])};
+    return F{ToFloat(p[0]), ToFloat(p[1]), ToFloat(p[2]), ToFloat(p[3]),
+             ToFloat(p[4]), ToFloat(p[5]), ToFloat(p[6]), ToFloat(p[7])};
   }
   static float HalfToFloat(Half value) { return ToFloat(value); }
   static void LoadPairs(const float* p, F* even, F* odd) {

@@ -94,7 +94,8 @@ void Dot(const float* x, const void* weights, int64_t d, int64_t stride, int sub
   FetchFirst(w, stride, list, count, subrows * d);
   for (int64_t i = 0; i < count; ++i) {
     const W* ahead = Ahead(w, stride, list, i, count);
-    for (int s = 0; s < subrows; ++s) *out++ = DotRow<V, W, true>(x, w + (list ? list[i] : i) * stride + s * d, ahead + s * d, d);
+    const W* neuron = w + (list ? list[i] : i) * stride;
+    for (int s = 0; s < subrows; ++s) *out++ = DotRow<V, W, true>(x, neuron + s * d, ahead + s * d, d);
   }
 }
 
@@ -144,7 +145,8 @@ void Fold(const float* x, int64_t d, float* folded) {
 constexpr int64_t kScaleBlocks = 128;  // blocks whose scales are converted at a time: 1 KiB on the stack
 
 template <class V>
-void Shadow(const float* x, const float* folded, const uint8_t* q, const uint16_t* scale, int64_t d, int64_t count, float* out) {
+void Shadow(const float* x, const float* folded, const uint8_t* q, const uint16_t* scale, int64_t d, int64_t count,
+            float* out) {
   const int64_t blocks = d / clada::kShadowBlock;
   float pairs[2 * kScaleBlocks];
   for (int64_t row = 0; row < count; ++row) {
@@ -195,7 +197,8 @@ inline typename V::F Exp(typename V::F value) {
   const F n = V::Round(V::Mul(x, V::Set(1.44269504088896341f)));
   F r = V::Fma(n, V::Set(-0.693359375f), x);
   r = V::Fma(n, V::Set(2.12194440e-4f), r);
-  constexpr float kC[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  constexpr float kC[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                          4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   F p = Polynomial<V>(r, kC);
   p = V::Fma(V::Mul(p, r), r, V::Add(r, V::Set(1.0f)));
   return V::Mul(p, V::PowerOfTwo(n));

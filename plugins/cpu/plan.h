@@ -10,7 +10,7 @@ namespace clada {
 
 constexpr int64_t kBlockNeurons = 64;     // neurons that are scored, chosen and computed together
 constexpr int64_t kBlockRows = 16;        // rows that share one pass over the weights
-constexpr int64_t kGemmRows = 24;         // dense rows from which a GEMM beats row by row
+constexpr int64_t kGemmRows = 16;        // dense rows from which a GEMM beats row by row
 constexpr size_t kPromptBytes = 64u << 20;  // scratch of the GEMM path, about
 constexpr size_t kBlockBytes = 384u << 10;  // weights of one block: they stay in a core's L2 cache while rows take turns
 

@@ -45,8 +45,8 @@ class NodeAttributes final : public AttributeReader {
     if (Status(Ort::GetApi().KernelInfoGetAttribute_int64(info_, name, &number))) other = "an int";
     else if (Status(Ort::GetApi().KernelInfoGetAttribute_float(info_, name, &real))) other = "a float";
     else if (Status(Ort::GetApi().KernelInfoGetAttribute_string(info_, name, nullptr, &size))) other = "a string";
-    else if (Status(Ort::GetApi().KernelInfoGetAttributeArray_int64(info_, name, nullptr, &(size = 0)))) other = "a list of ints";
-    else if (Status(Ort::GetApi().KernelInfoGetAttributeArray_float(info_, name, nullptr, &(size = 0)))) other = "a list of floats";
+    else if (Status(Ort::GetApi().KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size))) other = "a list of ints";
+    else if (Status(Ort::GetApi().KernelInfoGetAttributeArray_float(info_, name, nullptr, &size))) other = "a list of floats";
     if (other)
       throw ContractError("SparseFFN node '" + node_ + "': attribute '" + name + "' is " + other + "; wanted " + wanted);
     return false;
@@ -77,7 +77,8 @@ struct GemmHost {
     auto& self = *static_cast<GemmHost*>(host);
     const auto tensor = [&](const float* data, int64_t rows, int64_t columns) {
       const int64_t shape[] = {rows, columns};
-      return Ort::Value::CreateTensor<float>(*self.memory, const_cast<float*>(data), static_cast<size_t>(rows * columns), shape, 2);
+      const size_t size = static_cast<size_t>(rows * columns);
+      return Ort::Value::CreateTensor<float>(*self.memory, const_cast<float*>(data), size, shape, 2);
     };
     const Ort::Value inputs[] = {tensor(a, m, k), transpose_b ? tensor(b, n, k) : tensor(b, k, n)};
     Ort::Value outputs[] = {tensor(c, m, n)};
@@ -113,8 +114,9 @@ Ort::Op MakeGemm(const OrtKernelInfo* info, int64_t transpose_b) {
   const int64_t no = 0;
   const float one = 1.0f;
   // Attributes without a value have no default here: all must be given.
-  const Ort::OpAttr attributes[] = {Ort::OpAttr("transA", &no, 1, ORT_OP_ATTR_INT), Ort::OpAttr("transB", &transpose_b, 1, ORT_OP_ATTR_INT),
-                                    Ort::OpAttr("alpha", &one, 1, ORT_OP_ATTR_FLOAT), Ort::OpAttr("beta", &one, 1, ORT_OP_ATTR_FLOAT)};
+  const Ort::OpAttr attributes[] = {
+      Ort::OpAttr("transA", &no, 1, ORT_OP_ATTR_INT), Ort::OpAttr("transB", &transpose_b, 1, ORT_OP_ATTR_INT),
+      Ort::OpAttr("alpha", &one, 1, ORT_OP_ATTR_FLOAT), Ort::OpAttr("beta", &one, 1, ORT_OP_ATTR_FLOAT)};
   const char* constraint = "T";
   const ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   return Ort::Op::Create(info, "Gemm", "", 13, &constraint, &type, 1, attributes, 4, 2, 1);
@@ -134,7 +136,8 @@ OrtStatusPtr Refuse(OrtErrorCode code, const char* what) noexcept { return Ort::
 }  // namespace
 
 SparseFFNKernel::SparseFFNKernel(const OrtKernelInfo* raw)
-    : node_(Ort::ConstKernelInfo(raw).GetNodeName()), memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
+    : node_(Ort::ConstKernelInfo(raw).GetNodeName()),
+      memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
   const Ort::ConstKernelInfo info(raw);
   attributes_ = ReadAttributes(node_, NodeAttributes(node_, raw));
   kernels_ = ChooseKernels(node_);

@@ -82,8 +82,10 @@ struct ParallelFor {
 // The host's GEMM for prompts: c[m, n] = a[m, k] * b, b being [k, n], or [n, k] when transposed; all float32, dense rows.
 // It may throw; `RunSparseFFN` then passes the exception on.
 struct Gemm {
-  void (*run)(void* host, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c) = nullptr;
-  void* host = nullptr;  // run == null: a simple GEMM of our own
+  using Function = void (*)(void* host, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, const float* b,
+                            float* c);
+  Function run = nullptr;  // null: a simple GEMM of our own
+  void* host = nullptr;
 };
 
 // An instruction set: "avx512", "avx2" or "baseline".

@@ -99,10 +99,12 @@ int Run(int number) {
   Buffer<float> w_in = Normals(wide ? f * n * d : 0, 0.2f), w_out = Normals(wide ? f * d : 0, 0.2f);
   Buffer<uint16_t> w_in_half = Halves(wide ? 0 : f * n * d), w_out_half = Halves(wide ? 0 : f * d);
   const int64_t thresholds = a.rule == Rule::kTopk || Pick(0, 1) ? 1 : e;
-  Buffer<float> threshold = Positives(thresholds), scale = Positives(f), score = Positives(rows * e), past = Positives(p.batch * f);
+  Buffer<float> threshold = Positives(thresholds), scale = Positives(f), score = Positives(rows * e);
+  Buffer<float> past = Positives(p.batch * f);
   Buffer<uint8_t> shadow(a.score == Score::kShadow ? f * n * d / 2 : 0);
   Buffer<uint16_t> shadow_scale = Halves(a.score == Score::kShadow ? f * n * d / 16 : 0);
-  for (int64_t i = 0; a.score == Score::kShadow && i < f * n * d / 2; ++i) shadow.data()[i] = static_cast<uint8_t>(Pick(0, 255));
+  for (int64_t i = 0; a.score == Score::kShadow && i < f * n * d / 2; ++i)
+    shadow.data()[i] = static_cast<uint8_t>(Pick(0, 255));
   Buffer<float> gate_bias = Normals(f, 0.1f), up_bias = Normals(f, 0.1f), down_bias = Normals(d, 0.1f);
   p.x = x.data(), p.load = load.data();
   p.w_in = wide ? static_cast<const void*>(w_in.data()) : w_in_half.data();
