@@ -16,6 +16,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 JOBS ?= 2
+SANITIZE_CASES ?= 2000
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
@@ -56,8 +57,8 @@ quickstart: $(SETUP)
 
 # One thread a process: JOBS processes with a pool of threads each would only stand in each other's way. Tests of one file share
 # their fixtures (an exported model, say), so a file stays in one process.
-test: $(SETUP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false \
+test: $(SETUP) $(VENV)/.cmake
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(SETUP)
@@ -72,7 +73,7 @@ sanitize: $(VENV)/.cmake
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S . -B build/sanitize -G Ninja \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCLADA_SANITIZE=ON -DCLADA_ORT=OFF
 	$(BIN)/cmake --build build/sanitize --parallel $(JOBS)
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+	build/sanitize/tests/op/native/clada_kernel_test $(SANITIZE_CASES)
 
 bench: $(SETUP)
 	@mkdir -p build/bench

@@ -1,7 +1,7 @@
 """`report.json`, `report.html` and the model card of an export folder.
 
-The HTML page is one file without scripts: its charts are inline SVG, and it asks nothing of the network. Nothing here depends on
-the clock or the machine, so the same export gives the same bytes.
+The HTML page is one file without scripts: its charts are inline SVG, and it asks nothing of the network. Nothing here depends
+on the clock or the machine, so the same export gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from clada_export.manifest import Manifest
 REPORT_JSON, REPORT_HTML, MODEL_CARD = "report.json", "report.html", "README.md"
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c2530; background: #fff; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c2530; background: #fff; }
+body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
 .sub, .note { color: #5a6673; } .note { font-size: .88rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
@@ -29,7 +30,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .ok { color: #1a7f4b; font-weight: 600; } .bad { color: #b3261e; font-weight: 600; }
 code { font: .88em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 ul.warnings { background: #fff6e0; border: 1px solid #ecd9a6; border-radius: 6px; padding: .6rem .8rem .6rem 2rem; }
-svg { width: 100%; height: auto; display: block; } svg text { font-size: 11px; fill: #5a6673; } summary { cursor: pointer; color: #5a6673; }
+svg { width: 100%; height: auto; display: block; } svg text { font-size: 11px; fill: #5a6673; }
+summary { cursor: pointer; color: #5a6673; }
 """
 
 # Where a check keeps the number that a bound is for, when the two have different names.
@@ -44,8 +46,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     Args:
         folder: an existing folder.
         report: `model` (str), `plan`, `verification`, `rewrite` (the `to_dict()` of `SparsityPlan`, `Verification` and
-            `RewriteReport`), `calibration` (dict), `warnings` (list of str), and where wanted `timings` (seconds by stage). What
-            is missing or empty is left out of the page.
+            `RewriteReport`), `calibration` (dict), `warnings` (list of str), and where wanted `timings` (seconds by stage).
+            What is missing or empty is left out of the page.
     """
     text = json.dumps(_finite(report), indent=2, allow_nan=False)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
@@ -144,14 +146,13 @@ def _verification(verification: Mapping[str, Any]) -> str:
             name += f'<br><span class="bad">{escape(str(check["why"]))}</span>'
         bounds = check.get("bound") or {}
         found = [f"{key} {_number(_found(check.get('numbers') or {}, key))}" for key in bounds]
+        if ties := (check.get("numbers") or {}).get("ties"):
+            found.append(f"parted at a tie: {_number(ties)}")
         allowed = [f"{'≥' if key in _LEAST else '≤'} {_number(bound)}" for key, bound in bounds.items()]
         numbers = "<br>".join(f"{escape(key)} {escape(value)}" for key, value in _flat(check.get("numbers") or {}))
-        rows.append(
-            f"<tr><td>{mark}</td><td>{name}</td><td>{'<br>'.join(map(escape, found)) or 'reported only'}</td>"
-            f"<td>{'<br>'.join(map(escape, allowed))}</td><td><details><summary>numbers</summary>{numbers}</details></td></tr>"
-        )
-    head = "<tr><th></th><th>check</th><th>found</th><th>allowed</th><th></th></tr>"
-    return f'<h2>Verification</h2><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+        details = f"<details><summary>numbers</summary>{numbers}</details>" if numbers else ""
+        rows.append([mark, name, "<br>".join(map(escape, found)) or "no bound", "<br>".join(map(escape, allowed)), details])
+    return "<h2>Verification</h2>" + _table(("", "check", "found", "allowed", ""), rows)
 
 
 def _found(numbers: Mapping[str, Any], bound: str) -> Any:
@@ -190,8 +191,8 @@ def _drift(verification: Mapping[str, Any], calibration: Mapping[str, Any]) -> s
     return (
         "<h2>Drift from the dense model</h2>"
         + _table(("", "engine, as deployed", "simulated in calibration"), rows, numeric=(1, 2))
-        + '<p class="note">As deployed: the prompt runs dense, each later token at the load of the text so far. Simulated: every '
-        "token runs sparse, on the held-out part of the calibration text. KL in nats a token.</p>"
+        + '<p class="note">As deployed: the prompt runs dense, each later token at the load of the text so far. '
+        "Simulated: every token runs sparse, on the held-out part of the calibration text. KL in nats a token.</p>"
     )
 
 
@@ -219,7 +220,7 @@ def _bars(title: str, names: Sequence[str], values: Sequence[float], colour: str
     for tick in range(5):
         y = head + plot_height * (1 - tick / 4)
         parts.append(f'<line x1="{left}" x2="{width - 6}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e8ed"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_percent(top * tick / 4)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{top * tick * 25:.3g}%</text>')
     every = max(1, math.ceil(len(values) / 32))
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         x, bar = left + index * slot, plot_height * min(max(value / top, 0.0), 1.0)
@@ -249,13 +250,14 @@ def _search(calibration: Mapping[str, Any]) -> str:
     steps = calibration.get("search") or []
     if steps:
         in_percent = str(calibration.get("budget", "")).startswith("ppl")
+        costs = [_percent(step["cost"], 2) if in_percent else _number(step["cost"]) for step in steps]
         rows = [
-            [str(index + 1), _percent(step["sparsity"]), _percent(step["cost"], 2) if in_percent else _number(step["cost"]), _number(step["kl"])]
-            for index, step in enumerate(steps)
+            [str(index + 1), _percent(step["sparsity"]), cost, _number(step["kl"])]
+            for index, (step, cost) in enumerate(zip(steps, costs, strict=True))
         ]
-        cost = "rise of perplexity + 1 standard error" if in_percent else "KL + 1 standard error"
+        unit = "rise of perplexity + 1 standard error" if in_percent else "KL + 1 standard error"
         heading = f"<h2>Search for the budget {escape(str(calibration.get('budget', '')))}</h2>"
-        parts.append(heading + _table(("step", "sparsity", cost, "KL"), rows, numeric=(1, 2, 3)))
+        parts.append(heading + _table(("step", "sparsity", unit, "KL"), rows, numeric=(1, 2, 3)))
     return "".join(parts)
 
 
@@ -291,7 +293,7 @@ def _matches(rewrite: Mapping[str, Any]) -> str:
         [
             f"<code>{escape(str(item['name']))}</code>",
             escape(str(item["kind"])),
-            f"{int(item['hidden_size'])} × {int(item['intermediate_size'])}",
+            f"{int(item['hidden_size'])} x {int(item['intermediate_size'])}",
             f"{int(item['nodes_before'])} → {int(item['nodes_after'])}",
             _bytes(item["weight_bytes"]),
             _bytes(item["constant_bytes"]),
@@ -299,7 +301,7 @@ def _matches(rewrite: Mapping[str, Any]) -> str:
         ]
         for item in rewrite.get("ffns", [])
     ]
-    head = ["FFN", "kind", "hidden × neurons", "nodes", "weights", "score constants", "shares weights with"]
+    head = ["FFN", "kind", "hidden x neurons", "nodes", "weights", "score constants", "shares weights with"]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     parts = ["<h2>Feed-forward layers in the graph</h2>"]
@@ -310,7 +312,7 @@ def _matches(rewrite: Mapping[str, Any]) -> str:
         missed = [[f"<code>{escape(str(item['name']))}</code>", escape(str(item["reason"]))] for item in misses]
         parts.append('<p class="bad">Left dense:</p>' + _table(("FFN", "reason"), missed))
     if rows:
-        parts.append(_table(head, rows, numeric=(2, 3, 4, 5)))
+        parts.append(f"<p>Compiled: {len(rows)}.</p>" + _table(head, rows, numeric=(2, 3, 4, 5)))
     return "".join(parts)
 
 
@@ -369,15 +371,15 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
     plan = manifest.sparsity_plan()
     name = _markdown(str(source["name"]))
     revision = f" (revision `{source['revision']}`)" if source.get("revision") else ""
-    layers = f"{len(plan.layers)} feed-forward layers, {plan.expected_sparsity:.1%} of their neurons skipped at load 0"
+    layers = f"{len(plan.layers)} layers, {plan.expected_sparsity:.1%} of their neurons skipped at load 0"
     text = f"""---
 {front}
 ---
 # {name}, compiled by clada-export
 
-An ONNX engine of {name}{revision} whose feed-forward layers compute only the neurons that a token needs: {layers}
-(policy `{plan.policy}`, score `{plan.score}`, FFN weights in {manifest.dtype}). The run-time input `load` moves that share;
-`+inf` is the dense model.
+An ONNX engine of {name}{revision} whose feed-forward layers compute only the neurons that a token needs:
+{layers} (policy `{plan.policy}`, score `{plan.score}`, FFN weights in {manifest.dtype}).
+The run-time input `load` moves that share; `+inf` is the dense model.
 
 ## Run it
 
@@ -402,7 +404,6 @@ from clada_export import load_engine
 engine = load_engine(".")
 print(engine.generate("Once upon a time", 64).texts[0])
 ```
-
 """
     if manifest.library is None:
         return text
@@ -411,7 +412,8 @@ print(engine.generate("Once upon a time", 64).texts[0])
         for item in manifest.inputs
         if item.name not in {tensor.past for tensor in manifest.cache}
     )
-    return f"""{text}In plain ONNX Runtime, without clada-export:
+    return f"""{text}
+In plain ONNX Runtime, without clada-export:
 
 ```python
 import onnxruntime as ort
@@ -425,10 +427,9 @@ session = ort.InferenceSession("{manifest.model}", options)
 | --- | --- | --- |
 {inputs}
 
-and the key-value cache, whose names and shapes are under `cache` in `clada.json`. `load` is +inf for a dense token (the prompt), -inf
-for padding, a number in standard deviations otherwise. Without the library the graph runs too, by the function body of
+The key-value cache is input and output too; its names and shapes are under `cache` in `clada.json`. `load` is +inf for a dense
+token (the prompt), -inf for padding, a number otherwise. Without the library the graph runs too, by the function body of
 `{manifest.op["domain"]}::{manifest.op["name"]}` in standard operators: the same numbers, none of the speed.
-
 """
 
 
@@ -448,18 +449,10 @@ def _fidelity(manifest: Manifest) -> str:
     lines = [f"| {name} | {form.format(drift[key])} |" for name, key, form in rows if isinstance(drift.get(key), int | float)]
     checks = manifest.verification.get("checks", [])
     passed = sum(bool(check.get("passed")) for check in checks if isinstance(check, dict))
-    return "\n".join(
-        [
-            "Against the source model in eager PyTorch (float32), decoding token by token under the automatic load:",
-            "",
-            "| | |",
-            "| --- | --- |",
-            *lines,
-            "",
-            f"{passed} of {len(checks)} checks passed.",
-            "",
-        ]
-    )
+    rounded = "" if manifest.dtype == "float32" else f", its FFN weights rounded to {manifest.dtype}"
+    intro = f"Against the source model in eager PyTorch (float32{rounded}), decoding token by token under the automatic load:"
+    outcome = [f"{passed} of {len(checks)} checks passed.", ""] if checks else []
+    return "\n".join([intro, "", "| | |", "| --- | --- |", *lines, "", *outcome])
 
 
 def _warning_list(warnings: Sequence[str]) -> str:
