@@ -76,8 +76,8 @@ def search_sparsity(
 ) -> tuple[SearchStep, list[SearchStep]]:
     """The highest sparsity whose cost is within the budget.
 
-    Cost grows roughly as a power of sparsity, so the next guess comes from a power law through the last measurement and falls
-    back to bisection when the bracket says otherwise.
+    Cost grows roughly as a power of sparsity, so the next guess comes from a power law through the last two measurements. It
+    falls back to bisection when the guesses keep landing on one side.
 
     Args:
         measure: the drift at a sparsity.
@@ -107,13 +107,13 @@ def search_sparsity(
         floor = low.sparsity if low else LOWEST
         if high - floor <= tolerance:
             break
-        ratio = budget.limit / step.cost if step.cost > 0 else 16.0
-        predicted = step.sparsity * ratio**0.25
-        # Stay inside the bracket, and never so near its edge that the step buys nothing.
-        margin = min(tolerance / 2, (high - floor) / 4)
-        guess = min(max(predicted, floor + margin), high - margin if high < HIGHEST else HIGHEST)
-        if low is not None and len(history) >= 4:
+        # A tight bracket is halved: there, noise decides and not the power law.
+        one_sided = len(history) >= 3 and len({item.cost <= budget.limit for item in history[-3:]}) == 1
+        if one_sided or high - floor < 4 * tolerance:
             guess = (floor + high) / 2
+        else:
+            margin = (high - floor) / 8
+            guess = min(max(_power_law(history, budget.limit), floor + margin), high if high == HIGHEST else high - margin)
     if low is None:
         drift = measure(LOWEST)
         low = SearchStep(LOWEST, budget.cost(drift), drift)
@@ -124,3 +124,15 @@ def search_sparsity(
                 "Give a larger --budget, or more calibration text"
             )
     return low, history
+
+
+def _power_law(history: list[SearchStep], limit: float) -> float:
+    """The sparsity at which a power law through the last two measurements reaches the limit."""
+    last = history[-1]
+    exponent = 4.0
+    if len(history) > 1:
+        before = history[-2]
+        if min(last.cost, before.cost) > 0 and last.sparsity != before.sparsity:
+            exponent = math.log(last.cost / before.cost) / math.log(last.sparsity / before.sparsity)
+            exponent = min(max(exponent, 1.0), 8.0)
+    return last.sparsity * float((limit / last.cost) ** (1 / exponent)) if last.cost > 0 else HIGHEST

@@ -94,7 +94,7 @@ def make_windows(ids: np.ndarray, context: int, calibration: int, heldout: int, 
     windows = torch.from_numpy(ids[: count * context].reshape(count, context).copy())
     wanted = min(count, calibration + heldout)
     spread = np.linspace(0, count - 1, wanted).round().astype(int)
-    held = max(1, min(heldout, round(wanted * heldout / (calibration + heldout))))
+    held = max(1, min(heldout, wanted - 1, round(wanted * heldout / (calibration + heldout))))
     places = set(np.linspace(0, wanted - 1, held + 2)[1:-1].round().astype(int).tolist()) or {0}
     first = [int(spread[i]) for i in range(wanted) if i not in places]
     second = [int(spread[i]) for i in sorted(places)]

@@ -1,0 +1,309 @@
+"""Calibration: text, tables, allocation, budget search, load response, and the plan that comes out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clada_export.calibration import Budget, CalibrationOptions, calibrate, load_calibration_data
+from clada_export.calibration.allocation import by_sensitivity, uniform_cett
+from clada_export.calibration.budget import HIGHEST, LOWEST, search_sparsity
+from clada_export.calibration.drift import Drift, DriftMeter
+from clada_export.calibration.scorer import make_scorer
+from clada_export.calibration.sensitivity import layer_sensitivity
+from clada_export.calibration.statistics import collect_statistics
+from clada_export.calibration.tap import FFNTap
+from clada_export.calibration.text import default_text, make_windows, read_text, read_tokens
+from clada_export.errors import UsageError
+from clada_export.ffn import EagerFFN, find_eager_ffns
+from clada_export.policies import get_policy
+from clada_export.reference import sparse_ffn
+from clada_export.verify.eager import ReferenceModel
+from tests.tiny_models import tiny_model
+
+CONTEXT = 32
+
+
+def windows(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 256, (count, CONTEXT), generator=torch.Generator().manual_seed(seed))
+
+
+# --- text ---
+
+
+@given(st.integers(2, 40), st.integers(1, 8), st.integers(1, 8))
+def test_windows_are_disjoint_and_cover_both_parts(count: int, calibration: int, heldout: int) -> None:
+    ids = np.arange(count * 8 + 3)
+    data = make_windows(ids, 8, calibration, heldout, "text")
+    firsts = [row[0].item() for row in (*data.calibration, *data.heldout)]
+    assert len(set(firsts)) == len(firsts) <= calibration + heldout
+    assert 1 <= len(data.heldout) <= heldout
+    assert 1 <= len(data.calibration) <= max(calibration, count - 1)
+    assert len(firsts) == min(count, calibration + heldout)
+
+
+def test_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(UsageError, match="100 tokens; calibration needs at least two windows of 64"):
+        make_windows(np.arange(100), 64, 4, 2, "notes.txt")
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "empty"), (b" \n ", "empty"), (b"\xff\xfe\x00", "UTF-8")])
+def test_texts_that_are_none(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        read_text(path)
+    with pytest.raises(UsageError, match="can't be read"):
+        read_text(tmp_path / "missing")
+
+
+def test_tokens_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(6, dtype=np.int32).reshape(2, 3))
+    assert read_tokens(path, 10).tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(UsageError, match="ids from 0 to 5; the model has 0 to 3"):
+        read_tokens(path, 4)
+    np.save(path, np.zeros(3))
+    with pytest.raises(UsageError, match="float64"):
+        read_tokens(path, 4)
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(UsageError, match="not a plain"):
+        read_tokens(path, 4)
+
+
+def test_random_tokens_carry_a_warning() -> None:
+    data = load_calibration_data(None, 100, context=16)
+    assert "random tokens" in data.warnings[0]
+    assert load_calibration_data(None, 100, context=16).digest == data.digest
+    with pytest.raises(UsageError, match="--calibration-tokens"):
+        load_calibration_data(None, 100, text_file=Path("text"))
+
+
+def test_the_default_text_is_prose() -> None:
+    assert len(default_text()) > 300_000
+
+
+# --- statistics ---
+
+
+@pytest.mark.parametrize(("kind", "score"), [("llama", "shadow"), ("llama", "gate"), ("gpt2", "exact"), ("opt", "gate")])
+def test_tables_equal_brute_force(kind: str, score: str) -> None:
+    model = tiny_model(kind, 0)
+    ffns = find_eager_ffns(model).found
+    scorers = [make_scorer(ffn, score) for ffn in ffns]
+    data = windows(3)
+    statistics = collect_statistics(model, ffns, scorers, data)
+    scores: list[list[torch.Tensor]] = [[] for _ in ffns]
+    errors: list[list[float]] = [[] for _ in ffns]
+    middle = [float(table.cett_threshold[len(table.cett_threshold) // 2]) for table in statistics.tables]
+
+    def inner(index: int, x: torch.Tensor, h: torch.Tensor) -> None:
+        score = scorers[index](x, h).reshape(-1, h.shape[-1])
+        scores[index].append(score)
+        flat = h.reshape(-1, h.shape[-1])
+        rows = torch.linspace(0, len(flat) - 1, min(24, len(flat))).long()
+        dropped = torch.where(score[rows] < middle[index], flat[rows], torch.zeros(()))
+        w_out = ffns[index].w_out()
+        errors[index] += ((dropped @ w_out).norm(dim=-1) / (flat[rows] @ w_out).norm(dim=-1)).tolist()
+
+    with torch.inference_mode(), FFNTap(ffns, inner=inner):
+        for window in data:
+            model(input_ids=window[None], use_cache=False)
+    for index, table in enumerate(statistics.tables):
+        everything = torch.cat(scores[index])
+        for place in (3, 20, 50):
+            share = float((everything.double() < table.threshold[place]).double().mean())
+            assert table.sparsity[place] == pytest.approx(share, abs=2e-3)
+        assert table.cett_at(middle[index]) == pytest.approx(np.mean(errors[index]), rel=1e-4)
+        assert bool((np.diff(table.threshold) > 0).all())
+        assert bool((np.diff(table.cett) >= 0).all())
+        target = float(table.cett[-1]) / 2
+        assert table.cett_at(table.threshold_for_cett(target)) <= target * (1 + 1e-9)
+
+
+def test_the_load_statistics_are_those_of_the_text() -> None:
+    model = tiny_model("llama", 0)
+    ffns = find_eager_ffns(model).found
+    data = windows(2)
+    load = collect_statistics(model, ffns, [make_scorer(ffn, "gate") for ffn in ffns], data).load
+    surprisals = []
+    with torch.no_grad():
+        for window in data:
+            log_p = model(input_ids=window[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            surprisals += (-log_p.gather(1, window[1:, None])).flatten().tolist()
+    assert load.surprisal_mean == pytest.approx(np.mean(surprisals), rel=1e-5)
+    assert load.surprisal_std == pytest.approx(np.std(surprisals), rel=1e-3)
+
+
+def test_nan_activations_name_the_layer() -> None:
+    model = tiny_model("llama", 0)
+    ffns = find_eager_ffns(model).found
+    scorers = [make_scorer(ffn, "gate") for ffn in ffns]
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj: the activations are not finite"):
+        collect_statistics(model, ffns, scorers, windows(1))
+
+
+def test_sensitivity_predicts_kl() -> None:
+    """1/2 s^2 |e|^2 is the KL of a small random error e in one layer's output, within what the isotropic model allows."""
+    model = tiny_model("llama", 0)
+    ffns = find_eager_ffns(model).found
+    data = windows(8)
+    price = layer_sensitivity(model, ffns, data)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for layer in range(len(ffns)):
+        generator = torch.Generator().manual_seed(1)
+        scale = 0.02
+
+        def outer(index: int, y: torch.Tensor, layer: int = layer, generator: torch.Generator = generator) -> torch.Tensor:
+            noise = torch.randn(y.shape, generator=generator) * scale
+            return y + noise if index == layer else y
+
+        kl = 0.0
+        with torch.no_grad():
+            for window in data:
+                dense = model(input_ids=window[None], use_cache=False).logits[0].log_softmax(-1)
+                with FFNTap(ffns, outer=outer):
+                    noisy = model(input_ids=window[None], use_cache=False).logits[0].log_softmax(-1)
+                kl += float((dense.exp() * (dense - noisy)).sum(-1).mean()) / len(data)
+        # Noise in earlier tokens reaches later ones through attention, so the gradient of one token's loss alone falls short.
+        predicted = 0.5 * price[layer] ** 2 * scale**2 * ffns[layer].hidden_size
+        assert predicted == pytest.approx(kl, rel=0.6)
+
+
+# --- allocation ---
+
+
+def _statistics(model: torch.nn.Module, ffns: tuple[EagerFFN, ...]) -> tuple:  # type: ignore[type-arg]
+    return collect_statistics(model, ffns, [make_scorer(ffn, "shadow") for ffn in ffns], windows(2)).tables
+
+
+@pytest.mark.parametrize("wanted", [0.1, 0.45, 0.8])
+def test_allocations_meet_the_mean_sparsity(wanted: float) -> None:
+    model = tiny_model("llama", 0)
+    ffns = find_eager_ffns(model).found
+    tables = _statistics(model, ffns)
+    multiplier = np.exp(np.linspace(-0.5, 0.5, 11))
+    for allocation in (uniform_cett(ffns, tables), by_sensitivity(ffns, tables, (2.0, 0.5))):
+        thresholds = allocation.thresholds_for(wanted)
+        assert allocation.mean_sparsity(thresholds) == pytest.approx(wanted, abs=0.01)
+        moved = allocation.thresholds_for(wanted, multiplier)
+        assert allocation.mean_sparsity(moved, multiplier) == pytest.approx(wanted, abs=0.01)
+    cheap = by_sensitivity(ffns, tables, (2.0, 0.5)).thresholds_for(wanted)
+    assert cheap[0] < cheap[1]
+
+
+# --- budget ---
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "limit"), [("ppl=2%", "ppl", 0.02), (" kl = 0.05 ", "kl", 0.05), ("ppl=0.5%", "ppl", 0.005), ("kl=1e-3", "kl", 1e-3)]
+)
+def test_budgets(text: str, metric: str, limit: float) -> None:
+    budget = Budget.parse(text)
+    assert (budget.metric, budget.limit) == (metric, pytest.approx(limit))
+    assert Budget.parse(str(budget)) == budget
+
+
+@pytest.mark.parametrize("text", ["ppl=0%", "ppl=200%", "ppl=100%", "ppl=2", "kl=0", "kl=5%", "kl=-1", "", "accuracy=1%", "ppl=nan%", "kl=3"])
+def test_budgets_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--budget"):
+        Budget.parse(text)
+
+
+def _drift(cost: float, sparsity: float) -> Drift:
+    values = np.full(100, math.log1p(cost))
+    return Drift(values, np.zeros(100), values, np.ones(100), np.zeros(100), sparsity)
+
+
+@given(st.floats(0.05, 0.9), st.floats(2, 6), st.floats(0.05, 0.9))
+def test_search_finds_the_highest_sparsity(answer: float, power: float, first: float) -> None:
+    limit = 0.02
+
+    def measure(sparsity: float) -> Drift:
+        return _drift(limit * (sparsity / answer) ** power, sparsity)
+
+    found, steps = search_sparsity(Budget("ppl", limit), measure, first=first)
+    assert found.cost <= limit * (1 + 1e-9)
+    assert found.sparsity <= answer * (1 + 1e-6)
+    assert found.sparsity >= answer - 0.12
+    assert len(steps) <= 8
+
+
+def test_search_stops_at_the_highest_sparsity() -> None:
+    found, _ = search_sparsity(Budget("kl", 0.1), lambda sparsity: _drift(1e-9, sparsity), first=0.45)
+    assert found.sparsity == HIGHEST
+
+
+def test_a_budget_that_nothing_meets_says_what_the_least_costs() -> None:
+    with pytest.raises(UsageError, match=f"{LOWEST:.0%} already costs 0.5"):
+        search_sparsity(Budget("ppl", 0.01), lambda sparsity: _drift(0.5, sparsity), first=0.4)
+
+
+# --- drift and plan ---
+
+
+def test_masks_and_reference_modules_agree() -> None:
+    """What calibration simulates is what the op means."""
+    model = tiny_model("llama", 0)
+    ffns = find_eager_ffns(model).found
+    data = windows(1)
+    result = calibrate(
+        model, ffns, get_policy("clada"), load_calibration_data(None, 256, context=CONTEXT), {"weights_digest": "0"},
+        CalibrationOptions(sparsity=0.5, load_response=False),
+    )  # fmt: skip
+    scorers = [make_scorer(ffn, "shadow") for ffn in ffns]
+    thresholds = np.array([layer.threshold[0] for layer in result.plan.layers])
+    drift = DriftMeter(model, ffns, scorers, data).measure(thresholds)
+    run = ReferenceModel(model, ffns, result.plan).run(data[0].tolist(), np.zeros(CONTEXT, np.float32))
+    log_p = torch.from_numpy(run.logits).log_softmax(-1)[:-1]
+    nll = -log_p.gather(1, data[0, 1:, None]).flatten()
+    np.testing.assert_allclose(drift.nll, nll, rtol=1e-4, atol=1e-4)
+    assert drift.sparsity == pytest.approx(1 - run.active.mean() / 96, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
+def test_a_plan_by_budget_keeps_it(kind: str) -> None:
+    model = tiny_model(kind, 0)
+    ffns = find_eager_ffns(model).found
+    data = load_calibration_data(None, 256, context=CONTEXT)
+    seen: list[str] = []
+    result = calibrate(
+        model, ffns, get_policy("clada"), data, {"weights_digest": "0"}, CalibrationOptions(budget=Budget("kl", 0.002)),
+        lambda what, done, total: seen.append(what),
+    )  # fmt: skip
+    assert result.drift.kl_bound <= 0.002
+    assert 0.0 < result.plan.expected_sparsity < 1.0
+    assert set(seen) >= {"statistics", "sensitivity", "held-out windows"}
+    assert len(result.details["load_response"]) == 4
+    signal = result.plan.load
+    better = [row for row in result.details["load_response"] if row["better"]]
+    assert (signal.surprisal_weight != 0 or signal.entropy_weight != 0) == bool(better)
+
+
+def test_scores_that_do_not_fit_are_refused() -> None:
+    ffns = find_eager_ffns(tiny_model("llama", 0)).found
+    policy = get_policy("clada")
+    assert policy.score_for(ffns, None) == "shadow"
+    with pytest.raises(UsageError, match="has no score 'prefix'"):
+        policy.score_for(ffns, "prefix")
+    with pytest.raises(UsageError, match="unknown policy 'magic'; known: clada"):
+        get_policy("magic")
+
+
+def test_the_shadow_scorer_is_the_op(seed: int = 0) -> None:
+    ffn = find_eager_ffns(tiny_model("llama", 0)).found[0]
+    scorer = make_scorer(ffn, "shadow")
+    from clada_export.calibration.scorer import layer_attributes, layer_tensors
+
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
+    tensors = layer_tensors(ffn, "shadow", torch.tensor([0.01]))
+    result = sparse_ffn(x, torch.zeros(5), tensors, layer_attributes(ffn, "shadow", "threshold"))
+    assert torch.equal(result.mask, ~(scorer(x, torch.zeros(5, 96)) < 0.01))
