@@ -235,7 +235,7 @@ def _bars(title: str, names: Sequence[str], values: Sequence[float], colour: str
 
 def _round_up(value: float) -> float:
     """The next of 1, 2, 4, 6, 8 times a power of ten, so that quarters of the axis read well."""
-    if value <= 0 or not math.isfinite(value):
+    if value < 1e-12 or not math.isfinite(value):
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 4, 6, 8, 10) if value <= step * power * (1 + 1e-9))
