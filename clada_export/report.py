@@ -116,7 +116,7 @@ def _tiles(report: Mapping[str, Any]) -> str:
     verification = report.get("verification") or {}
     drift = verification.get("drift") or {}
     if "ppl_increase" in drift:
-        tiles.append(("perplexity", f"{drift['ppl_increase']:+.2%}"))
+        tiles.append(("change of perplexity", f"{drift['ppl_increase']:+.2%}"))
     if "kl" in drift:
         tiles.append(("KL, nats a token", _number(drift["kl"])))
     if "top1" in drift:
@@ -383,26 +383,24 @@ The run-time input `load` moves that share; `+inf` is the dense model.
 
 ## Run it
 
-    clada run . --prompt "Once upon a time"
-    clada inspect .
-
-{_python_use(manifest)}
+{_use(manifest)}
 ## Fidelity
 
 {_fidelity(manifest)}
-`report.html` has all checks and every layer; `clada.json` is the manifest, with the sha256 of every file.
-
-{_warning_list(manifest.warnings)}The library in this folder is a program. Load it only if you trust where the folder came from.
-"""
+`report.html` has all checks and every layer; `clada.json` is the manifest, with the sha256 of every file. The
+library in this folder is a program: load it only if you trust where the folder came from.
+{_warning_list(manifest.warnings)}"""
     (folder / MODEL_CARD).write_text(text, encoding="utf-8")
 
 
-def _python_use(manifest: Manifest) -> str:
-    text = """```python
+def _use(manifest: Manifest) -> str:
+    command = '    clada run . --prompt "Once upon a time"\n\n' if manifest.tokenizer else ""
+    example = '"Once upon a time", 64).texts[0]' if manifest.tokenizer else "[[1, 2, 3]], 64).tokens[0]"
+    text = f"""{command}```python
 from clada_export import load_engine
 
 engine = load_engine(".")
-print(engine.generate("Once upon a time", 64).texts[0])
+print(engine.generate({example})
 ```
 """
     if manifest.library is None:
@@ -458,7 +456,7 @@ def _fidelity(manifest: Manifest) -> str:
 def _warning_list(warnings: Sequence[str]) -> str:
     if not warnings:
         return ""
-    return "## Warnings\n\n" + "".join(f"- {_markdown(warning)}\n" for warning in warnings) + "\n"
+    return "\n## Warnings\n\n" + "".join(f"- {_markdown(warning)}\n" for warning in warnings)
 
 
 def _markdown(text: str) -> str:

@@ -241,6 +241,7 @@ def make_manifest(**changes: Any) -> Manifest:
         "library": "libclada_ort.so",
         "verification": verification.to_dict(),
         "drift": verification.drift,
+        "tokenizer": True,
     }
     return Manifest(**{**values, **changes})
 
@@ -264,6 +265,16 @@ def test_the_model_card_of_a_local_unverified_export(tmp_path: Path) -> None:
     front, body = card(tmp_path, make_manifest(source=source, verification={}, drift={}, library=None))
     assert "base_model" not in front and "license" not in front
     assert "not verified" in body and "<script>" not in body and "register_custom_ops_library" not in body
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "used"), [(True, '"Once upon a time", 64).texts[0])'), (False, "[[1, 2, 3]], 64).tokens[0])")]
+)
+def test_the_example_takes_text_only_where_there_is_a_tokenizer(tmp_path: Path, tokenizer: bool, used: str) -> None:
+    _, body = card(tmp_path, make_manifest(tokenizer=tokenizer))
+    code = body.split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert used in code and ("clada run" in body) == tokenizer
 
 
 def test_a_license_that_looks_like_yaml_stays_a_string(tmp_path: Path) -> None:
