@@ -1,0 +1,100 @@
+"""The peer: the dense model as `transformers.exporters` gives it to ONNX Runtime (`ort_fusions="cpu"`), without the tool's op.
+
+It is written with a manifest whose plan has no layers, so that the same runtime runs it: same session options, same threads,
+same hand-over of the cache, same Python around it. Only the graph differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+
+from clada_export import __version__
+from clada_export.errors import UnsupportedModelError
+from clada_export.manifest import CacheTensor, Manifest, TensorSpec, file_record, write_manifest
+from clada_export.plan import LoadSignal, SparsityPlan
+from clada_export.source import load_source
+from clada_export.trace import trace
+from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
+
+MODEL_NAME = "model.onnx"
+
+
+def write_peer(model: str, folder: Path) -> None:
+    """Export the dense model into a new folder.
+
+    Raises:
+        UsageError, UnsupportedModelError: the model can't be loaded or traced.
+    """
+    source = load_source(model)
+    graph = trace(source.model, fusions="cpu").graph
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    ir.save(graph, part / MODEL_NAME, external_data=MODEL_NAME + ".data")
+    source.model.config.save_pretrained(part)
+    if source.model.generation_config is not None:
+        source.model.generation_config.save_pretrained(part)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(part)
+    plan = SparsityPlan("dense peer", "gate", "threshold", (), LoadSignal(), {"weights_digest": source.weights_digest})
+    manifest = Manifest(
+        tool_version=__version__,
+        source={
+            "name": source.name,
+            "kind": source.kind,
+            "revision": source.revision,
+            "weights_digest": source.weights_digest,
+            "files": {},
+            "license": source.license,
+            "dtype": source.source_dtype,
+        },
+        target="ort",
+        op={"domain": DOMAIN, "name": OP_TYPE, "version": OP_VERSION},
+        plan=plan.to_dict(),
+        load_signal=plan.load,
+        inputs=tuple(_spec(value) for value in graph.graph.inputs),
+        outputs=tuple(_spec(value) for value in graph.graph.outputs),
+        dtype="float32",
+        cache=_cache(graph),
+        versions={"python": platform.python_version(), "transformers": metadata.version("transformers")},
+        model=MODEL_NAME,
+        tokenizer=source.tokenizer is not None,
+    )
+    write_manifest(part, manifest.with_files({path.name: file_record(path) for path in sorted(part.iterdir())}))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.dtype is not None
+    shape = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ())
+    return TensorSpec(value.name, {"FLOAT": "float32"}.get(value.dtype.name, value.dtype.name.lower()), shape)
+
+
+def _cache(graph: ir.Model) -> tuple[CacheTensor, ...]:
+    found = []
+    for spec in map(_spec, graph.graph.inputs):
+        if not spec.name.startswith("past_"):
+            continue
+        kind, layer, role = spec.name.split(".")
+        if kind != "past_key_values":
+            raise UnsupportedModelError(f"the peer keeps state that the runtime does not know: {spec.name}")
+        found.append(CacheTensor(int(layer), role, spec.name, f"present.{layer}.{role}", spec.dtype, spec.shape))
+    return tuple(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="benchmarks.peer", description="export the dense peer")
+    parser.add_argument("model")
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args(arguments)
+    write_peer(options.model, options.output)
+    return 0
