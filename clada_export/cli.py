@@ -83,11 +83,17 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--budget", default="ppl=2%", help="allowed error, ppl=2%% or kl=0.05 (default: ppl=2%%)")
     goal.add_argument("--sparsity", type=float, help="a mean sparsity instead of a budget, like 0.5")
     goal.add_argument("--plan", type=Path, help="a sparsity plan made before; no calibration")
-    parser.add_argument("--calibration-data", type=Path, metavar="FILE", help="a UTF-8 text (default: a text that comes with Python)")
-    parser.add_argument("--calibration-tokens", type=Path, metavar="FILE", help="token ids as .npy, for models without a tokenizer")
+    parser.add_argument(
+        "--calibration-data", type=Path, metavar="FILE", help="a UTF-8 text (default: a text that comes with Python)"
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=Path, metavar="FILE", help="token ids as .npy, for models without a tokenizer"
+    )
     parser.add_argument("--calibration-context", type=int, default=512, metavar="N", help="tokens a window (default: 512)")
     parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
-    parser.add_argument("--dtype", default="float32", help="type of the FFN weights: float32, float16, bfloat16 (default: float32)")
+    parser.add_argument(
+        "--dtype", default="float32", help="type of the FFN weights: float32, float16, bfloat16 (default: float32)"
+    )
     parser.add_argument("--no-verify", action="store_true", help="skip verification; the manifest says so")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     _hub_arguments(parser)
@@ -213,7 +219,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", required=True, help="a text; give it again for a batch")
     parser.add_argument("--chat", action="store_true", help="the prompts are user messages: use the model's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--load", type=_load, default="auto", help="auto (follow the text), dense, or a number: higher is denser")
+    parser.add_argument(
+        "--load", type=_load, default="auto", help="auto (follow the text), dense, or a number: higher is denser"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -333,26 +341,29 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(manifest.to_dict(), indent=2))
         return 0
-    plan = manifest.sparsity_plan()
-    source = manifest.source
-    print(f"model     {source['name']} ({source['kind']}{', ' + source['revision'] if source['revision'] else ''})")
-    print(f"target    {manifest.target}, FFN weights {manifest.dtype}, {manifest.op['domain']}::{manifest.op['name']} version {manifest.op['version']}")
-    print(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {plan.calibration.get('budget', 'given')}")
-    signal = plan.load
+    plan, source, op, drift = manifest.sparsity_plan(), manifest.source, manifest.op, manifest.drift
+    signal, budget = plan.load, plan.calibration.get("budget", "given")
+    revision = f", {source['revision']}" if source["revision"] else ""
+    print(f"model     {source['name']} ({source['kind']}{revision})")
+    print(f"target    {manifest.target}, FFN weights {manifest.dtype}, {op['domain']}::{op['name']} version {op['version']}")
+    print(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {budget}")
     print(
         f"load      {signal.surprisal_weight:g} * (S - {signal.surprisal_mean:.3f}) / {signal.surprisal_std:.3f}"
         f" + {signal.entropy_weight:g} * (H - {signal.entropy_mean:.3f}) / {signal.entropy_std:.3f}  (nats)"
     )
-    drift = manifest.drift
     if drift:
-        print(f"drift     perplexity {drift['ppl_increase']:+.2%}, KL {drift['kl']:.4f} nats, top-1 {drift['top1']:.1%} on {drift['tokens']} tokens")
+        print(
+            f"drift     perplexity {drift['ppl_increase']:+.2%}, KL {drift['kl']:.4f} nats, top-1 {drift['top1']:.1%}"
+            f" on {drift['tokens']} tokens"
+        )
     print(f"sparsity  {plan.expected_sparsity:.1%} expected at load 0\n")
     print(f"{'layer':<44} {'activation':<10} {'d x f':>13} {'threshold':>10} {'skipped':>8} {'CETT':>6}")
     for layer in plan.layers:
         threshold = f"{layer.threshold[0]:.4g}" if len(layer.threshold) == 1 else f"[{len(layer.threshold)}]"
         kind = layer.activation + ("*" if layer.gated else "")
         sizes = f"{layer.hidden_size} x {layer.intermediate_size}"
-        print(f"{layer.name:<44} {kind:<10} {sizes:>13} {threshold:>10} {layer.expected_sparsity:>8.1%} {layer.expected_cett:>6.3f}")
+        shares = f"{layer.expected_sparsity:>8.1%} {layer.expected_cett:>6.3f}"
+        print(f"{layer.name:<44} {kind:<10} {sizes:>13} {threshold:>10} {shares}")
     print("(* gated)")
     for warning in manifest.warnings:
         print(f"warning: {warning}")

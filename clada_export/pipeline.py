@@ -239,9 +239,10 @@ def _plan(
 ) -> tuple[SparsityPlan, dict[str, Any]]:
     if given is not None:
         if given.source.get("weights_digest") != source.weights_digest:
+            made_for = str(given.source.get("weights_digest"))[:16]
             raise UsageError(
-                f"{options.plan}: the plan was made for other weights (digest {str(given.source.get('weights_digest'))[:16]}...); "
-                f"this model has {source.weights_digest[:16]}..."
+                f"{options.plan}: the plan was made for other weights (digest {made_for}...); this model has "
+                f"{source.weights_digest[:16]}..."
             )
         known = {ffn.name for ffn in ffns.found}
         missing = [layer.name for layer in given.layers if layer.name not in known]

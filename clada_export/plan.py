@@ -88,7 +88,8 @@ PLAN_SCHEMA: dict[str, Any] = {
 class LoadSignal:
     """Statistics and weights of the load formula; surprisal and entropy in nats, from raw logits.
 
-    load = clip(surprisal_weight * (S - surprisal_mean) / surprisal_std + entropy_weight * (H - entropy_mean) / entropy_std, -4, 4).
+    load = clip(surprisal_weight * (S - surprisal_mean) / surprisal_std
+                + entropy_weight * (H - entropy_mean) / entropy_std, -4, 4).
     """
 
     surprisal_mean: float = 0.0
@@ -104,7 +105,7 @@ class LayerPlan:
     """One FFN. `name` is the module path of its down projection (`model.layers.0.mlp.down_proj`).
 
     `threshold` holds one value, or one a granule. `expected_sparsity` is the share of neurons skipped and `expected_cett` the
-    relative error of the FFN output (`docs/methods.md`), both measured on the calibration text at load 0.
+    relative error of the FFN output (`docs/calibration.md`), both measured on the calibration text at load 0.
     """
 
     name: str

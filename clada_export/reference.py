@@ -118,7 +118,9 @@ def load_multiplier(load: Tensor, attributes: SparseFFNAttributes) -> Tensor:
     return factor.clamp(attributes.load_min, attributes.load_max)
 
 
-def neuron_outputs(x: Tensor, w_in: Tensor, tensors: SparseFFNTensors, attributes: SparseFFNAttributes) -> tuple[Tensor, Tensor]:
+def neuron_outputs(
+    x: Tensor, w_in: Tensor, tensors: SparseFFNTensors, attributes: SparseFFNAttributes
+) -> tuple[Tensor, Tensor]:
     """(h, a): the hidden activation and the activated gate (plain FFN: h itself), each float32 [..., f]."""
     weight = w_in.float()
     first = torch.nn.functional.linear(x.float(), weight[:, 0])
@@ -166,7 +168,7 @@ def neuron_scores(
 
 
 def _per_granule(value: Tensor, granule: int) -> Tensor:
-    return value if granule == 1 else value.unflatten(-1, (-1, granule)).sum(-1)
+    return value if granule == 1 else value.reshape(*value.shape[:-1], -1, granule).sum(-1)
 
 
 def _prior(past_stat: Tensor, granule: int) -> Tensor:
@@ -256,9 +258,7 @@ def sparse_ffn(
             granule_score = granule_score.unsqueeze(1)
         granule_score = granule_score.expand(*x.shape[:-1], hidden.shape[-1] // granule)
     else:
-        granule_score = _per_granule(
-            neuron_scores(x, hidden, gate, tensors, attributes, past_stat, shadow_weight), granule
-        )
+        granule_score = _per_granule(neuron_scores(x, hidden, gate, tensors, attributes, past_stat, shadow_weight), granule)
     prior = _prior(past_stat, granule) if past_stat is not None else None
     active = select_granules(granule_score, tensors.threshold, load_multiplier(load, attributes), attributes, prior)
     active = (active | dense.unsqueeze(-1)) & ~padding.unsqueeze(-1)

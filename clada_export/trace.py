@@ -16,8 +16,9 @@ import torch
 from onnxscript.rewriter import _basics, _matcher
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_for_generation, prepare_for_export
 
 from clada_export.errors import UnsupportedModelError
@@ -56,8 +57,15 @@ def trace(model: nn.Module, *, fusions: str | None = "cpu") -> TracedModel:
     name = type(model).__name__
     with _quiet(), _early_reject():
         try:
-            exported = OnnxExporter().export(component, inputs, config=config)
-        except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, torch.onnx.errors.OnnxExporterError) as error:
+            exported = OnnxExporter().export(component, inputs, config=config)  # type: ignore[no-untyped-call,arg-type]
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            KeyError,
+            NotImplementedError,
+            torch.onnx.errors.OnnxExporterError,
+        ) as error:
             raise UnsupportedModelError(f"{name}: transformers.exporters can't trace it: {_first_line(error)}") from error
     graph: ir.Model = exported.program
     report = name_interface(graph)
@@ -108,7 +116,7 @@ def _has_keys_and_values(layer: object) -> bool:
 
 def _dynamic_shapes(component: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Mark the axes that vary and no others: batch and length. All other axes then are numbers, and tracing is faster."""
-    _, used, _ = prepare_for_export(component, dict(inputs))  # type: ignore[arg-type]
+    _, used, _ = prepare_for_export(component, dict(inputs))
     register_cache_pytrees_for_model(component)  # type: ignore[arg-type]
 
     def of(value: Any) -> Any:
@@ -148,7 +156,7 @@ def _early_reject() -> Iterator[None]:
                 return _basics.MatchResult().fail("another operator")
         return original(self, model, graph, node, **options)
 
-    _matcher.SimplePatternMatcher.match = match  # type: ignore[method-assign]
+    _matcher.SimplePatternMatcher.match = match  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graph_passes.search import FFNMiss, FFNSearch, find_ffns
     from graph_passes.function_body import make_function
     from graph_passes.naming import InterfaceReport, NameInterface, name_interface
     from graph_passes.report import RewriteReport, RewrittenFFN
     from graph_passes.rewrite import FFNRewrite, RewriteFFNs, rewrite_ffns
     from graph_passes.rules.common import FFNMatch
+    from graph_passes.search import FFNMiss, FFNSearch, find_ffns
 
 _HOMES = {
     "FFNMatch": "graph_passes.rules.common",

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
 from graph_passes.function_body import MIN_OPSET, PLUGIN_ATTRIBUTES, VARIANT, make_function, variant_name
 from graph_passes.op import (
     DOMAIN,
@@ -23,6 +22,7 @@ from graph_passes.op import (
 from graph_passes.repack import free_unused, repack, sources, weight_key
 from graph_passes.report import RewriteReport, RewrittenFFN
 from graph_passes.rules.common import FFNMatch, rank
+from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
 
 LOAD = "load"
 ACTIVE_NEURONS = "active_neurons"

@@ -53,11 +53,11 @@ class Allocation:
 
 def _weights(ffns: Sequence[EagerFFN]) -> np.ndarray:
     sizes = np.array([ffn.intermediate_size for ffn in ffns], dtype=np.float64)
-    return sizes / sizes.sum()
+    return np.asarray(sizes / sizes.sum())
 
 
 def uniform_cett(ffns: Sequence[EagerFFN], tables: Sequence[LayerTable]) -> Allocation:
-    """Every layer at the same CETT (methods.md 2.1: one target for all layers, one threshold each)."""
+    """Every layer at the same CETT (one target for all layers, one threshold each)."""
 
     def thresholds_at(target: float) -> np.ndarray:
         return np.array([table.threshold_for_cett(target) for table in tables])
@@ -71,6 +71,6 @@ def by_sensitivity(ffns: Sequence[EagerFFN], tables: Sequence[LayerTable], sensi
     highest = np.array([table.threshold[-1] for table in tables])
 
     def thresholds_at(knob: float) -> np.ndarray:
-        return np.minimum(knob / price, highest)
+        return np.asarray(np.minimum(knob / price, highest))
 
     return Allocation("sensitivity", thresholds_at, float((highest * price).max()), tuple(tables), _weights(ffns))

@@ -26,7 +26,7 @@ SENSITIVITY_LENGTH = 256
 COMPARE_AT = 0.45
 """The sparsity at which allocations are compared when a budget is given."""
 LOAD_MIN, LOAD_MAX = 0.25, 4.0
-"""Bounds of m(load) in the engine: beyond what a load of -4..4 reaches at the op's slope, so only an external load meets them."""
+"""Bounds of m(load) in the engine: a load of -4..4 does not reach them at the op's slope, only one from outside does."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,7 +111,8 @@ def calibrate(
         history = [{"sparsity": item.sparsity, "cost": item.cost, "kl": item.drift.mean_kl} for item in steps]
 
     thresholds = allocation.thresholds_for(sparsity)
-    signal, tried = statistics.load, ()
+    signal = statistics.load
+    tried: tuple[dict[str, float | str | bool], ...] = ()
     if options.load_response:
         context = int(data.heldout.shape[1])
         response = fit_load_response(meter, allocation, sparsity, statistics.load, drift, thresholds, context, step)

@@ -77,9 +77,7 @@ class Drift:
 class DriftMeter:
     """Measures thresholds on held-out windows, int64 [N, context]; the dense side is computed once where memory allows."""
 
-    def __init__(
-        self, model: nn.Module, ffns: Sequence[EagerFFN], scorers: Sequence[LayerScorer], windows: Tensor
-    ) -> None:
+    def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], scorers: Sequence[LayerScorer], windows: Tensor) -> None:
         self._model, self._ffns, self._scorers, self._windows = model, ffns, scorers, windows
         self._kept: list[Tensor] | None = None
         signals: list[Tensor] = []

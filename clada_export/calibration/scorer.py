@@ -21,7 +21,7 @@ from graph_passes.op import SparseFFNAttributes
 
 def neuron_scale(w_out: Tensor) -> Tensor:
     """The L2 norm of every neuron's down row, float32 [f]: |h_j| times it is the norm of the neuron's output (CETT, D)."""
-    return w_out.float().norm(dim=1)
+    return w_out.float().square().sum(dim=1).sqrt()
 
 
 def score_constants(score: str, w_in: np.ndarray, w_out: np.ndarray) -> dict[str, np.ndarray]:
@@ -62,9 +62,7 @@ class LayerScorer:
 
 def layer_attributes(ffn: EagerFFN, score: str, rule: str) -> SparseFFNAttributes:
     """The op's attributes for an FFN, without a load response."""
-    return SparseFFNAttributes(
-        activation=ffn.activation, gated=ffn.gated, score=score, rule=rule, has_bias=ffn.has_bias
-    )
+    return SparseFFNAttributes(activation=ffn.activation, gated=ffn.gated, score=score, rule=rule, has_bias=ffn.has_bias)
 
 
 def layer_tensors(ffn: EagerFFN, score: str, threshold: Tensor, *, keep_weights: bool = True) -> SparseFFNTensors:

@@ -1,8 +1,9 @@
 """How much an error in one FFN's output costs at the model's output.
 
-To second order, an error e_l in the output of FFN l raises KL(dense || sparse) by 1/2 E[(g_l . e_l)^2], where g_l is the gradient
-of log p(y) with respect to that output and y is drawn from the model's own distribution (the Fisher information). For errors
-without a preferred direction that is 1/2 E|g_l|^2 / d * |e_l|^2, so the root mean square of g_l is the price of a unit of error.
+To second order, an error e_l in the output of FFN l raises KL(dense || sparse) by 1/2 E[(g_l . e_l)^2], where g_l is the
+gradient of log p(y) with respect to that output and y is drawn from the model's own distribution (the Fisher information). For
+errors without a preferred direction that is 1/2 E|g_l|^2 / d * |e_l|^2, so the root mean square of g_l is the price of a unit
+of error.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class LayerTable:
 
     def sparsity_at(self, threshold: float | np.ndarray) -> np.ndarray:
         """The share of neurons below a threshold."""
-        return np.interp(threshold, self.threshold, self.sparsity)
+        return np.asarray(np.interp(threshold, self.threshold, self.sparsity))
 
     def cett_at(self, threshold: float) -> float:
         """The mean relative error of the FFN output at a threshold."""

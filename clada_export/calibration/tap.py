@@ -47,9 +47,7 @@ class FFNTap:
             self._handles.append(ffn.down.register_forward_hook(self._after_down(index)))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

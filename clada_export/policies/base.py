@@ -11,10 +11,20 @@ from clada_export.ffn import EagerFFN
 class Policy(Protocol):
     """One method. Its file in `clada_export/policies/` is the only place that knows it."""
 
-    name: str
-    rule: str
-    scores: tuple[str, ...]
-    """The op's scores that the policy can use, the default first."""
+    @property
+    def name(self) -> str:
+        """What `--policy` calls it."""
+        ...
+
+    @property
+    def rule(self) -> str:
+        """The op's rule."""
+        ...
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The op's scores that it can use, the default first."""
+        ...
 
     def score_for(self, ffns: Sequence[EagerFFN], wanted: str | None) -> str:
         """The score to use for these FFNs.

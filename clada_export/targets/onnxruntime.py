@@ -73,9 +73,9 @@ def build(traced: TracedModel, plan: SparsityPlan, out: Path, *, dtype: str = "f
     for layer in plan.layers:
         match = matched.get(layer.name)
         if match is not None and (match.hidden_size, match.intermediate_size) != (layer.hidden_size, layer.intermediate_size):
+            planned, found = (f"{item.hidden_size} x {item.intermediate_size}" for item in (layer, match))
             raise UsageError(
-                f"the plan does not fit this model: {layer.name} has sizes {layer.hidden_size} x {layer.intermediate_size} in the "
-                f"plan and {match.hidden_size} x {match.intermediate_size} in the model"
+                f"the plan does not fit this model: {layer.name} has sizes {planned} in the plan and {found} in the model"
             )
     rewrites = {layer.name: _rewrite(plan, layer) for layer in plan.layers if layer.name in matched}
     if not rewrites:

@@ -1,4 +1,4 @@
-"""Drift: how far the sparse engine is from the dense model on text, run as it is deployed (prompt dense, decode by the load)."""
+"""Drift: how far the sparse engine is from the dense model on text, run as deployed (prompt dense, decode by the load)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from clada_export.verify.report import Check
 DRIFT_PROMPT = 32
 
 
-def measure_drift(
-    engine: Engine, rows: Sequence[Sequence[int]], dense: Sequence[npt.NDArray[np.float32]]
-) -> dict[str, Any]:
+def measure_drift(engine: Engine, rows: Sequence[Sequence[int]], dense: Sequence[npt.NDArray[np.float32]]) -> dict[str, Any]:
     """Decode the rows token by token under the automatic load and compare with the dense model's logits.
 
     Args:
@@ -75,8 +73,8 @@ def sparse_greedy_prefix(engine: Engine, prompts: Sequence[Sequence[int]], dense
 def drift_check(numbers: dict[str, Any], limits: dict[str, float]) -> Check:
     """Hold drift to the plan's budget.
 
-    The budget was met on other text, so this text may exceed it by half of it and by two standard errors; a plan by sparsity
-    alone has no limit, and its drift is reported.
+    The budget was met on all held-out windows in one pass; here a part of them is decoded token by token, so it may be exceeded
+    by half of it and by two standard errors. A plan by sparsity alone has no limit, and its drift is reported.
 
     Args:
         limits: `ppl_increase` and/or `kl`; empty for none.

@@ -45,9 +45,7 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) 
                 row.append(int(best.indices[0]))
                 gap.append(float(best.values[0] - best.values[1]))
                 if step + 1 < new_tokens:
-                    output = model(
-                        input_ids=torch.tensor([[row[-1]]]), past_key_values=output.past_key_values, use_cache=True
-                    )
+                    output = model(input_ids=torch.tensor([[row[-1]]]), past_key_values=output.past_key_values, use_cache=True)
             tokens.append(row)
             gaps.append(gap)
     return tokens, gaps
@@ -64,7 +62,9 @@ class ReferenceModel:
         self, model: nn.Module, ffns: Sequence[EagerFFN], plan: SparsityPlan, rewritten: Sequence[str] | None = None
     ) -> None:
         self._model = model
-        chosen = [(ffn, layer) for ffn in ffns if (layer := plan.layer(ffn.name)) and (rewritten is None or ffn.name in rewritten)]
+        chosen = [
+            (ffn, layer) for ffn in ffns if (layer := plan.layer(ffn.name)) and (rewritten is None or ffn.name in rewritten)
+        ]
         self._ffns = [ffn for ffn, _ in chosen]
         self._layers = [_reference_layer(ffn, layer, plan) for ffn, layer in chosen]
 

@@ -2,12 +2,15 @@
 
 Tolerances, for float32 logits:
 
-* Dense parity: 3e-4. Eager float32 differs from eager float64 by up to 7e-5 on SmolLM2-135M, and from ONNX Runtime's dense
-  graph by up to 8e-5; sums in another order account for the rest. It grows with the largest logit beyond 50, as rounding does.
-* Sparse parity: twice that, as long as both sides ran the same neurons. A neuron whose score is within rounding of the threshold
-  may run on one side only; it changes the row's hidden state by about its (small) contribution, and later rows see that through
-  the cache. So flips are counted from the numbers of active neurons, positions from the first flip on are held to a bound on the
-  mean KL (1e-3 nats), and the share of flipped decisions to 2e-3.
+* Dense parity: 3e-4. Eager float32 differs from eager float64 by up to 7e-5 on SmolLM2-135M, and from ONNX Runtime's
+  dense graph by up to 8e-5; sums in another order account for the rest. It grows with the largest logit beyond 50, as rounding
+  does.
+* Sparse parity: twice that, as long as both sides ran the same neurons. A neuron whose score is within rounding of the
+  threshold may run on one side only; it changes the row's hidden state by about its (small) contribution, which flips others in
+  the layers and, through the cache, in the tokens after it. So flips are counted from the numbers of active neurons, the share
+  of flipped decisions is held to 2e-3, and from the first flip on the engine may be no further from the reference (mean KL) than
+  a quarter of what sparsity itself costs there. On SmolLM2-135M a flip costs about a tenth of it; a wrong threshold or score
+  costs all of it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from clada_export.verify.numbers import ParityNumbers, common_prefix, compare_lo
 from clada_export.verify.report import Check
 
 DENSE_TOLERANCE = 3e-4
-FLIP_KL = 1e-3
+FLIP_KL_SHARE = 0.25
+FLIP_KL_FLOOR = 1e-6
 FLIP_SHARE = 2e-3
 DENSE = np.float32(np.inf)
 
@@ -56,7 +60,9 @@ def run_engine(engine: Engine, case: Case, decode_loads: npt.NDArray[np.float32]
         if output.active is not None:
             active.append(output.active.copy())
     rows = [np.stack([step[index] for step in logits]) for index in range(len(case.rows))]
-    counts = [np.stack([step[index] for step in active], axis=1) if active else np.zeros((0, DECODE)) for index in range(len(rows))]
+    counts = [
+        np.stack([step[index] for step in active], axis=1) if active else np.zeros((0, DECODE)) for index in range(len(rows))
+    ]
     return rows, counts  # type: ignore[return-value]
 
 
@@ -93,24 +99,35 @@ def greedy_parity(
     length = len(wanted[0])
     found = [engine.generate([list(prompt)], length, load="dense", eos_token_id=[]).tokens[0] for prompt in prompts]
     prefixes = [common_prefix(mine, list(theirs)) for mine, theirs in zip(found, wanted, strict=True)]
-    ties = [
-        prefix < length and gaps[index][prefix] <= 2 * DENSE_TOLERANCE for index, prefix in enumerate(prefixes)
-    ]
+    ties = [prefix < length and gaps[index][prefix] <= 2 * DENSE_TOLERANCE for index, prefix in enumerate(prefixes)]
     passed = all(prefix == length or tie for prefix, tie in zip(prefixes, ties, strict=True))
     why = "" if passed else f"greedy tokens part from the eager model's after {min(prefixes)} of {length} tokens"
     numbers = {"prompts": len(prompts), "tokens": length, "equal_prefix": prefixes, "ties": sum(ties)}
     return Check("dense parity, greedy tokens", passed, numbers, {"equal_prefix": float(length)}, why)
 
 
-def sparse_parity(engine: Engine, case: Case, reference: ReferenceModel, loads: npt.NDArray[np.float32]) -> Check:
-    """The engine at finite loads against the eager model with reference FFNs: logits, and which rows flipped a neuron."""
+def sparse_parity(
+    engine: Engine,
+    case: Case,
+    reference: ReferenceModel,
+    loads: npt.NDArray[np.float32],
+    dense: Sequence[npt.NDArray[np.float32]],
+) -> Check:
+    """The engine at finite loads against the eager model with reference FFNs: logits, and which rows flipped a neuron.
+
+    Args:
+        loads: float32 [DECODE], the load of every decoded token.
+        dense: for each row the untouched model's logits [T, V]: what the sparse model's distance is measured by.
+    """
     found, found_active = run_engine(engine, case, loads)
+    costs = []
     same_found, same_wanted, later_found, later_wanted = [], [], [], []
     flips = decisions = 0
     for index, row in enumerate(case.rows):
         prompt = len(row) - DECODE
         run = reference.run(row, np.concatenate([np.full(prompt, DENSE), loads]))
         wanted, counts = run.logits[-DECODE - 1 :], run.active[:, prompt:]
+        costs.append(compare_logits(wanted[1:], dense[index][-DECODE:]).kl)
         differ = np.abs(found_active[index] - counts)
         flips += int(differ.sum())
         decisions += int(counts.shape[1]) * engine_neurons(engine)
@@ -124,20 +141,25 @@ def sparse_parity(engine: Engine, case: Case, reference: ReferenceModel, loads: 
     same = compare_logits(np.concatenate(same_found), np.concatenate(same_wanted))
     later = compare_logits(np.concatenate(later_found), np.concatenate(later_wanted))
     share = flips / max(decisions, 1)
-    bound = 2 * tolerance(same.largest_logit)
-    return _sparse_check(case.name, same, later, flips, share, bound)
+    bounds = {
+        "max_abs": 2 * tolerance(same.largest_logit),
+        "kl_after_a_flip": max(FLIP_KL_SHARE * float(np.mean(costs)), FLIP_KL_FLOOR),
+        "flipped_share": FLIP_SHARE,
+    }
+    return _sparse_check(case.name, same, later, flips, share, bounds)
 
 
-def _sparse_check(name: str, same: ParityNumbers, later: ParityNumbers, flips: int, share: float, bound: float) -> Check:
+def _sparse_check(
+    name: str, same: ParityNumbers, later: ParityNumbers, flips: int, share: float, bounds: dict[str, float]
+) -> Check:
     faults = []
-    if same.max_abs > bound:
-        faults.append(f"with the same neurons, logits differ by up to {same.max_abs:.3g}; allowed {bound:.3g}")
-    if later.kl > FLIP_KL:
-        faults.append(f"after a flipped neuron, KL is {later.kl:.3g} nats; allowed {FLIP_KL:.3g}")
+    if same.max_abs > bounds["max_abs"]:
+        faults.append(f"with the same neurons, logits differ by up to {same.max_abs:.3g}; allowed {bounds['max_abs']:.3g}")
+    if later.kl > bounds["kl_after_a_flip"]:
+        faults.append(f"after a flipped neuron, KL is {later.kl:.3g} nats; allowed {bounds['kl_after_a_flip']:.3g}")
     if share > FLIP_SHARE:
         faults.append(f"{flips} neurons flipped ({share:.3g} of all decisions); allowed {FLIP_SHARE:.3g}")
     numbers = {"same_neurons": asdict(same), "after_a_flip": asdict(later), "flipped": flips, "flipped_share": share}
-    bounds = {"max_abs": bound, "kl_after_a_flip": FLIP_KL, "flipped_share": FLIP_SHARE}
     return Check(f"sparse parity ({name})", not faults, numbers, bounds, "; ".join(faults))
 
 

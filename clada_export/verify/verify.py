@@ -60,7 +60,7 @@ def verify(
         # Loads of every kind: the still plan, easy and hard text, and a dense step among them.
         loads = rng.uniform(-2, 2, DECODE).astype(np.float32)
         loads[0], loads[DECODE // 2] = 0.0, np.inf
-        result.checks.append(sparse_parity(engine, case, reference, loads))
+        result.checks.append(sparse_parity(engine, case, reference, loads, wanted))
     del reference
 
     progress("greedy tokens")
@@ -80,9 +80,7 @@ def verify(
     return result
 
 
-def _prompts(
-    text: npt.NDArray[np.int64] | None, vocabulary: int, limit: int | None, options: VerifyOptions
-) -> list[list[int]]:
+def _prompts(text: npt.NDArray[np.int64] | None, vocabulary: int, limit: int | None, options: VerifyOptions) -> list[list[int]]:
     length = GREEDY_PROMPT_LENGTH
     if limit is not None:
         length = max(1, min(length, limit - options.greedy_tokens))

@@ -157,10 +157,10 @@ def test_sensitivity_predicts_kl() -> None:
     ffns = find_eager_ffns(model).found
     data = windows(8)
     price = layer_sensitivity(model, ffns, data)
+    scale = 0.02
     assert all(parameter.grad is None for parameter in model.parameters())
     for layer in range(len(ffns)):
         generator = torch.Generator().manual_seed(1)
-        scale = 0.02
 
         def outer(index: int, y: torch.Tensor, layer: int = layer, generator: torch.Generator = generator) -> torch.Tensor:
             noise = torch.randn(y.shape, generator=generator) * scale
@@ -204,7 +204,8 @@ def test_allocations_meet_the_mean_sparsity(wanted: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "metric", "limit"), [("ppl=2%", "ppl", 0.02), (" kl = 0.05 ", "kl", 0.05), ("ppl=0.5%", "ppl", 0.005), ("kl=1e-3", "kl", 1e-3)]
+    ("text", "metric", "limit"),
+    [("ppl=2%", "ppl", 0.02), (" kl = 0.05 ", "kl", 0.05), ("ppl=0.5%", "ppl", 0.005), ("kl=1e-3", "kl", 1e-3)],
 )
 def test_budgets(text: str, metric: str, limit: float) -> None:
     budget = Budget.parse(text)
@@ -212,7 +213,9 @@ def test_budgets(text: str, metric: str, limit: float) -> None:
     assert Budget.parse(str(budget)) == budget
 
 
-@pytest.mark.parametrize("text", ["ppl=0%", "ppl=200%", "ppl=100%", "ppl=2", "kl=0", "kl=5%", "kl=-1", "", "accuracy=1%", "ppl=nan%", "kl=3"])
+@pytest.mark.parametrize(
+    "text", ["ppl=0%", "ppl=200%", "ppl=100%", "ppl=2", "kl=0", "kl=5%", "kl=-1", "", "accuracy=1%", "ppl=nan%", "kl=3"]
+)
 def test_budgets_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="--budget"):
         Budget.parse(text)

@@ -118,7 +118,9 @@ def test_an_engine_that_computes_something_else_fails(
     """A fault between calibration and the engine is found: here the graph gets the weights of another seed."""
     from tests.clada_export.conftest import _kept_trace
 
-    monkeypatch.setattr("clada_export.pipeline.trace", lambda model, fusions: _kept_trace(tiny_model("llama", 1), fusions=fusions))
+    monkeypatch.setattr(
+        "clada_export.pipeline.trace", lambda model, fusions: _kept_trace(tiny_model("llama", 1), fusions=fusions)
+    )
     with pytest.raises(VerificationError, match="dense parity, prompt"):
         export(model_folder("llama"), tmp_path / "out", OPTIONS)
     assert list(tmp_path.iterdir()) == []
@@ -153,7 +155,9 @@ def test_bad_options(
 
 def test_calibration_tokens(model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 256, 2000))
-    result = export(model_folder("llama"), tmp_path / "out", replace(OPTIONS, calibration_tokens=tmp_path / "tokens.npy", verify=False))
+    result = export(
+        model_folder("llama"), tmp_path / "out", replace(OPTIONS, calibration_tokens=tmp_path / "tokens.npy", verify=False)
+    )
     assert not any("random tokens" in warning for warning in result.manifest.warnings)
     np.save(tmp_path / "tokens.npy", np.arange(60))
     with pytest.raises(UsageError, match="60 tokens; calibration needs at least two windows of 48"):
@@ -172,7 +176,7 @@ def test_an_existing_folder(model_folder: Folder, kept_traces: None, tmp_path: P
     out.mkdir()
     (out / "precious").write_text("x")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="exists already|not an earlier export"):
+        with pytest.raises(UsageError, match=r"exists already|not an earlier export"):
             export(model_folder("llama"), out, replace(OPTIONS, overwrite=overwrite))
     assert (out / "precious").read_text() == "x"
 

@@ -17,10 +17,24 @@ from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
 
 def make_plan() -> SparsityPlan:
     layers = tuple(
-        LayerPlan(f"model.layers.{index}.mlp.down_proj", "silu", True, 64, 96 * (index + 1), (0.25,), 0.25, 0.25, 4.0, 0.5 * index, 0.1)
+        LayerPlan(
+            f"model.layers.{index}.mlp.down_proj",
+            "silu",
+            True,
+            64,
+            96 * (index + 1),
+            (0.25,),
+            0.25,
+            0.25,
+            4.0,
+            0.5 * index,
+            0.1,
+        )
         for index in range(2)
     )
-    return SparsityPlan("clada", "shadow", "threshold", layers, LoadSignal(3.0, 2.0, 4.0, 1.0, 0.2, 0.0), {"weights_digest": "00"})
+    return SparsityPlan(
+        "clada", "shadow", "threshold", layers, LoadSignal(3.0, 2.0, 4.0, 1.0, 0.2, 0.0), {"weights_digest": "00"}
+    )
 
 
 def test_round_trip(tmp_path: Path) -> None:
