@@ -31,6 +31,7 @@ from benchmarks.table import speed_table
 from benchmarks.texts import Text, heldout_texts
 from clada_export.errors import CladaError, UsageError
 from clada_export.manifest import read_manifest
+from clada_export.native import build_info
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.engine import Load
 
@@ -261,6 +262,8 @@ def _export_record(build: Build, engine: Engine) -> dict[str, Any]:
     signal = plan.load
     return {
         **build.record,
+        # The export's own copy, which is the one that runs.
+        "library": build_info(build.folder / str(engine.manifest.library)),
         "score": plan.score,
         "rule": plan.rule,
         "expected_sparsity": plan.expected_sparsity,

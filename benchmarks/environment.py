@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from clada_export import __version__
-from clada_export.native import build_info, ort_library_path
 
 PACKAGES = ("onnxruntime", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 _FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
@@ -35,7 +34,6 @@ def describe(threads: int) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         },
-        "library": build_info(ort_library_path()),
         "commit": commit(),
     }
 

@@ -87,12 +87,13 @@ def _section(result: dict[str, Any], pictures: set[str]) -> str:
         f"slopes {', '.join(f'{slope:.3g}' for slope in record['load_slopes'])}"
         for record in result["exports"]
     ]
+    library = " and ".join(sorted({record["library"] for record in result["exports"]}))
     lines = [
         f"## {name}",
         "",
         f"{machine['cpu']} ({', '.join(machine['features'])}), {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['memory_gib']:g} GiB. " + ", ".join(f"{key} {value}" for key, value in versions.items()) + ". "
-        f"Commit {result['commit'] or 'unknown'}; the library is {result['library']}. {settings['rounds']} rounds: a prompt of "
+        f"Commit {result['commit'] or 'unknown'}; the library is {library}. {settings['rounds']} rounds: a prompt of "
         f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones, a prompt of {settings['long_prompt_tokens']}. "
         f"Held-out text, windows x tokens: {texts}. Before the run {result['busy_before']:g} processes a core wanted to run.",
         "",

