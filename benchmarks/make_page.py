@@ -1,7 +1,7 @@
 """Write `docs/benchmarks.md` from the results in `benchmarks/results`, so that no number is typed by hand.
 
-    python -m benchmarks.make_page           # writes the page
-    python -m benchmarks.make_page --check   # exit code 1 if the page is not what the results give
+python -m benchmarks.make_page           # writes the page
+python -m benchmarks.make_page --check   # exit code 1 if the page is not what the results give
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Generate text with an exported engine: the smallest use of the Python runtime (no torch, no transformers).
 
-    python samples/generate.py build/quickstart/smollm2 "The capital of France is"
+python samples/generate.py build/quickstart/smollm2 "The capital of France is"
 """
 
 from __future__ import annotations

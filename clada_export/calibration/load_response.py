@@ -17,8 +17,9 @@ from clada_export.plan import LoadSignal
 
 LOAD_SLOPE = 0.25
 """The op's slope. It gives `load` its unit as a speed knob: +1 multiplies every threshold by exp(-0.25)."""
-EFFECTIVE_SLOPES = (0.05, 0.1)
-"""Slopes tried for one standard deviation of the signal; larger ones lose (`docs/load-signal.md`)."""
+EFFECTIVE_SLOPES = (0.1, 0.05)
+"""Slopes tried for one standard deviation of the signal, the smaller only where the larger does not help; still larger ones
+lose (`docs/load-signal.md`)."""
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,6 @@ def fit_load_response(
             )
             if taken:
                 best = LoadResponse(signal, rescaled, drift, ())
+            if gain.mean() > error:
+                break
     return LoadResponse(best.signal, best.thresholds, best.drift, tuple(tried))

@@ -109,8 +109,8 @@ def load_calibration_data(
     text_file: Path | None = None,
     tokens_file: Path | None = None,
     context: int = 512,
-    calibration: int = 6,
-    heldout: int = 5,
+    calibration: int = 5,
+    heldout: int = 4,
     seed: int = 0,
 ) -> CalibrationData:
     """Token windows from a token file, else a text file, else the default text, else (no tokenizer) random tokens.

@@ -19,6 +19,7 @@ from clada_export.plan import LayerPlan, SparsityPlan
 from clada_export.trace import TracedModel
 from graph_passes import FFNRewrite, RewriteReport, find_ffns, rewrite_ffns
 from graph_passes.op import SparseFFNAttributes
+from graph_passes.reshapes import RemoveHeadReshapes
 
 MODEL_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 FUSIONS = "cpu"
@@ -84,6 +85,7 @@ def build(traced: TracedModel, plan: SparsityPlan, out: Path, *, dtype: str = "f
     report = rewrite_ffns(model, rewrites, emit_active=True, weight_dtype=WEIGHT_TYPES[dtype])
     # The search that named the misses ran before the pass; the pass only knows what it was asked to rewrite.
     report.misses = [*search.misses]
+    RemoveHeadReshapes()(model)
     model.producer_name = "clada-export"
     _forget_machine_paths(model)
     ir.save(model, out / MODEL_NAME, external_data=DATA_NAME)

@@ -66,7 +66,7 @@ def measure_drift(engine: Engine, rows: Sequence[Sequence[int]], dense: Sequence
 def sparse_greedy_prefix(engine: Engine, prompts: Sequence[Sequence[int]], dense: Sequence[Sequence[int]]) -> list[int]:
     """How many greedy tokens under the automatic load equal the dense model's, a number for each prompt."""
     length = len(dense[0])
-    found = [engine.generate([list(prompt)], length, eos_token_id=[]).tokens[0] for prompt in prompts]
+    found = engine.generate([list(prompt) for prompt in prompts], length, eos_token_id=[]).tokens
     return [common_prefix(mine, list(theirs)) for mine, theirs in zip(found, dense, strict=True)]
 
 

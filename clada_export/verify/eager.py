@@ -34,21 +34,24 @@ def dense_logits(model: nn.Module, row: Sequence[int]) -> npt.NDArray[np.float32
 
 
 def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[list[float]]]:
-    """Greedy continuations of the untouched model with its own cache, and each step's gap between the two best logits."""
+    """Greedy continuations of the untouched model with its own cache.
+
+    Args:
+        prompts: of one length, run as one batch.
+
+    Returns:
+        For each prompt its new tokens, and each step's gap between the two best logits.
+    """
     tokens, gaps = [], []
     with torch.inference_mode():
-        for prompt in prompts:
-            row, gap = [], []
-            output = model(input_ids=torch.tensor([list(prompt)]), use_cache=True)
-            for step in range(new_tokens):
-                best = output.logits[0, -1].float().topk(2)
-                row.append(int(best.indices[0]))
-                gap.append(float(best.values[0] - best.values[1]))
-                if step + 1 < new_tokens:
-                    output = model(input_ids=torch.tensor([[row[-1]]]), past_key_values=output.past_key_values, use_cache=True)
-            tokens.append(row)
-            gaps.append(gap)
-    return tokens, gaps
+        output = model(input_ids=torch.tensor([list(prompt) for prompt in prompts]), use_cache=True)
+        for step in range(new_tokens):
+            best = output.logits[:, -1].float().topk(2)
+            tokens.append(best.indices[:, 0])
+            gaps.append(best.values[:, 0] - best.values[:, 1])
+            if step + 1 < new_tokens:
+                output = model(input_ids=tokens[-1][:, None], past_key_values=output.past_key_values, use_cache=True)
+    return torch.stack(tokens, dim=1).tolist(), torch.stack(gaps, dim=1).tolist()
 
 
 class ReferenceModel:

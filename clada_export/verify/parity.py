@@ -8,9 +8,9 @@ Tolerances, for float32 logits:
 * Sparse parity: twice that, as long as both sides ran the same neurons. A neuron whose score is within rounding of the
   threshold may run on one side only; it changes the row's hidden state by about its (small) contribution, which flips others in
   the layers and, through the cache, in the tokens after it. So flips are counted from the numbers of active neurons, the share
-  of flipped decisions is held to 2e-3, and from the first flip on the engine may be no further from the reference (mean KL) than
-  a quarter of what sparsity itself costs there. On SmolLM2-135M a flip costs about a tenth of it; a wrong threshold or score
-  costs all of it.
+  of flipped decisions is held to 2e-3, and from the first flip on the engine may be no further from the reference (mean KL) than a
+  quarter of what sparsity itself costs there. On SmolLM2-135M a flip costs about a tenth of it; a wrong threshold or score costs
+  all of it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def greedy_parity(
     is compared up to that point, and counted as a tie.
     """
     length = len(wanted[0])
-    found = [engine.generate([list(prompt)], length, load="dense", eos_token_id=[]).tokens[0] for prompt in prompts]
+    found = engine.generate([list(prompt) for prompt in prompts], length, load="dense", eos_token_id=[]).tokens
     prefixes = [common_prefix(mine, list(theirs)) for mine, theirs in zip(found, wanted, strict=True)]
     ties = [prefix < length and gaps[index][prefix] <= 2 * DENSE_TOLERANCE for index, prefix in enumerate(prefixes)]
     passed = all(prefix == length or tie for prefix, tie in zip(prefixes, ties, strict=True))

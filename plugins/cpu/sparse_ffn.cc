@@ -83,7 +83,7 @@ size_t MakePlan(const Problem& problem, void* base, Plan* plan) {
 
   // About 64 tasks: enough to balance eight threads, few enough that their partial sums cost little.
   plan->two_pass = a.rule != Rule::kThreshold || a.granule > kBlockNeurons;
-  plan->chunk = RoundUp(std::max<int64_t>(16, (f + 63) / 64), plan->two_pass ? 1 : a.granule);
+  plan->chunk = RoundUp(std::max<int64_t>(16, (f + 31) / 32), plan->two_pass ? 1 : a.granule);
   plan->chunks = (f + plan->chunk - 1) / plan->chunk;
   plan->block_rows = std::min(plan->direct_rows, kBlockRows);
 

@@ -285,7 +285,7 @@ def test_a_plan_by_budget_keeps_it(kind: str) -> None:
     assert result.drift.kl_bound <= 0.002
     assert 0.0 < result.plan.expected_sparsity < 1.0
     assert set(seen) >= {"statistics", "sensitivity", "held-out windows"}
-    assert len(result.details["load_response"]) == 4
+    assert 2 <= len(result.details["load_response"]) <= 4
     signal = result.plan.load
     better = [row for row in result.details["load_response"] if row["better"]]
     assert (signal.surprisal_weight != 0 or signal.entropy_weight != 0) == bool(better)
