@@ -6,11 +6,11 @@ Tolerances, for float32 logits:
   dense graph by up to 8e-5; sums in another order account for the rest. It grows with the largest logit beyond 50, as rounding
   does.
 * Sparse parity: twice that, as long as both sides ran the same neurons. A neuron whose score is within rounding of the
-  threshold may run on one side only; it changes the row's hidden state by about its (small) contribution, which flips others in
-  the layers and, through the cache, in the tokens after it. So flips are counted from the numbers of active neurons, the share
-  of flipped decisions is held to 2e-3, and from the first flip on the engine may be no further from the reference (mean KL) than a
-  quarter of what sparsity itself costs there. On SmolLM2-135M a flip costs about a tenth of it; a wrong threshold or score costs
-  all of it.
+  threshold may run on one side only; it changes the row's hidden state by about its (small) contribution, which flips others
+  in the layers and, through the cache, in the tokens after it. So flips are counted from the numbers of active neurons, the
+  share of flipped decisions is held to 2e-3, and from the first flip on the engine may be no further from the reference (mean
+  KL) than a quarter of what sparsity itself costs there. On SmolLM2-135M a flip costs about a tenth of it; a wrong threshold
+  or score costs all of it.
 """
 
 from __future__ import annotations

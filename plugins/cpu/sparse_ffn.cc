@@ -81,7 +81,7 @@ size_t MakePlan(const Problem& problem, void* base, Plan* plan) {
   plan->gemm_rows = dense >= kGemmRows ? dense : 0;
   plan->direct_rows = rows - padding - plan->gemm_rows;
 
-  // About 64 tasks: enough to balance eight threads, few enough that their partial sums cost little.
+  // About 32 tasks: enough to balance eight threads, few enough that their partial sums cost little.
   plan->two_pass = a.rule != Rule::kThreshold || a.granule > kBlockNeurons;
   plan->chunk = RoundUp(std::max<int64_t>(16, (f + 31) / 32), plan->two_pass ? 1 : a.granule);
   plan->chunks = (f + plan->chunk - 1) / plan->chunk;
