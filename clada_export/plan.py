@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 
 from clada_export.errors import UsageError
-from graph_passes.op import ACTIVATIONS, RULES, SCORES
+from graph_passes.op import ACTIVATIONS, RULES, SCORES, SparseFFNAttributes
 
 PLAN_VERSION = 1
 
@@ -137,6 +137,18 @@ class SparsityPlan:
     def layer(self, name: str) -> LayerPlan | None:
         """The plan of the FFN called `name`, or None."""
         return next((layer for layer in self.layers if layer.name == name), None)
+
+    def attributes(self, layer: LayerPlan) -> SparseFFNAttributes:
+        """The op's attributes for a layer of this plan; whether there are biases is the model's affair."""
+        return SparseFFNAttributes(
+            activation=layer.activation,
+            gated=layer.gated,
+            score=self.score,
+            rule=self.rule,
+            load_slope=layer.load_slope,
+            load_min=layer.load_min,
+            load_max=layer.load_max,
+        )
 
     @property
     def expected_sparsity(self) -> float:

@@ -11,7 +11,6 @@ import io
 import pickle
 import re
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,14 +47,18 @@ from transformers.utils.quantization_config import GgufConfig
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError
 from clada_export.gguf_header import GgufHeader, read_gguf_header
 from clada_export.plan import read_json
+from clada_export.weight_files import (
+    PICKLE_SUFFIXES,
+    SAFETENSORS,
+    check_config_file,
+    check_safetensors,
+    has_weights,
+    weight_files,
+)
 
-_SAFETENSORS = "model.safetensors"
-_PICKLE = "pytorch_model.bin"
-_INDEX = ".index.json"
 _TEXT_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "README.md", "LICENSE*"]
 _SAFETENSORS_PATTERNS = ["model.safetensors", "model-*.safetensors"]
 _PICKLE_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin"]
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _DESCRIPTION_FILES = (
     "config.json",
@@ -200,7 +203,7 @@ def _fetch(
     allow_pickle: bool,
 ) -> Path:
     """Download (or find in the cache) what an export needs of a Hub repository; returns the snapshot's folder."""
-    looks_like_path = model.startswith((".", "~", "/")) or model.endswith((".gguf", ".safetensors", *_PICKLE_SUFFIXES))
+    looks_like_path = model.startswith((".", "~", "/")) or model.endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES))
     if looks_like_path or not _HUB_ID.fullmatch(model):
         raise UsageError(
             f"{model!r}: no such file or folder, and not a Hub id; give a folder, a .gguf file, or an id such as org/name"
@@ -214,7 +217,7 @@ def _fetch(
     patterns = [*_TEXT_PATTERNS, *_SAFETENSORS_PATTERNS, *(["*.py"] if trust_remote_code else [])]
     with _hub_errors(model, revision):
         folder = Path(snapshot_download(model, allow_patterns=patterns, **arguments))
-        if allow_pickle and not _has_weights(folder, _SAFETENSORS):
+        if allow_pickle and not has_weights(folder, SAFETENSORS):
             folder = Path(snapshot_download(model, allow_patterns=[*patterns, *_PICKLE_PATTERNS], **arguments))
     return folder
 
@@ -247,10 +250,10 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
 def _load_folder(
     folder: Path, *, name: str, kind: str, revision: str | None, remote: bool, pickled: bool, dtype: torch.dtype
 ) -> SourceModel:
-    _check_config_file(folder)
-    weights = _weight_files(folder, pickled)
+    check_config_file(folder)
+    weights = weight_files(folder, pickled)
     pickle_used = weights[0].suffix == ".bin"
-    source_dtype = "unknown" if pickle_used else _check_safetensors(weights)
+    source_dtype = "unknown" if pickle_used else check_safetensors(weights)
     config = _config(folder, remote)
     if source_dtype == "unknown":
         source_dtype = str(config.dtype or dtype).removeprefix("torch.")
@@ -320,92 +323,6 @@ def _load_gguf(path: Path, revision: str | None, dtype: torch.dtype) -> SourceMo
         source_dtype=header.main_type,
         warnings=warnings,
     )
-
-
-def _check_config_file(folder: Path) -> None:
-    names = sorted(entry.name for entry in folder.iterdir())
-    if not names:
-        raise UsageError(f"{folder}: the folder is empty; it should hold config.json and {_SAFETENSORS}")
-    if "adapter_config.json" in names:
-        raise UnsupportedModelError(f"{folder}: this is an adapter (adapter_config.json); merge it into its base model first")
-    if "config.json" not in names:
-        gguf = [name for name in names if name.endswith(".gguf")]
-        hint = f"; to load the GGUF file give its path: {folder / gguf[0]}" if gguf else f"; it holds {', '.join(names[:5])}"
-        raise UsageError(f"{folder}: no config.json in the folder{hint}")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UsageError(f"{folder / 'config.json'}: a JSON object is wanted, and this is {type(config).__name__}")
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise UnsupportedModelError(
-            f"{folder / 'config.json'}: quantization_config: its weights are quantised ({method}); give the original"
-        )
-
-
-def _has_weights(folder: Path, stem: str) -> bool:
-    return (folder / stem).is_file() or (folder / (stem + _INDEX)).is_file()
-
-
-def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The weight files that transformers will read, in order."""
-    if _has_weights(folder, _SAFETENSORS):
-        return _shards(folder, _SAFETENSORS)
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith((*_PICKLE_SUFFIXES, ".safetensors")))
-    if _has_weights(folder, _PICKLE):
-        if allow_pickle:
-            return _shards(folder, _PICKLE)
-        found = ", ".join(others) or _PICKLE + _INDEX
-        raise UsageError(
-            f"{folder}: its weights are pickled ({found}), and unpickling can run code; convert them to safetensors, "
-            "or allow pickled weights if you trust their author (--allow-pickle)"
-        )
-    found = f"; found {', '.join(others[:5])}" if others else ""
-    raise UsageError(f"{folder}: no weights: neither {_SAFETENSORS} nor {_SAFETENSORS}{_INDEX} is there{found}")
-
-
-def _shards(folder: Path, stem: str) -> list[Path]:
-    if (folder / stem).is_file():
-        return [folder / stem]
-    index = folder / (stem + _INDEX)
-    value = read_json(index)
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UsageError(f"{index}: weight_map: a JSON object of tensor names and file names is wanted")
-    shards = []
-    for name in sorted({str(file) for file in weight_map.values()}):
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise UsageError(f"{index}: weight_map: {name!r} is not a file name in this folder")
-        if not (folder / name).is_file():
-            raise UsageError(f"{index}: weight_map: the file {name!r} is not in the folder; download it again")
-        shards.append(folder / name)
-    return shards
-
-
-def _check_safetensors(files: list[Path]) -> str:
-    """Open every header (that checks the length of the file too); returns the type most weights are stored in."""
-    elements: Counter[str] = Counter()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as stream:
-                for name in stream.offset_keys():
-                    part = stream.get_slice(name)
-                    elements[part.get_dtype()] += int(torch.Size(part.get_shape()).numel())
-        except (SafetensorError, OSError) as error:
-            size = file.stat().st_size
-            raise UsageError(
-                f"{file}: not a whole safetensors file ({size} bytes): {error}; it may be cut short or a Git LFS pointer, "
-                "download it again"
-            ) from error
-    if not elements:
-        raise UsageError(f"{files[0]}: holds no tensors")
-    stored = elements.most_common(1)[0][0]
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    if stored not in names:
-        raise UnsupportedModelError(
-            f"{files[0]}: its weights are stored as {stored}; float32, bfloat16 and float16 weights can be loaded"
-        )
-    return names[stored]
 
 
 def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:

@@ -18,7 +18,6 @@ from clada_export.native import LIBRARY_NAME, check_library, ort_library_path
 from clada_export.plan import LayerPlan, SparsityPlan
 from clada_export.trace import TracedModel
 from graph_passes import FFNRewrite, RewriteReport, find_ffns, rewrite_ffns
-from graph_passes.op import SparseFFNAttributes
 from graph_passes.reshapes import RemoveHeadReshapes
 
 MODEL_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
@@ -101,17 +100,8 @@ def build(traced: TracedModel, plan: SparsityPlan, out: Path, *, dtype: str = "f
 
 
 def _rewrite(plan: SparsityPlan, layer: LayerPlan) -> FFNRewrite:
-    attributes = SparseFFNAttributes(
-        activation=layer.activation,
-        gated=layer.gated,
-        score=plan.score,
-        rule=plan.rule,
-        load_slope=layer.load_slope,
-        load_min=layer.load_min,
-        load_max=layer.load_max,
-    )
     threshold = np.asarray(layer.threshold, dtype=np.float32)
-    return FFNRewrite(attributes, threshold, partial(score_constants, plan.score))
+    return FFNRewrite(plan.attributes(layer), threshold, partial(score_constants, plan.score))
 
 
 def _spec(value: ir.Value) -> TensorSpec:

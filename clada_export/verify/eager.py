@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -91,16 +91,7 @@ class ReferenceModel:
 def _reference_layer(
     ffn: EagerFFN, layer: LayerPlan, plan: SparsityPlan
 ) -> tuple[SparseFFNAttributes, SparseFFNTensors, Tensor | None]:
-    attributes = SparseFFNAttributes(
-        activation=layer.activation,
-        gated=layer.gated,
-        score=plan.score,
-        rule=plan.rule,
-        load_slope=layer.load_slope,
-        load_min=layer.load_min,
-        load_max=layer.load_max,
-        has_bias=ffn.has_bias,
-    )
+    attributes = replace(plan.attributes(layer), has_bias=ffn.has_bias)
     tensors = layer_tensors(ffn, plan.score, torch.tensor(layer.threshold, dtype=torch.float32))
     shadow = None
     if tensors.shadow is not None and tensors.shadow_scale is not None:
