@@ -8,9 +8,10 @@ Tolerances, for float32 logits:
 * Sparse parity: twice that, as long as both sides ran the same neurons. A neuron whose score is within rounding of the
   threshold may run on one side only; it changes the row's hidden state by about its (small) contribution, which flips others
   in the layers and, through the cache, in the tokens after it. So flips are counted from the numbers of active neurons, the
-  share of flipped decisions is held to 2e-3, and from the first flip on the engine may be no further from the reference (mean
-  KL) than a quarter of what sparsity itself costs there. On SmolLM2-135M a flip costs about a tenth of it; a wrong threshold
-  or score costs all of it.
+  share of flipped decisions is held to 1e-2, and from the first flip on the engine may be no further from the reference (mean
+  KL) than a quarter of what sparsity itself costs there. On SmolLM2-135M a first flip draws up to 2e-3 of all decisions after
+  it, at about a tenth of the cost; a threshold or score that is wrong by some percent flips more than 1e-2, and a score of
+  something else costs all of it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from clada_export.verify.report import Check
 DENSE_TOLERANCE = 3e-4
 FLIP_KL_SHARE = 0.25
 FLIP_KL_FLOOR = 1e-6
-FLIP_SHARE = 2e-3
+FLIP_SHARE = 1e-2
 DENSE = np.float32(np.inf)
 
 Rows = list[npt.NDArray[np.float32]]
