@@ -326,6 +326,7 @@ def _speed(cache: Cache, contestants: list[Contestant], ids: list[list[int]], se
             prompt_tokens=settings.prompt_tokens,
             long_prompt_tokens=settings.long_prompt_tokens,
             new_tokens=settings.new_tokens,
+            threads=settings.threads,
             progress=lambda number, rounds, name: say(f"speed, {f'round {number}/{rounds}' if number else 'warm-up'}: {name}"),
         )
         return {"times": times, "environment": {**environment.describe(settings.threads), "busy_before": round(load, 2)}}

@@ -1,16 +1,24 @@
-"""Speed of several engines side by side: they take turns within each round, so that noise of the machine meets all of them."""
+"""Speed of several engines side by side: they take turns within each round, so that noise of the machine meets all of them.
+
+Every engine runs in a process of its own and waits, asleep, while another plays: in one process, the thread pools and memory of
+several ONNX Runtime sessions slow each other down (the dense peer by half, when it was measured).
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clada_export.runtime import Engine
+from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.engine import Load
 
 
@@ -26,21 +34,26 @@ class Contestant:
     prompt_s: list[float] = field(default_factory=list)
     skipped: list[float] = field(default_factory=list)
 
-    def play(self, prompt: list[int], long_prompt: list[int], new_tokens: int) -> None:
-        """One round: generate greedily, then the long prompt alone."""
-        made = self.engine.generate([prompt], new_tokens, load=self.load, eos_token_id=[])
-        start = time.perf_counter()
-        self.engine.prefill([long_prompt])
-        self.prompt_s.append(time.perf_counter() - start)
-        self.ttft_s.append(made.ttft_s)
-        self.itl_s.append(made.decode_s)
-        widths = sum(layer["intermediate_size"] for layer in self.engine.manifest.plan["layers"])
-        if made.active is not None and widths:
-            self.skipped.append(1.0 - float(made.active.sum(-1).mean()) / widths)
+    def decode(self, worker: Connection, prompt: list[int], new_tokens: int) -> None:
+        """One round of greedy decoding, in the worker."""
+        worker.send((prompt, new_tokens, self.load))
+        times = worker.recv()
+        self.ttft_s.append(times["ttft_s"])
+        self.itl_s.append(times["itl_s"])
+        if times["skipped"] is not None:
+            self.skipped.append(times["skipped"])
 
-    def forget(self) -> None:
-        """Drop the times: a warm-up is over."""
-        self.itl_s, self.ttft_s, self.prompt_s, self.skipped = [], [], [], []
+    def prefill(self, worker: Connection, prompt: list[int]) -> None:
+        """One round of a prompt alone, in the worker."""
+        worker.send((prompt, 0, self.load))
+        self.prompt_s.append(worker.recv()["prompt_s"])
+
+    def forget(self, long: bool) -> None:
+        """Drop the times of the long prompts, or the others: a warm-up is over."""
+        if long:
+            self.prompt_s = []
+        else:
+            self.itl_s, self.ttft_s, self.skipped = [], [], []
 
     def summary(self, peer: Contestant) -> dict[str, Any]:
         """Medians over everything, medians of each round, and ratios to the peer from the rounds."""
@@ -65,6 +78,45 @@ class Contestant:
         }
 
 
+def _work(folder: Path, threads: int | None, pipe: Connection) -> None:
+    """What a worker does: play each round that it is sent, until it is sent None."""
+    engine = load_engine(folder, threads=threads)
+    widths = sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])
+    while (task := pipe.recv()) is not None:
+        prompt, new_tokens, load = task
+        if new_tokens == 0:
+            start = time.perf_counter()
+            engine.prefill([prompt])
+            pipe.send({"prompt_s": time.perf_counter() - start})
+            continue
+        made = engine.generate([prompt], new_tokens, load=load, eos_token_id=[])
+        skipped = 1.0 - float(made.active.sum(-1).mean()) / widths if made.active is not None and widths else None
+        pipe.send({"ttft_s": made.ttft_s, "itl_s": made.decode_s, "skipped": skipped})
+
+
+@contextmanager
+def _workers(folders: Sequence[Path], threads: int | None) -> Iterator[dict[Path, Connection]]:
+    """One process for each folder."""
+    context = get_context("spawn")
+    running, pipes = [], {}
+    try:
+        for folder in dict.fromkeys(folders):
+            pipes[folder], theirs = context.Pipe()
+            process = context.Process(target=_work, args=(folder, threads, theirs), daemon=True)
+            process.start()
+            # Ours would keep the pipe open after the worker died, and `recv` would wait for ever.
+            theirs.close()
+            running.append(process)
+        yield pipes
+        for pipe in pipes.values():
+            pipe.send(None)
+        for process in running:
+            process.join(timeout=30)
+    finally:
+        for process in running:
+            process.kill()
+
+
 def _ratios(theirs: Any, ours: Any) -> dict[str, float]:
     """How many times faster, round by round: median, lowest, highest."""
     values = [a / b for a, b in zip(theirs, ours, strict=True)]
@@ -78,6 +130,7 @@ def race(
     prompt_tokens: int,
     long_prompt_tokens: int,
     new_tokens: int,
+    threads: int | None,
     progress: Callable[[int, int, str], None],
 ) -> dict[str, dict[str, Any]]:
     """Time all contestants; the first is the peer.
@@ -87,12 +140,19 @@ def race(
             counted. Within a round all contestants get the same one.
         progress: called with the round, the number of rounds and a name, before it plays.
     """
-    for number, prompt in enumerate(prompts):
-        shift = number % len(contestants)
-        for contestant in [*contestants[shift:], *contestants[:shift]]:
-            progress(number, len(prompts) - 1, contestant.name)
-            contestant.play(prompt[:prompt_tokens], prompt[:long_prompt_tokens], new_tokens)
-        if number == 0:
-            for contestant in contestants:
-                contestant.forget()
+    with _workers([contestant.engine.folder for contestant in contestants], threads) as workers:
+        # All decoding comes before the first long prompt: what that leaves in a session's memory must not be part of it.
+        for long in (False, True):
+            for number, prompt in enumerate(prompts):
+                shift = number % len(contestants)
+                for contestant in [*contestants[shift:], *contestants[:shift]]:
+                    progress(number, len(prompts) - 1, f"{contestant.name}, {'prompt' if long else 'decode'}")
+                    worker = workers[contestant.engine.folder]
+                    if long:
+                        contestant.prefill(worker, prompt[:long_prompt_tokens])
+                    else:
+                        contestant.decode(worker, prompt[:prompt_tokens], new_tokens)
+                if number == 0:
+                    for contestant in contestants:
+                        contestant.forget(long)
     return {contestant.name: contestant.summary(contestants[0]) for contestant in contestants}
