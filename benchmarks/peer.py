@@ -46,15 +46,7 @@ def write_peer(model: str, folder: Path) -> None:
     plan = SparsityPlan("dense peer", "gate", "threshold", (), LoadSignal(), {"weights_digest": source.weights_digest})
     manifest = Manifest(
         tool_version=__version__,
-        source={
-            "name": source.name,
-            "kind": source.kind,
-            "revision": source.revision,
-            "weights_digest": source.weights_digest,
-            "files": {},
-            "license": source.license,
-            "dtype": source.source_dtype,
-        },
+        source={**source.record(), "files": {}},
         target="ort",
         op={"domain": DOMAIN, "name": OP_TYPE, "version": OP_VERSION},
         plan=plan.to_dict(),

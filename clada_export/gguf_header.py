@@ -6,6 +6,7 @@ The readers of `gguf` and `transformers` map the file and trust its counts: on a
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -175,3 +176,17 @@ def _tensor(name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTen
     if elements % block:
         raise ValueError(f"tensor {name!r} of shape {shape} does not fill whole blocks of {block} ({type_.name})")
     return GgufTensor(name, shape, type_.name, start + elements // block * block_bytes)
+
+
+def check_layers(header: GgufHeader, layers: int | None, path: Path) -> None:
+    """transformers drops the tensors of layers that the metadata does not count; here that is an error.
+
+    Args:
+        layers: what the config made from the metadata says, or None if it does not say.
+
+    Raises:
+        UsageError: the file holds tensors of other layers; says how many.
+    """
+    found = {int(match[1]) for tensor in header.tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
+    if layers is not None and found != set(range(layers)):
+        raise UsageError(f"{path}: its metadata says {layers} layers, and it holds tensors for {len(found)}")

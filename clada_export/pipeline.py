@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -270,15 +270,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         tool_version=__version__,
-        source={
-            "name": source.name,
-            "kind": source.kind,
-            "revision": source.revision,
-            "weights_digest": source.weights_digest,
-            "files": {name: asdict(file) for name, file in source.files.items()},
-            "license": source.license,
-            "dtype": source.source_dtype,
-        },
+        source=source.record(),
         target=options.target,
         op={"domain": DOMAIN, "name": OP_TYPE, "version": OP_VERSION},
         plan=plan.to_dict(),

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError
-from clada_export.gguf_header import GgufHeader, read_gguf_header
+from clada_export.gguf_header import check_layers, read_gguf_header
 from clada_export.plan import read_json
 from clada_export.weight_files import (
     PICKLE_SUFFIXES,
@@ -117,6 +117,18 @@ class SourceModel:
     license: str | None
     source_dtype: str
     warnings: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps of it (`source` in `docs/manifest.md`)."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "revision": self.revision,
+            "weights_digest": self.weights_digest,
+            "files": {name: asdict(file) for name, file in self.files.items()},
+            "license": self.license,
+            "dtype": self.source_dtype,
+        }
 
 
 def load_source(
@@ -303,7 +315,7 @@ def _load_gguf(path: Path, revision: str | None, dtype: torch.dtype) -> SourceMo
             f"{path}: transformers {transformers.__version__} can't read GGUF architecture {architecture!r}: {error}"
         ) from error
     _check_decoder(config, str(path))
-    _check_gguf_layers(header, config, path)
+    check_layers(header, getattr(config.get_text_config(), "num_hidden_layers", None), path)
     # Without `dequantize`, transformers would keep packed blocks and could fetch matmul kernels from the Hub.
     model = _build(folder, str(path), config, dtype=dtype, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True))
     _forget_gguf(model)
@@ -361,14 +373,6 @@ def _check_decoder(config: PreTrainedConfig, place: str) -> None:
         raise UnsupportedModelError(
             f"{place}: {kind!r} is an encoder (a masked language model), not a decoder; only decoder-only models are supported"
         )
-
-
-def _check_gguf_layers(header: GgufHeader, config: PreTrainedConfig, path: Path) -> None:
-    """transformers drops the tensors of layers that the metadata does not count."""
-    found = {int(match[1]) for tensor in header.tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if layers is not None and found != set(range(layers)):
-        raise UsageError(f"{path}: its metadata says {layers} layers, and it holds tensors for {len(found)}")
 
 
 def _build(location: str, place: str, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
