@@ -19,6 +19,7 @@ from clada_export.artifact import ArtifactWriter
 from clada_export.errors import UsageError
 from clada_export.manifest import MANIFEST_NAME, Manifest, read_manifest
 from clada_export.plan import LoadSignal, SparsityPlan
+from tests.processes import start
 
 
 def make_manifest() -> Manifest:
@@ -186,9 +187,7 @@ with ArtifactWriter(Path(sys.argv[1])) as writer:
 
 def start_child(out: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(artifact.__file__).parents[1])}
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    child = start([sys.executable, "-c", CHILD, str(out)], environment)
     assert child.stdout is not None
     assert child.stdout.readline() == "writing\n"
     return child

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from clada_export.manifest import read_manifest
 from clada_export.pipeline import ExportOptions, export, verify_folder
 from clada_export.plan import SparsityPlan
 from clada_export.runtime import load_engine
+from tests.processes import start
 from tests.tiny_models import KINDS, ffn_names, tiny_model
 
 OPTIONS = ExportOptions(sparsity=0.5, calibration_context=48, load_response=False)
@@ -234,7 +234,7 @@ def test_a_real_interrupt(model_folder: Folder, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "clada_export.cli", "export", str(model_folder("llama")), "--target", "ort"]
     command += ["-o", str(tmp_path / "out"), "--sparsity", "0.5", "--calibration-context", "48"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = start(command, environment)
     assert process.stderr is not None
     for line in process.stderr:
         if "calibrate" in line:
