@@ -16,10 +16,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from clada_export import __version__
-from clada_export.errors import UnsupportedModelError
-from clada_export.manifest import CacheTensor, Manifest, TensorSpec, file_record, write_manifest
+from clada_export.manifest import Manifest, file_record, write_manifest
 from clada_export.plan import LoadSignal, SparsityPlan
 from clada_export.source import load_source
+from clada_export.targets.onnxruntime import cache_tensors, tensor_spec
 from clada_export.trace import trace
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
@@ -51,10 +51,10 @@ def write_peer(model: str, folder: Path) -> None:
         op={"domain": DOMAIN, "name": OP_TYPE, "version": OP_VERSION},
         plan=plan.to_dict(),
         load_signal=plan.load,
-        inputs=tuple(_spec(value) for value in graph.graph.inputs),
-        outputs=tuple(_spec(value) for value in graph.graph.outputs),
+        inputs=tuple(tensor_spec(value) for value in graph.graph.inputs),
+        outputs=tuple(tensor_spec(value) for value in graph.graph.outputs),
         dtype="float32",
-        cache=_cache(graph),
+        cache=cache_tensors(graph),
         versions={"python": platform.python_version(), "transformers": metadata.version("transformers")},
         model=MODEL_NAME,
         tokenizer=source.tokenizer is not None,
@@ -62,24 +62,6 @@ def write_peer(model: str, folder: Path) -> None:
     write_manifest(part, manifest.with_files({path.name: file_record(path) for path in sorted(part.iterdir())}))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.dtype is not None
-    shape = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape or ())
-    return TensorSpec(value.name, {"FLOAT": "float32"}.get(value.dtype.name, value.dtype.name.lower()), shape)
-
-
-def _cache(graph: ir.Model) -> tuple[CacheTensor, ...]:
-    found = []
-    for spec in map(_spec, graph.graph.inputs):
-        if not spec.name.startswith("past_"):
-            continue
-        kind, layer, role = spec.name.split(".")
-        if kind != "past_key_values":
-            raise UnsupportedModelError(f"the peer keeps state that the runtime does not know: {spec.name}")
-        found.append(CacheTensor(int(layer), role, spec.name, f"present.{layer}.{role}", spec.dtype, spec.shape))
-    return tuple(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

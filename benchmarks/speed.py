@@ -81,7 +81,7 @@ class Contestant:
 def _work(folder: Path, threads: int | None, pipe: Connection) -> None:
     """What a worker does: play each round that it is sent, until it is sent None."""
     engine = load_engine(folder, threads=threads)
-    widths = sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])
+    widths = engine.sparse_neurons
     while (task := pipe.recv()) is not None:
         prompt, new_tokens, load = task
         if new_tokens == 0:

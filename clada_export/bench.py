@@ -52,7 +52,7 @@ def bench(
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise UsageError(f"{prompt_tokens} + {new_tokens} tokens are more than the {limit} that the model takes")
     prompt = np.random.default_rng(seed).integers(0, engine.vocab_size or 1, prompt_tokens).tolist()
-    neurons = sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])
+    neurons = engine.sparse_neurons
     first: dict[Load, list[float]] = {load: [] for load in loads}
     later: dict[Load, list[float]] = {load: [] for load in loads}
     active: dict[Load, list[float]] = {load: [] for load in loads}

@@ -254,7 +254,7 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.seed,
         stream=show if streaming else None,
     )
-    neurons = sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])
+    neurons = engine.sparse_neurons
     finite = made.active.sum(-1)[made.loads > float("-inf")] if made.active is not None else None
     sparsity = 1.0 - float(finite.mean()) / neurons if finite is not None and finite.size and neurons else None
     per_token = sorted(made.decode_s)[len(made.decode_s) // 2] if made.decode_s else None

@@ -99,6 +99,11 @@ class Engine:
         self._state: _State | None = None
 
     @cached_property
+    def sparse_neurons(self) -> int:
+        """The neurons of all sparse layers together: how many the op decides on for each token."""
+        return sum(layer["intermediate_size"] for layer in self.manifest.plan["layers"])
+
+    @cached_property
     def tokenizer(self) -> TextTokenizer | None:
         """The export's tokenizer, or None if it has none."""
         return TextTokenizer(self.folder) if (self.folder / TOKENIZER_FILE).is_file() else None

@@ -92,9 +92,9 @@ def build(traced: TracedModel, plan: SparsityPlan, out: Path, *, dtype: str = "f
     return BuiltModel(
         MODEL_NAME,
         LIBRARY_NAME,
-        tuple(_spec(value) for value in model.graph.inputs),
-        tuple(_spec(value) for value in model.graph.outputs),
-        _cache(model),
+        tuple(tensor_spec(value) for value in model.graph.inputs),
+        tuple(tensor_spec(value) for value in model.graph.outputs),
+        cache_tensors(model),
         report,
     )
 
@@ -104,7 +104,8 @@ def _rewrite(plan: SparsityPlan, layer: LayerPlan) -> FFNRewrite:
     return FFNRewrite(plan.attributes(layer), threshold, partial(score_constants, plan.score))
 
 
-def _spec(value: ir.Value) -> TensorSpec:
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """How the manifest describes a graph input or output."""
     shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
     assert value.name is not None and value.dtype is not None
     return TensorSpec(value.name, _numpy_name(value.dtype), shape)
@@ -114,8 +115,12 @@ def _numpy_name(dtype: ir.DataType) -> str:
     return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
 
 
-def _cache(model: ir.Model) -> tuple[CacheTensor, ...]:
-    """Pair `past_key_values.{i}.key` with `present.{i}.key`."""
+def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
+    """Pair `past_key_values.{i}.key` with `present.{i}.key`.
+
+    Raises:
+        UnsupportedModelError: an input of the cache that the graph does not return.
+    """
     outputs = {value.name for value in model.graph.outputs}
     found = []
     for value in model.graph.inputs:
@@ -126,7 +131,7 @@ def _cache(model: ir.Model) -> tuple[CacheTensor, ...]:
         present = f"present.{layer}.{role}"
         if present not in outputs:
             raise UnsupportedModelError(f"the graph takes {name} and does not return {present}")
-        spec = _spec(value)
+        spec = tensor_spec(value)
         found.append(CacheTensor(int(layer), role, name, present, spec.dtype, spec.shape))
     return tuple(found)
 

@@ -46,7 +46,7 @@ def measure_drift(engine: Engine, rows: Sequence[Sequence[int]], dense: Sequence
         output = engine.step(tokens, load)
         if output.active is not None:
             active.append(output.active.sum(-1))
-    neurons = sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])
+    neurons = engine.sparse_neurons
     difference = np.concatenate(nll) - np.concatenate(dense_nll)
     mean = float(difference.mean())
     error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0

@@ -131,7 +131,7 @@ def sparse_parity(
         costs.append(compare_logits(wanted[1:], dense[index][-DECODE:]).kl)
         differ = np.abs(found_active[index] - counts)
         flips += int(differ.sum())
-        decisions += int(counts.shape[1]) * engine_neurons(engine)
+        decisions += int(counts.shape[1]) * engine.sparse_neurons
         changed = np.flatnonzero(differ.sum(axis=0))
         # Entry 0 is the last prompt token; decoded token t is entry t + 1.
         first = int(changed[0]) + 1 if len(changed) else DECODE + 1
@@ -162,8 +162,3 @@ def _sparse_check(
         faults.append(f"{flips} neurons flipped ({share:.3g} of all decisions); allowed {FLIP_SHARE:.3g}")
     numbers = {"same_neurons": asdict(same), "after_a_flip": asdict(later), "flipped": flips, "flipped_share": share}
     return Check(f"sparse parity ({name})", not faults, numbers, bounds, "; ".join(faults))
-
-
-def engine_neurons(engine: Engine) -> int:
-    """Neurons of all sparse layers together: decisions a token."""
-    return sum(layer["intermediate_size"] for layer in engine.manifest.plan["layers"])
