@@ -191,12 +191,13 @@ Problem MakeProblem(const std::string& node, const Attributes& a, const std::vec
     check.ShapeError(Input::kWIn, w_in, "wanted [f, " + std::to_string(n) + ", d], f and d at least 1");
   const int64_t f = p.intermediate_size = w_in.shape[0];
   const int64_t d = p.hidden_size = w_in.shape[2];
-  p.weight_type = static_cast<WeightType>(w_in.type);
+  p.weight_type = static_cast<FloatType>(w_in.type);
   p.w_in = w_in.data;
-  const TensorView& x = check.Get(Input::kX, {kFloat});
+  const TensorView& x = check.Get(Input::kX, {kFloat, w_in.type});
+  p.x_type = static_cast<FloatType>(x.type);
   if (x.shape.empty() || x.shape.back() != d)
     check.ShapeError(Input::kX, x, "its last axis must be " + std::to_string(d) + ", the width of w_in");
-  p.x = static_cast<const float*>(x.data);
+  p.x = x.data;
   if (a.granule > f || f % a.granule)
     Fail(node, "input 'w_in' has " + std::to_string(f) + " neurons; they must be divisible by granule " +
                    std::to_string(a.granule));

@@ -30,7 +30,7 @@ class Direct {
     for (int64_t i = 0; i < count; ++i) any_sparse_ |= plan.kind[rows[i]] == kSparseRow;
     block_ = kBlockNeurons;
     if (count > 1) {
-      const int64_t neuron_bytes = (n_ + 1) * d_ * (problem.weight_type == WeightType::kFloat32 ? 4 : 2);
+      const int64_t neuron_bytes = (n_ + 1) * d_ * SizeOf(problem.weight_type);
       block_ = std::min(block_, std::max<int64_t>(8, static_cast<int64_t>(kBlockBytes) / neuron_bytes));
     }
     if (!plan.two_pass && a_.granule > 1) block_ = std::max<int64_t>(1, block_ / a_.granule) * a_.granule;
@@ -57,7 +57,7 @@ class Direct {
   }
 
  private:
-  const float* Row(int64_t i) const { return problem_.x + rows_[i] * d_; }
+  const float* Row(int64_t i) const { return Rows(problem_) + rows_[i] * d_; }
   bool Sparse(int64_t i) const { return plan_.kind[rows_[i]] == kSparseRow; }
   int64_t Sequence(int64_t i) const { return rows_[i] / problem_.sequence; }
   float* Folded(int64_t i) const { return plan_.folded + i * (d_ / (kShadowBlock / 2)); }
@@ -204,7 +204,7 @@ class Direct {
   // The chunks' shares are added in their order, so that the result does not depend on who computed them.
   void Finish(int64_t i) const {
     const int64_t row = rows_[i];
-    float* y = problem_.y + row * d_;
+    float* y = Results(problem_) + row * d_;
     const size_t bytes = static_cast<size_t>(d_) * sizeof(float);
     a_.has_bias ? std::memcpy(y, problem_.down_bias, bytes) : std::memset(y, 0, bytes);
     int32_t active = 0;

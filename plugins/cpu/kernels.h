@@ -14,7 +14,7 @@ struct Kernels {
   const char* name;
 
   // out[i * subrows + s] = x . w[neuron list[i]][s]. Neurons lie `stride` weights apart, their subrows (1 or 2) follow each
-  // other. list == null: neurons 0 .. count - 1. Indexed by WeightType.
+  // other. list == null: neurons 0 .. count - 1. Indexed by FloatType.
   void (*dot[3])(const float* x, const void* w, int64_t d, int64_t stride, int subrows, const int32_t* list, int64_t count,
                  float* out);
 

@@ -67,6 +67,13 @@ struct Plan {
   float* energy = nullptr;     // [max(block_rows, panel_rows)]
 };
 
+// x and y inside the kernels, where they are float32 (RunSparseFFN widens 16-bit rows first).
+inline const float* Rows(const Problem& problem) { return static_cast<const float*>(problem.x); }
+inline float* Results(const Problem& problem) { return static_cast<float*>(problem.y); }
+
+// Rounds to nearest, ties to even: count float32 values to float16 or bfloat16.
+void Narrow(FloatType type, const float* source, int64_t count, uint16_t* target);
+
 // Fills a plan; `base` null: only the size counts. Returns the bytes of scratch memory.
 size_t MakePlan(const Problem& problem, void* base, Plan* plan);
 
@@ -101,7 +108,7 @@ void Parallel(const Host& host, int64_t count, const Body& body) {
 }
 
 inline const char* WeightAt(const Problem& problem, const void* weights, int64_t element) {
-  return static_cast<const char*>(weights) + element * (problem.weight_type == WeightType::kFloat32 ? 4 : 2);
+  return static_cast<const char*>(weights) + element * SizeOf(problem.weight_type);
 }
 
 }  // namespace clada

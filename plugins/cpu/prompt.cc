@@ -37,7 +37,7 @@ void RunGemm(const Host& host, bool transpose_b, int64_t m, int64_t n, int64_t k
 const float* Weights(const Problem& problem, const Host& host, const Plan& plan, const void* weights, int64_t at,
                      int64_t rows, int64_t width) {
   const char* source = WeightAt(problem, weights, at);
-  if (problem.weight_type == WeightType::kFloat32) return reinterpret_cast<const float*>(source);
+  if (problem.weight_type == FloatType::kFloat32) return reinterpret_cast<const float*>(source);
   Parallel(host, rows, [&](int64_t row) {
     host.kernels->convert[static_cast<int>(problem.weight_type)](source + row * width * 2, width, plan.weights + row * width);
   });
@@ -54,10 +54,10 @@ void RunPrompt(const Problem& problem, const Host& host, const Plan& plan, const
 
   // Neighbouring rows are used where they lie.
   const bool neighbours = rows[count - 1] - rows[0] == count - 1;
-  const float* x = problem.x + rows[0] * d;
-  float* y = problem.y + rows[0] * d;
+  const float* x = Rows(problem) + rows[0] * d;
+  float* y = Results(problem) + rows[0] * d;
   if (!neighbours) {
-    for (int64_t i = 0; i < count; ++i) std::memcpy(plan.gathered_x + i * d, problem.x + rows[i] * d, row_bytes);
+    for (int64_t i = 0; i < count; ++i) std::memcpy(plan.gathered_x + i * d, Rows(problem) + rows[i] * d, row_bytes);
     x = plan.gathered_x;
     y = plan.gathered_y;
   }
@@ -121,7 +121,7 @@ void RunPrompt(const Problem& problem, const Host& host, const Plan& plan, const
   }
   for (int64_t i = 0; i < count; ++i) {
     if (a.has_bias) kernels.add(problem.down_bias, d, y + i * d);
-    if (!neighbours) std::memcpy(problem.y + rows[i] * d, y + i * d, row_bytes);
+    if (!neighbours) std::memcpy(Results(problem) + rows[i] * d, y + i * d, row_bytes);
     if (problem.active) problem.active[rows[i]] = static_cast<int32_t>(f);
   }
 }

@@ -107,7 +107,7 @@ size_t MakePlan(const Problem& problem, void* base, Plan* plan) {
     plan->count = arena.Take<int32_t>(plan->chunks * block);
   }
   if (plan->gemm_rows > 0) {
-    const bool plain = problem.weight_type == WeightType::kFloat32;
+    const bool plain = problem.weight_type == FloatType::kFloat32;
     // A quarter of the budget for converted weights; the rest for rows.
     const int64_t weight_bytes = n * d * static_cast<int64_t>(sizeof(float));
     const int64_t fit = static_cast<int64_t>(kPromptBytes / 4) / weight_bytes;
@@ -129,12 +129,15 @@ size_t MakePlan(const Problem& problem, void* base, Plan* plan) {
   return arena.used();
 }
 
-size_t ScratchBytes(const Problem& problem) {
-  Plan plan;
-  return MakePlan(problem, nullptr, &plan);
+namespace {
+
+// x and y in float32, before the plan's own scratch memory, when they are not float32 already.
+size_t WideBytes(const Problem& problem) {
+  if (problem.x_type == FloatType::kFloat32) return 0;
+  return static_cast<size_t>(RoundUp(2 * problem.rows() * problem.hidden_size * 4, 64));
 }
 
-void RunSparseFFN(const Problem& problem, const Host& host, void* scratch) {
+void RunWide(const Problem& problem, const Host& host, void* scratch) {
   const int64_t rows = problem.rows(), d = problem.hidden_size, f = problem.intermediate_size;
   const Attributes& a = problem.attributes;
   if (a.emit_stat && problem.batch > 0) {
@@ -153,7 +156,7 @@ void RunSparseFFN(const Problem& problem, const Host& host, void* scratch) {
     const bool infinite = std::isinf(load);
     plan.kind[r] = infinite && load < 0 ? kPaddingRow : infinite || std::isnan(load) ? kDenseRow : kSparseRow;
     if (plan.kind[r] == kPaddingRow) {
-      std::memset(problem.y + r * d, 0, static_cast<size_t>(d) * sizeof(float));
+      std::memset(Results(problem) + r * d, 0, static_cast<size_t>(d) * sizeof(float));
       if (problem.active) problem.active[r] = 0;
     } else if (plan.kind[r] == kDenseRow && plan.gemm_rows > 0) {
       plan.order[gemm++] = static_cast<int32_t>(r);
@@ -165,6 +168,29 @@ void RunSparseFFN(const Problem& problem, const Host& host, void* scratch) {
     RunDirect(problem, host, plan, plan.order + done, std::min(plan.block_rows, plan.direct_rows - done));
   for (int64_t done = 0; done < plan.gemm_rows; done += plan.panel_rows)
     RunPrompt(problem, host, plan, plan.order + plan.direct_rows + done, std::min(plan.panel_rows, plan.gemm_rows - done));
+}
+
+}  // namespace
+
+size_t ScratchBytes(const Problem& problem) {
+  Plan plan;
+  return WideBytes(problem) + MakePlan(problem, nullptr, &plan);
+}
+
+void RunSparseFFN(const Problem& problem, const Host& host, void* scratch) {
+  if (problem.x_type == FloatType::kFloat32) return RunWide(problem, host, scratch);
+  const int64_t rows = problem.rows(), d = problem.hidden_size;
+  float* x = static_cast<float*>(scratch);
+  Problem wide = problem;
+  wide.x_type = FloatType::kFloat32;
+  wide.x = x;
+  wide.y = x + rows * d;
+  const auto* source = static_cast<const uint16_t*>(problem.x);
+  auto* target = static_cast<uint16_t*>(problem.y);
+  const int type = static_cast<int>(problem.x_type);
+  Parallel(host, rows, [&](int64_t r) { host.kernels->convert[type](source + r * d, d, x + r * d); });
+  RunWide(wide, host, static_cast<char*>(scratch) + WideBytes(problem));
+  Parallel(host, rows, [&](int64_t r) { Narrow(problem.x_type, Results(wide) + r * d, d, target + r * d); });
 }
 
 }  // namespace clada

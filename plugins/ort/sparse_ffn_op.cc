@@ -180,7 +180,7 @@ void SparseFFNKernel::Compute(OrtKernelContext* raw) {
   Problem problem = MakeProblem(node_, attributes_, views, !threshold_checked_);
 
   const std::vector<int64_t>& shape = views[0].shape;
-  problem.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
+  problem.y = context.GetOutput(0, shape).GetTensorMutableRawData();
   size_t output = 1;
   if (attributes_.emit_stat)
     problem.stat = context.GetOutput(output++, {problem.batch, problem.intermediate_size}).GetTensorMutableData<float>();

@@ -13,7 +13,8 @@ namespace clada {
 constexpr int kOpVersion = 1;
 constexpr int kShadowBlock = 32;  // weights that share one (scale, offset) pair
 
-enum class WeightType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class FloatType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+constexpr int64_t SizeOf(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 enum class Activation { kSilu = 0, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity };
 enum class Score { kGate = 0, kExact, kShadow, kPrefix, kExternal };
 enum class Rule { kThreshold = 0, kRelative, kTopk };
@@ -44,9 +45,10 @@ struct Problem {
   int64_t sequence = 0;
   int64_t hidden_size = 0;        // d
   int64_t intermediate_size = 0;  // f
-  WeightType weight_type = WeightType::kFloat32;
+  FloatType weight_type = FloatType::kFloat32;  // of w_in and w_out
+  FloatType x_type = FloatType::kFloat32;       // of x and y: float32, or weight_type
 
-  const float* x = nullptr;               // [batch, sequence, d]
+  const void* x = nullptr;                // [batch, sequence, d]
   const float* load = nullptr;            // [batch, sequence]
   const void* w_in = nullptr;             // [f, n, d]
   const void* w_out = nullptr;            // [f, d]
@@ -62,7 +64,7 @@ struct Problem {
   const float* up_bias = nullptr;         // [f]
   const float* down_bias = nullptr;       // [d]
 
-  float* y = nullptr;                     // [batch, sequence, d]
+  void* y = nullptr;                      // [batch, sequence, d]
   float* stat = nullptr;                  // [batch, f], with emit_stat
   int32_t* active = nullptr;              // [batch, sequence], with emit_active
 

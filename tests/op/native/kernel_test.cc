@@ -85,10 +85,10 @@ int Run(int number) {
   p.sequence = Pick(0, 9) == 0 ? Pick(20, 60) : Pick(0, 6);
   p.hidden_size = a.score == Score::kShadow ? 32 * Pick(1, 5) : Pick(1, 90);
   p.intermediate_size = a.granule * Pick(1, a.granule > 1 ? 6 : 200);
-  p.weight_type = static_cast<WeightType>(Pick(0, 2));
+  p.weight_type = static_cast<FloatType>(Pick(0, 2));
 
   const int64_t rows = p.rows(), d = p.hidden_size, f = p.intermediate_size, n = p.projections(), e = p.granules();
-  const bool wide = p.weight_type == WeightType::kFloat32;
+  const bool wide = p.weight_type == FloatType::kFloat32;
   Buffer<float> x = Normals(rows * d, 1.0f), load = Normals(rows, 1.0f);
   // All loads dense, so that instruction sets agree: a choice could hang on the last bit. Every third call is sparse.
   const bool sparse = number % 3 == 0;
