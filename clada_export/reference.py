@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graph_passes.op import SHADOW_BLOCK, ContractError, SparseFFNAttributes
+from graph_passes.op import SHADOW_BLOCK, ContractError, SparseFFNAttributes, x_types
 
 
 @dataclass(frozen=True)
@@ -232,19 +232,19 @@ def sparse_ffn(
     past_stat: Tensor | None = None,
     shadow_weight: Tensor | None = None,
 ) -> SparseFFNResult:
-    """One call of the op, in float32.
+    """One call of the op, computed in float32; y is rounded to x's type at the end.
 
     Args:
-        x: [..., d]; [B, S, d] when `use_stat` or `emit_stat` is 1.
+        x: [..., d], float32 or the weights' type; [B, S, d] when `use_stat` or `emit_stat` is 1.
         load: float32 [...], x's shape without its last axis. +inf or NaN: every neuron; -inf: a padding row.
         score: float32 [..., E] or [B, E], with score `external` only.
         past_stat: float32 [B, f], with `use_stat` only.
         shadow_weight: the dequantised shadow [f, n, d], if the caller keeps it; made from the tensors otherwise.
 
     Raises:
-        ContractError: shapes that do not belong together.
+        ContractError: shapes or types that do not belong together.
     """
-    check_shapes(x, load, tensors, attributes, score=score, past_stat=past_stat)
+    check_inputs(x, load, tensors, attributes, score=score, past_stat=past_stat)
     granule = attributes.granule
     load = load.float()
     hidden, gate = neuron_outputs(x, tensors.w_in, tensors, attributes)
@@ -285,7 +285,7 @@ def sparse_ffn(
     return SparseFFNResult(y=y.to(x.dtype), stat=stat, active=mask.sum(-1, dtype=torch.int32), mask=mask)
 
 
-def check_shapes(
+def check_inputs(
     x: Tensor,
     load: Tensor,
     tensors: SparseFFNTensors,
@@ -297,7 +297,7 @@ def check_shapes(
     """Refuse inputs that do not belong together.
 
     Raises:
-        ContractError: names the input, the shape found and the shape wanted.
+        ContractError: names the input, the shape or type found and the one wanted.
     """
 
     def want(name: str, found: Tensor | None, *shapes: tuple[int, ...]) -> None:
@@ -315,6 +315,10 @@ def check_shapes(
         raise ContractError(f"SparseFFN: input 'x' has shape {list(x.shape)}; its last axis must be {d}, the width of w_in")
     if attributes.granule > f or f % attributes.granule:
         raise ContractError(f"SparseFFN: {f} neurons are not divisible by granule {attributes.granule}")
+    types = [str(tensor.dtype).removeprefix("torch.") for tensor in (x, tensors.w_in, tensors.w_out)]
+    for name, found, allowed in (("x", types[0], x_types(types[1])), ("w_out", types[2], (types[1],))):
+        if found not in allowed:
+            raise ContractError(f"SparseFFN: input {name!r} has type {found}; wanted {' or '.join(allowed)}")
     granules = f // attributes.granule
     want("w_out", tensors.w_out, (f, d))
     want("load", load, tuple(x.shape[:-1]))

@@ -15,7 +15,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.op import DOMAIN, OP_TYPE, SHADOW_BLOCK, SparseFFNAttributes, input_names, output_names
+from graph_passes.op import (
+    DOMAIN,
+    OP_TYPE,
+    SHADOW_BLOCK,
+    ContractError,
+    SparseFFNAttributes,
+    input_names,
+    output_names,
+    x_types,
+)
 
 MIN_OPSET, DEFAULT_OPSET = 18, 20
 REFERENCED_ATTRIBUTES = ("load_slope", "load_min", "load_max", "backbone_min", "prior_gamma")
@@ -29,10 +38,15 @@ VARIANT = "clada.variant"
 """Metadata key of a function that tells which structural variant it is."""
 
 
-def variant_name(attributes: SparseFFNAttributes, weight_type: ir.DataType = ir.DataType.FLOAT) -> str:
+def variant_name(
+    attributes: SparseFFNAttributes,
+    weight_type: ir.DataType = ir.DataType.FLOAT,
+    x_type: ir.DataType = ir.DataType.FLOAT,
+) -> str:
     """A name for the structural variant that `attributes` need; ONNX overloads of the function are named by it."""
     parts = [attributes.activation, "gated" if attributes.gated else "plain", attributes.score, attributes.rule]
     parts += [f"g{attributes.granule}", attributes.combine, weight_type.name.lower()]
+    parts += [] if x_type == ir.DataType.FLOAT else [f"x_{x_type.name.lower()}"]
     parts += [name for name in ("use_stat", "emit_stat", "emit_active", "has_bias") if getattr(attributes, name)]
     return "_".join(parts)
 
@@ -41,6 +55,7 @@ def make_function(
     attributes: SparseFFNAttributes,
     *,
     weight_type: ir.DataType = ir.DataType.FLOAT,
+    x_type: ir.DataType = ir.DataType.FLOAT,
     overload: str = "",
     opset: int = DEFAULT_OPSET,
 ) -> ir.Function:
@@ -49,6 +64,7 @@ def make_function(
     Args:
         attributes: structure of the op. The values of `REFERENCED_ATTRIBUTES` are not used: nodes bring their own.
         weight_type: element type of `w_in` and `w_out`; other than float32, they are cast in the body.
+        x_type: element type of `x` and `y`; other than float32, x is cast at the start and y at the end.
         overload: ONNX overload name, for models that hold several variants.
         opset: version of the standard operators; a function has to use its model's.
 
@@ -57,10 +73,12 @@ def make_function(
 
     Raises:
         ValueError: an opset below 18.
+        ContractError: types that the op does not allow together.
     """
     if opset < MIN_OPSET:
         raise ValueError(f"{OP_TYPE}: the function needs opset {MIN_OPSET} or later; the model has {opset}")
-    body = _Body(attributes, weight_type)
+    check_types(x_type, weight_type)
+    body = _Body(attributes, weight_type, x_type)
     outputs = body.build()
     graph = ir.Graph(
         [body.inputs[name] for name in input_names(attributes)],
@@ -72,19 +90,34 @@ def make_function(
     # Without a value an attribute is one that every node has to carry.
     declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in (*attributes.to_onnx(), *PLUGIN_ATTRIBUTES)]
     function = ir.Function(DOMAIN, OP_TYPE, overload, graph=graph, attributes=declared)
-    function.metadata_props[VARIANT] = variant_name(attributes, weight_type)
+    function.metadata_props[VARIANT] = variant_name(attributes, weight_type, x_type)
     function.doc_string = (
         "Feed-forward layer that computes the neurons its score, rule and load select (masked dense arithmetic)."
     )
     return function
 
 
-class _Body:
-    """Emits the nodes of one function; methods follow the steps of the contract."""
+def check_types(x_type: ir.DataType, weight_type: ir.DataType) -> None:
+    """Refuse types of x and of the weights that the op does not allow together.
 
-    def __init__(self, attributes: SparseFFNAttributes, weight_type: ir.DataType) -> None:
+    Raises:
+        ContractError: names the types found and those wanted.
+    """
+    names = {kind: str(np.dtype(kind.numpy())) for kind in (x_type, weight_type)}
+    allowed = x_types(names[weight_type])
+    if names[x_type] not in allowed:
+        raise ContractError(f"{OP_TYPE}: x has type {names[x_type]}; wanted {' or '.join(allowed)}, as the weights")
+
+
+class _Body:
+    """Emits the nodes of one function; methods follow the steps of the contract.
+
+    All arithmetic is float32, and every change of type is a Cast of its own: a strongly typed runtime converts nothing itself.
+    """
+
+    def __init__(self, attributes: SparseFFNAttributes, weight_type: ir.DataType, x_type: ir.DataType) -> None:
         self.attributes = attributes
-        self.weight_type = weight_type
+        self.types = {"w_in": weight_type, "w_out": weight_type, "x": x_type}
         self.tape = ir.tape.Tape()
         self.inputs = {name: ir.Value(name=name) for name in input_names(attributes)}
         self._constants: dict[tuple[object, ...], ir.Value] = {}
@@ -122,17 +155,18 @@ class _Body:
     def to_float(self, value: ir.Value) -> ir.Value:
         return self.op("Cast", value, to=int(ir.DataType.FLOAT))
 
-    def weight(self, name: str) -> ir.Value:
+    def wide(self, name: str) -> ir.Value:
+        """The input `name`, x or a weight, as float32."""
         value = self.inputs[name]
-        return value if self.weight_type == ir.DataType.FLOAT else self.to_float(value)
+        return value if self.types[name] == ir.DataType.FLOAT else self.to_float(value)
 
     # The op
 
     def build(self) -> list[ir.Value]:
         attributes = self.attributes
         load = self.inputs["load"]
-        self.x = self.to_float(self.inputs["x"])
-        hidden, gate = self.neurons(self.weight("w_in"))
+        self.x = self.wide("x")
+        hidden, gate = self.neurons(self.wide("w_in"))
         self.hidden_shape = self.op("Shape", hidden)
         padding = self.op("IsInf", load, detect_positive=0, detect_negative=1)
         prompt = self.op("IsInf", load, detect_positive=1, detect_negative=0)
@@ -149,11 +183,13 @@ class _Body:
         if attributes.combine == "weighted":
             contribution = self.op("Mul", hidden, self.per_neuron(score))
         # Where, not Mul: an infinite activation of a masked neuron is removed too.
-        y = self.op("MatMul", self.op("Where", mask, contribution, self.floats(0.0)), self.weight("w_out"))
+        y = self.op("MatMul", self.op("Where", mask, contribution, self.floats(0.0)), self.wide("w_out"))
         if attributes.has_bias:
-            y = self.op("Add", y, self.to_float(self.inputs["down_bias"]))
+            y = self.op("Add", y, self.inputs["down_bias"])
         y = self.op("Where", self.op("Unsqueeze", padding, self.ints(-1)), self.floats(0.0), y)
-        results = {"y": self.op("CastLike", y, self.inputs["x"])}
+        if self.types["x"] != ir.DataType.FLOAT:
+            y = self.op("Cast", y, to=int(self.types["x"]))
+        results = {"y": y}
         if attributes.emit_stat:
             results["stat"] = self.stat(hidden, prompt)
         if attributes.emit_active:
@@ -177,7 +213,7 @@ class _Body:
     def project(self, w_in: ir.Value, index: int, bias: str) -> ir.Value:
         rows = self.op("Squeeze", self.op("Slice", w_in, self.ints(index), self.ints(index + 1), self.ints(1)), self.ints(1))
         value = self.op("MatMul", self.x, self.op("Transpose", rows, perm=[1, 0]))
-        return self.op("Add", value, self.to_float(self.inputs[bias])) if self.attributes.has_bias else value
+        return self.op("Add", value, self.inputs[bias]) if self.attributes.has_bias else value
 
     def activate(self, value: ir.Value) -> ir.Value:
         match self.attributes.activation:
@@ -223,13 +259,13 @@ class _Body:
             score = self.op("Expand", self.op("Unsqueeze", self.root_stat(), self.ints(1)), self.hidden_shape)
         else:
             estimate = hidden if attributes.score == "exact" else self.neurons(self.shadow())[0]
-            score = self.op("Mul", self.op("Abs", estimate), self.to_float(self.inputs["neuron_scale"]))
+            score = self.op("Mul", self.op("Abs", estimate), self.inputs["neuron_scale"])
         return self.per_granule(score)
 
     def external_score(self) -> ir.Value:
         """Bring a score [.., E] or [B, E] to [.., E], for x of any rank."""
         load = self.inputs["load"]
-        score = self.to_float(self.inputs["score"])
+        score = self.inputs["score"]
         rows, width = self.op("Shape", load), self.op("Shape", score, start=-1)
         batch = self.op("Shape", load, start=0, end=1)
         by_batch = self.op("Reshape", load, self.op("Concat", batch, self.ints(-1), axis=0))

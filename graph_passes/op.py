@@ -21,6 +21,7 @@ SCORES = ("gate", "exact", "shadow", "prefix", "external")
 RULES = ("threshold", "relative", "topk")
 COMBINES = ("sum", "weighted")
 WEIGHT_FORMATS = ("plain",)
+WEIGHT_TYPES = ("float32", "float16", "bfloat16")
 
 SHADOW_BLOCK = 32
 """Weights that share one (scale, offset) pair in the 4-bit shadow. `hidden_size` must be a multiple of it."""
@@ -133,6 +134,17 @@ def output_names(attributes: SparseFFNAttributes) -> tuple[str, ...]:
     if attributes.emit_active:
         names.append("active")
     return tuple(names)
+
+
+def x_types(weight_type: str) -> tuple[str, ...]:
+    """The types that x and y may have, one for both, with weights of `weight_type`.
+
+    Raises:
+        ContractError: a type that weights can't have.
+    """
+    if weight_type not in WEIGHT_TYPES:
+        raise ContractError(f"{OP_TYPE}: the weights have type {weight_type}; wanted {' or '.join(WEIGHT_TYPES)}")
+    return tuple(dict.fromkeys(("float32", weight_type)))
 
 
 def weight_shapes(attributes: SparseFFNAttributes, hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,8 @@ bool Flag(OrtShapeInferContext* context, const char* name) {
   return Ort::Status(Ort::GetApi().ReadOpAttr(attribute, ORT_OP_ATTR_INT, &value, sizeof(value), &size)).IsOK() && value == 1;
 }
 
-struct Shape {
+struct TypeAndShape {
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   std::vector<int64_t> sizes;        // -1: not known
   std::vector<std::string> symbols;  // a name where the size is not known, else empty
 };
@@ -27,10 +28,11 @@ std::string NewSymbol() {
 }
 
 // The C++ wrapper of the headers is avoided: it writes -2 for symbolic sizes, which the runtime refuses.
-bool Read(OrtShapeInferContext* context, size_t input, Shape* shape) {
+bool Read(OrtShapeInferContext* context, size_t input, TypeAndShape* shape) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   const OrtApi& api = Ort::GetApi();
   if (!Ort::Status(api.ShapeInferContext_GetInputTypeShape(context, input, &info)).IsOK() || info == nullptr) return false;
+  if (!Ort::Status(api.GetTensorElementType(info, &shape->type)).IsOK()) return false;
   size_t rank = 0;
   if (!Ort::Status(api.GetDimensionsCount(info, &rank)).IsOK()) return false;
   std::vector<const char*> names(rank, nullptr);
@@ -45,11 +47,11 @@ bool Read(OrtShapeInferContext* context, size_t input, Shape* shape) {
   return true;
 }
 
-OrtStatusPtr Write(OrtShapeInferContext* context, size_t output, ONNXTensorElementDataType type, const Shape& shape) {
+OrtStatusPtr Write(OrtShapeInferContext* context, size_t output, const TypeAndShape& shape) {
   const OrtApi& api = Ort::GetApi();
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatusPtr status = api.CreateTensorTypeAndShapeInfo(&info)) return status;
-  OrtStatusPtr status = api.SetTensorElementType(info, type);
+  OrtStatusPtr status = api.SetTensorElementType(info, shape.type);
   if (!status && !shape.sizes.empty()) {
     status = api.SetDimensions(info, shape.sizes.data(), shape.sizes.size());
     std::vector<const char*> names;
@@ -76,21 +78,25 @@ ElementType ToElementType(ONNXTensorElementDataType type) {
 
 OrtStatusPtr ORT_API_CALL InferShapes(const OrtCustomOp*, OrtShapeInferContext* context) {
   try {
-    Shape x, load, weights;
+    TypeAndShape x, load, weights;
     if (!Read(context, 0, &x)) return nullptr;
-    // An x of unknown rank reads like a scalar, which x can't be.
+    // An x of unknown rank reads like a scalar, which x can't be; the load has the same rows.
+    if (x.sizes.empty() && Read(context, 1, &load) && !load.sizes.empty()) {
+      x.sizes = load.sizes, x.symbols = load.symbols;
+      x.sizes.push_back(-1), x.symbols.push_back(NewSymbol());
+    }
     if (!x.sizes.empty())
-      if (OrtStatusPtr status = Write(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, x)) return status;
+      if (OrtStatusPtr status = Write(context, 0, x)) return status;
     size_t output = 1;
     if (Flag(context, "emit_stat")) {
-      Shape stat{{-1, -1}, {NewSymbol(), NewSymbol()}};
-      const auto copy = [&stat](size_t axis, const Shape& from) {
+      TypeAndShape stat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {-1, -1}, {NewSymbol(), NewSymbol()}};
+      const auto copy = [&stat](size_t axis, const TypeAndShape& from) {
         stat.sizes[axis] = from.sizes[0];
         stat.symbols[axis] = from.symbols[0];
       };
       if (!x.sizes.empty()) copy(0, x);
       if (Read(context, 2, &weights) && !weights.sizes.empty()) copy(1, weights);
-      if (OrtStatusPtr status = Write(context, output++, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, stat)) return status;
+      if (OrtStatusPtr status = Write(context, output++, stat)) return status;
     }
     if (Flag(context, "emit_active")) {
       if (!Read(context, 1, &load)) return nullptr;
@@ -98,7 +104,8 @@ OrtStatusPtr ORT_API_CALL InferShapes(const OrtCustomOp*, OrtShapeInferContext* 
         load = x;
         if (!load.sizes.empty()) load.sizes.pop_back(), load.symbols.pop_back();
       }
-      return Write(context, output, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, load);
+      load.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+      return Write(context, output, load);
     }
     return nullptr;
   } catch (const std::exception& error) {

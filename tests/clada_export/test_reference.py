@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -92,6 +94,22 @@ def test_topk_takes_the_best_and_ties_go_to_the_lowest_index(scores: list[float]
     key = [(-float("inf") if score != score else -score, index) for index, score in enumerate(scores)]
     wanted = {index for _, index in sorted(key)[: min(k, len(scores))]}
     assert set(active.nonzero().flatten().tolist()) == wanted
+
+
+def test_x_has_float32_or_the_weights_type() -> None:
+    tensors, attributes, load = _tensors(24, 32, 0.1), SparseFFNAttributes(score="exact"), torch.zeros(3)
+    x = torch.randn(3, 32)
+    narrow = replace(tensors, w_in=tensors.w_in.bfloat16(), w_out=tensors.w_out.bfloat16())
+    assert sparse_ffn(x, load, narrow, attributes).y.dtype == torch.float32
+    x = x.bfloat16()
+    rounded = sparse_ffn(x, load, narrow, attributes).y
+    assert torch.equal(rounded, sparse_ffn(x.float(), load, narrow, attributes).y.bfloat16())
+    with pytest.raises(ContractError, match="'x' has type float16; wanted float32 or bfloat16"):
+        sparse_ffn(x.half(), load, narrow, attributes)
+    with pytest.raises(ContractError, match=r"'x' has type bfloat16; wanted float32$"):
+        sparse_ffn(x, load, tensors, attributes)
+    with pytest.raises(ContractError, match="'w_out' has type float16; wanted bfloat16"):
+        sparse_ffn(x, load, replace(narrow, w_out=tensors.w_out.half()), attributes)
 
 
 def test_wrong_shapes_are_named() -> None:

@@ -16,7 +16,7 @@ from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, o
 
 def node_model(attributes: SparseFFNAttributes, feeds: dict[str, np.ndarray], overload: str = "", opset: int = 20) -> ir.Model:
     """A model of one node; x and load are inputs with free leading axes, everything else is a graph input of fixed shape."""
-    weight_type = ir.DataType.from_numpy(feeds["w_in"].dtype)
+    x_type, weight_type = (ir.DataType.from_numpy(feeds[name].dtype) for name in ("x", "w_in"))
     values = []
     for name in input_names(attributes):
         array = feeds[name]
@@ -43,7 +43,7 @@ def node_model(attributes: SparseFFNAttributes, feeds: dict[str, np.ndarray], ov
         output.name = name
         output.type, output.shape = ir.TensorType(results[name][0]), results[name][1].copy()
     graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": opset, DOMAIN: 1}, name="one_node")
-    function = make_function(attributes, weight_type=weight_type, overload=overload, opset=opset)
+    function = make_function(attributes, weight_type=weight_type, x_type=x_type, overload=overload, opset=opset)
     return ir.Model(graph, ir_version=10, functions=[function])
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from clada_export.reference import SparseFFNResult, SparseFFNTensors, quantize_shadow, sparse_ffn
 from graph_passes.function_body import make_function
-from graph_passes.op import ACTIVATIONS, RULES, SCORES, SparseFFNAttributes
+from graph_passes.op import ACTIVATIONS, RULES, SCORES, ContractError, SparseFFNAttributes
 
 INF = float("inf")
 
@@ -175,10 +175,40 @@ def test_narrow_weights_are_cast(dtype: Any) -> None:
 def test_narrow_x_gives_narrow_y() -> None:
     attributes = SparseFFNAttributes(score="exact", emit_active=True)
     feeds = make_feeds(attributes, (2, 3), 16, seed=2)
-    feeds["x"] = feeds["x"].astype(np.float16)
-    found = node_models.run_onnxruntime(node_models.node_model(attributes, feeds), feeds)
-    assert found["y"].dtype == np.float16
-    np.testing.assert_allclose(found["y"], reference(attributes, feeds).y.numpy(), rtol=2e-3, atol=2e-3)
+    feeds |= {name: feeds[name].astype(np.float16) for name in ("x", "w_in", "w_out")}
+    model = node_models.node_model(attributes, feeds)
+    node_models.check(model)
+    # The sums are float32, and y is rounded once: half an ulp of float16.
+    wanted = reference(attributes, feeds | {"x": feeds["x"].astype(np.float32)}).y.numpy()
+    for run in (node_models.run_onnxruntime, node_models.run_reference_evaluator):
+        found = run(model, feeds)
+        assert found["y"].dtype == np.float16
+        np.testing.assert_allclose(found["y"].astype(np.float32), wanted, rtol=2**-11 + 1e-4, atol=1e-4)
+
+
+def test_no_value_changes_its_type_without_a_cast() -> None:
+    """The schemas of the standard operators, which allow no mixed types, are kept; float32 inputs have no Cast."""
+    variants = [{"score": score, "rule": rule} for score in SCORES for rule in RULES]
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        for variant in variants:
+            attributes = SparseFFNAttributes(
+                **variant, granule=2, has_bias=True, emit_active=True, emit_stat=True, use_stat=True, prior_gamma=0.5
+            )
+            feeds = make_feeds(attributes, (2, 3), 16, seed=0)
+            feeds |= {name: feeds[name].astype(dtype) for name in ("x", "w_in", "w_out")}
+            model = node_models.node_model(attributes, feeds)
+            node_models.check(model)
+            (function,) = model.functions.values()
+            casts = {node.inputs[0].name for node in function if node.op_type == "Cast" and node.inputs[0] is not None}
+            assert casts & {"x", "w_in", "w_out"} == (set() if dtype == np.float32 else {"x", "w_in", "w_out"})
+            assert not any(node.op_type == "CastLike" for node in function)
+
+
+def test_types_that_do_not_go_together_are_refused() -> None:
+    half, bfloat = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+    for x_type, weight_type in ((half, bfloat), (half, ir.DataType.FLOAT), (ir.DataType.DOUBLE, half)):
+        with pytest.raises(ContractError, match="x has type"):
+            make_function(SparseFFNAttributes(), x_type=x_type, weight_type=weight_type)
 
 
 def test_shape_inference_sees_the_outputs() -> None:

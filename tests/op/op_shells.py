@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -48,10 +49,15 @@ class Case:
         assert isinstance(value, Tensor)
         return value
 
-    def reference(self) -> dict[str, np.ndarray]:
+    def eager(self) -> dict[str, np.ndarray]:
+        """What the reference returns."""
         result = sparse_ffn(self.x, self.load, self.tensors, self.attributes, score=self.score, past_stat=self.past_stat)
         found = {"y": result.y, "stat": result.stat, "active": result.active}
-        return {name: found[name].numpy() for name in output_names(self.attributes)}
+        return {name: to_numpy(found[name]) for name in output_names(self.attributes)}
+
+    def reference(self) -> dict[str, np.ndarray]:
+        """The same with y in float32, before it is rounded to x's type."""
+        return replace(self, x=self.x.float()).eager()
 
     def mask(self) -> Tensor:
         return sparse_ffn(self.x, self.load, self.tensors, self.attributes, score=self.score, past_stat=self.past_stat).mask
@@ -68,7 +74,7 @@ class Case:
             stat = None if self.past_stat is None else self.past_stat * (1 + 1e-5 * torch.randn(1, generator=generator))
             if stat is not None:
                 stat = stat * (1 + 1e-5 * torch.randn(stat.shape, generator=generator))
-            if not torch.equal(mask, replace(self, x=self.x * noise, past_stat=stat).mask()):
+            if not torch.equal(mask, replace(self, x=self.x.float() * noise, past_stat=stat).mask()):
                 return False
         return True
 
@@ -80,12 +86,17 @@ def make_case(
     d: int = 64,
     f: int = 96,
     dtype: torch.dtype = torch.float32,
+    x_dtype: torch.dtype = torch.float32,
     load: Tensor | None = None,
     threshold: Tensor | None = None,
     seed: int = 0,
     per_sequence: bool = False,
 ) -> Case:
-    """A random case, drawn again until its choices are clear."""
+    """A random case, drawn again until its choices are clear.
+
+    Args:
+        dtype: of the weights; x_dtype: of x and y, float32 or as the weights.
+    """
     a, n, g = attributes, 2 if attributes.gated else 1, attributes.granule
     for attempt in range(200):
         generator = torch.Generator().manual_seed(1000 * seed + attempt)
@@ -116,7 +127,7 @@ def make_case(
         case = Case(
             a,
             tensors,
-            normal(*shape, d),
+            normal(*shape, d).to(x_dtype),
             loads,
             torch.rand(*score_shape, generator=generator) if a.score == "external" else None,
             torch.rand(shape[0], f, generator=generator).square() if a.use_stat else None,
@@ -124,6 +135,11 @@ def make_case(
         if case.is_clear():
             return case
     raise AssertionError("no case with clear choices was found")
+
+
+def to_numpy(value: Tensor) -> np.ndarray:
+    """The array; NumPy has bfloat16 from `ml_dtypes`."""
+    return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if value.dtype == torch.bfloat16 else value.numpy()
 
 
 def tensor_proto(name: str, value: Tensor) -> onnx.TensorProto:
@@ -148,7 +164,8 @@ def make_model(
     if function:
         attributes |= {"plugin_namespace": DOMAIN, "plugin_version": "1"}
     node = helper.make_node(OP_TYPE, list(names), list(outputs), domain=DOMAIN, name="layer7/ffn", **attributes)
-    infos = [helper.make_tensor_value_info(o, TensorProto.INT32 if o == "active" else TensorProto.FLOAT, None) for o in outputs]
+    types = {"y": ONNX_TYPES[case.x.dtype], "stat": TensorProto.FLOAT, "active": TensorProto.INT32}
+    infos = [helper.make_tensor_value_info(name, types[name], None) for name in outputs]
     model = helper.make_model(
         helper.make_graph([node], "one", inputs, infos, initializers),
         opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)],
@@ -157,14 +174,14 @@ def make_model(
     if function:
         from graph_passes.function_body import make_function
 
-        weight_type = ir.DataType(ONNX_TYPES[case.tensors.w_in.dtype])
-        model.functions.append(ir.to_proto(make_function(case.attributes, weight_type=weight_type)))
+        weight_type, x_type = (ir.DataType(ONNX_TYPES[tensor.dtype]) for tensor in (case.tensors.w_in, case.x))
+        model.functions.append(ir.to_proto(make_function(case.attributes, weight_type=weight_type, x_type=x_type)))
     return model
 
 
 def feeds(case: Case, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     wanted = [n for n in input_names(case.attributes) if n in ("x", "load", "score", "past_stat", *names)]
-    return {name: case.input(name).numpy() for name in wanted}
+    return {name: to_numpy(case.input(name)) for name in wanted}
 
 
 def session(model: onnx.ModelProto, *, library: Path | None = None, threads: int = 1) -> ort.InferenceSession:
@@ -188,12 +205,28 @@ def instruction_set(name: str) -> Iterator[None]:
 def run_native(case: Case, *, isa: str = "", threads: int = 1) -> dict[str, np.ndarray]:
     with instruction_set(isa):
         found = session(make_model(case), library=ort_library_path(), threads=threads)
-    return dict(zip(output_names(case.attributes), found.run(None, feeds(case)), strict=True))
+    return run(found, case)
 
 
 def run_function(case: Case) -> dict[str, np.ndarray]:
-    found = session(make_model(case, function=True))
-    return dict(zip(output_names(case.attributes), found.run(None, feeds(case)), strict=True))
+    return run(session(make_model(case, function=True)), case)
+
+
+def run(found: ort.InferenceSession, case: Case, runtime_inputs: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """All outputs by name."""
+    arrays = feeds(case, runtime_inputs)
+    names = output_names(case.attributes)
+    if case.x.dtype != torch.bfloat16:
+        return dict(zip(names, found.run(None, arrays), strict=True))
+    # bfloat16 passes ONNX Runtime's Python interface only as bits, and comes back by DLPack.
+    values = {
+        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
+        if array.dtype == ml_dtypes.bfloat16
+        else ort.OrtValue.ortvalue_from_numpy(array)
+        for name, array in arrays.items()
+    }
+    results = found.run_with_ort_values(list(names), values)
+    return {name: to_numpy(torch.from_dlpack(each._ortvalue.to_dlpack())) for name, each in zip(names, results, strict=True)}
 
 
 def available_isas() -> tuple[str, ...]:
@@ -205,17 +238,23 @@ def available_isas() -> tuple[str, ...]:
 
 
 SHELLS: dict[str, Callable[[Case], dict[str, np.ndarray]]] = {
-    "reference": Case.reference,
+    "reference": Case.eager,
     "function_body": run_function,
     **{f"ort_{isa}": lambda case, isa=isa: run_native(case, isa=isa, threads=2) for isa in available_isas()},
 }
 
 
-def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], x_dtype: torch.dtype = torch.float32) -> None:
+    """Compare with `Case.reference()`; `x_dtype`: the type that y must have."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        dtype = to_numpy(torch.empty(0, dtype=x_dtype)).dtype if name == "y" else value.dtype
+        assert found[name].dtype == dtype and found[name].shape == value.shape, name
         if name == "active":
             np.testing.assert_array_equal(found[name], value, err_msg=name)
-        else:
-            np.testing.assert_allclose(found[name], value, rtol=RELATIVE, atol=ABSOLUTE, err_msg=name)
+            continue
+        # y is rounded to 16 bits once: half an ulp, which is at most eps / 2 of the value. (Below the smallest normal number an
+        # ulp of float16 is 2^-24, which ABSOLUTE covers.)
+        rounding = torch.finfo(x_dtype).eps / 2 if name == "y" and x_dtype != torch.float32 else 0.0
+        array = found[name].astype(np.float32)
+        np.testing.assert_allclose(array, value, rtol=RELATIVE + rounding, atol=ABSOLUTE, err_msg=name)

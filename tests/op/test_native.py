@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_shells import Case, assert_same, available_isas, feeds, instruction_set, make_case, make_model, run_native, session
+from op_shells import Case, assert_same, available_isas, instruction_set, make_case, make_model, run, run_native, session
 
 from clada_export.native import ort_library_path
 from clada_export.reference import activate
@@ -106,6 +106,7 @@ def test_activation_accuracy(activation: str, isa: str) -> None:
     gated=st.booleans(),
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    narrow_x=st.booleans(),
     isa=st.sampled_from(available_isas()),
     rows=st.integers(1, 30),
     seed=st.integers(0, 1000),
@@ -119,13 +120,15 @@ def test_any_size(
     gated: bool,
     bias: bool,
     dtype: torch.dtype,
+    narrow_x: bool,
     isa: str,
     rows: int,
     seed: int,
 ) -> None:
     wanted = attributes(score, rule, granule=granule, gated=gated, has_bias=bias, emit_stat=True)
-    case = make_case(wanted, shape=(1, rows), d=d, f=granule * granules, dtype=dtype, seed=seed)
-    assert_same(run_native(case, isa=isa, threads=2), case.reference())
+    x_dtype = dtype if narrow_x else torch.float32
+    case = make_case(wanted, shape=(1, rows), d=d, f=granule * granules, dtype=dtype, x_dtype=x_dtype, seed=seed)
+    assert_same(run_native(case, isa=isa, threads=2), case.reference(), x_dtype)
 
 
 @FAST
@@ -144,7 +147,7 @@ def _expect(case: Case, *parts: str, runtime: tuple[str, ...] = (), **changes: o
     """The error names the node, the input, the value found and the value wanted."""
     with pytest.raises(Exception) as error:
         made = session(make_model(case, runtime_inputs=runtime, node_attributes=changes or None), library=ort_library_path())
-        made.run(None, feeds(case, runtime))
+        run(made, case, runtime)
     for part in ("layer7/ffn", *parts):
         assert part in str(error.value), str(error.value)
 
@@ -178,6 +181,9 @@ def test_bad_inputs() -> None:
     assert case.past_stat is not None
     _expect(replace(case, past_stat=case.past_stat[:1]), "'past_stat'", "[1, 96]", "[2, 96]")
     _expect(replace(case, load=torch.full((5, 2), inf)), "'load'", "[5, 2]", "[2, 5]")
+    _expect(replace(case, x=case.x.half()), "'x'", "float16", "float32")
+    narrow = make_case(attributes("gate"), dtype=torch.float16)
+    _expect(replace(narrow, x=narrow.x.bfloat16()), "'x'", "bfloat16", "float32 or float16")
     _expect(replace(case, x=case.x[0], load=case.load[0]), "'x'", "[5, 64]", "[B, S, d]")
     odd = make_case(attributes("gate"), d=40)
     wide = replace(case, tensors=replace(tensors, w_in=odd.tensors.w_in, w_out=odd.tensors.w_out), x=odd.x)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from op_shells import make_case, make_model, session
 
@@ -19,11 +20,13 @@ from graph_passes.op import (
     OP_TYPE,
     OP_VERSION,
     SHADOW_BLOCK,
+    WEIGHT_TYPES,
     ContractError,
     SparseFFNAttributes,
     input_names,
     output_names,
     weight_shapes,
+    x_types,
 )
 
 YAML = Path(__file__).parents[2] / "plugins" / "sparse_ffn.yaml"
@@ -33,6 +36,10 @@ CONTRACT: dict[str, Any] = yaml.safe_load(YAML.read_text(encoding="utf-8"))
 def present(entries: list[dict[str, Any]], attributes: SparseFFNAttributes) -> list[dict[str, Any]]:
     stored = attributes.to_onnx()
     return [e for e in entries if all(stored[name] in values for name, values in e.get("when", {}).items())]
+
+
+def kinds(entries: list[dict[str, Any]]) -> dict[str, str]:
+    return {entry["name"]: entry["type"] for entry in entries}
 
 
 def variants() -> list[SparseFFNAttributes]:
@@ -82,15 +89,38 @@ def test_weight_shapes() -> None:
             assert tuple(sizes.get(size, size) for size in listed[name]) == shape, name
 
 
-def test_the_library_has_these_inputs_outputs_and_types() -> None:
-    onnx_types = {"float32": "tensor(float)", "int32": "tensor(int32)"}
+def test_types() -> None:
+    assert {name for name, kind in kinds(CONTRACT["inputs"]).items() if kind == "X"} == {"x"}
+    assert {name for name, kind in kinds(CONTRACT["outputs"]).items() if kind == "X"} == {"y"}
+    text = " ".join(YAML.read_text(encoding="utf-8").replace("#", " ").split())
+    assert f"W is {', '.join(WEIGHT_TYPES[:-1])} or {WEIGHT_TYPES[-1]}, one for both weights;" in text
+    assert "X, one for x and y, is float32 or W." in text
+    assert [x_types(kind) for kind in WEIGHT_TYPES] == [("float32",), ("float32", "float16"), ("float32", "bfloat16")]
+    with pytest.raises(ContractError, match="int8"):
+        x_types("int8")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype"), [(getattr(torch, kind), getattr(torch, x)) for kind in WEIGHT_TYPES for x in x_types(kind)]
+)
+def test_the_library_has_these_inputs_outputs_and_types(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    x_type = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}[x_dtype]
+    onnx_types = {"float32": "tensor(float)", "int32": "tensor(int32)", "X": f"tensor({x_type})"}
     for attributes in variants():
-        case = make_case(attributes, shape=(1, 2))
-        found = session(make_model(case), library=ort_library_path())
+        case = make_case(attributes, shape=(1, 2), dtype=dtype, x_dtype=x_dtype)
+        model = make_model(case)
+        # Types and shapes come from the library alone.
+        for output in model.graph.output:
+            output.ClearField("type")
+        found = session(model, library=ort_library_path())
         wanted = present(CONTRACT["outputs"], attributes)
         assert [(o.name, o.type) for o in found.get_outputs()] == [(e["name"], onnx_types[e["type"]]) for e in wanted]
         ranks = {"y": ["x_0", "x_1", "x_2"], "stat": ["x_0", 96], "active": ["load_0", "load_1"]}
         assert all(output.shape == ranks[output.name] for output in found.get_outputs())
+
+
+def test_the_library_names_attributes_of_a_wrong_type() -> None:
+    case = make_case(SparseFFNAttributes(), shape=(1, 2))
     for entry in CONTRACT["attributes"]:
         wrong = {"int": "text", "float": "text", "string": 1}[entry["type"]]
         with pytest.raises(Exception, match=f"layer7/ffn.*'{entry['name']}'"):

@@ -58,6 +58,20 @@ void Reverse(void*, size_t count, ParallelBody body, void* context) {
   for (size_t i = count; i-- > 0;) body(context, i);
 }
 
+// The float32 value of 16 bits.
+float Wide(FloatType type, uint16_t bits) {
+  if (type == FloatType::kFloat16) {
+    const int exponent = bits >> 10 & 0x1f;
+    const float mantissa = static_cast<float>(bits & 0x3ff), sign = bits >> 15 ? -1.0f : 1.0f;
+    if (exponent == 0x1f) return mantissa == 0.0f ? sign * std::numeric_limits<float>::infinity() : std::nanf("");
+    return sign * (exponent ? std::ldexp(mantissa + 1024.0f, exponent - 25) : std::ldexp(mantissa, -24));
+  }
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
 bool Same(const std::vector<float>& a, const std::vector<float>& b, float tolerance) {
   for (size_t i = 0; i < a.size(); ++i) {
     if (std::isnan(a[i]) && std::isnan(b[i])) continue;
@@ -89,7 +103,10 @@ int Run(int number) {
 
   const int64_t rows = p.rows(), d = p.hidden_size, f = p.intermediate_size, n = p.projections(), e = p.granules();
   const bool wide = p.weight_type == FloatType::kFloat32;
-  Buffer<float> x = Normals(rows * d, 1.0f), load = Normals(rows, 1.0f);
+  if (Pick(0, 1)) p.x_type = p.weight_type;
+  const bool wide_x = p.x_type == FloatType::kFloat32;
+  Buffer<uint16_t> x_half = Halves(wide_x ? 0 : rows * d);
+  Buffer<float> x = Normals(wide_x ? rows * d : 0, 1.0f), load = Normals(rows, 1.0f);
   // All loads dense, so that instruction sets agree: a choice could hang on the last bit. Every third call is sparse.
   const bool sparse = number % 3 == 0;
   const float special[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
@@ -106,7 +123,7 @@ int Run(int number) {
   for (int64_t i = 0; a.score == Score::kShadow && i < f * n * d / 2; ++i)
     shadow.data()[i] = static_cast<uint8_t>(Pick(0, 255));
   Buffer<float> gate_bias = Normals(f, 0.1f), up_bias = Normals(f, 0.1f), down_bias = Normals(d, 0.1f);
-  p.x = x.data(), p.load = load.data();
+  p.x = wide_x ? static_cast<const void*>(x.data()) : x_half.data(), p.load = load.data();
   p.w_in = wide ? static_cast<const void*>(w_in.data()) : w_in_half.data();
   p.w_out = wide ? static_cast<const void*>(w_out.data()) : w_out_half.data();
   p.threshold = threshold.data(), p.threshold_count = thresholds;
@@ -122,9 +139,10 @@ int Run(int number) {
     std::vector<float> first;
     for (const bool reverse : {false, true}) {
       if (reverse) host.parallel_for.run = &Reverse;
-      Buffer<float> y(rows * d), stat(p.batch * f);
+      Buffer<float> y(wide_x ? rows * d : 0), stat(p.batch * f);
+      Buffer<uint16_t> y_half(wide_x ? 0 : rows * d);
       Buffer<int32_t> active(rows);
-      p.y = y.data();
+      p.y = wide_x ? static_cast<void*>(y.data()) : y_half.data();
       p.stat = a.emit_stat ? stat.data() : nullptr;
       p.active = a.emit_active ? active.data() : nullptr;
       const size_t bytes = ScratchBytes(p);
@@ -132,7 +150,8 @@ int Run(int number) {
       std::memset(scratch, 0xff, bytes);  // as float32, NaN: what is read before it is written shows
       RunSparseFFN(p, host, scratch);
       std::free(scratch);
-      std::vector<float> all(y.data(), y.data() + rows * d);
+      std::vector<float> all;
+      for (int64_t i = 0; i < rows * d; ++i) all.push_back(wide_x ? y.data()[i] : Wide(p.x_type, y_half.data()[i]));
       if (a.emit_stat) all.insert(all.end(), stat.data(), stat.data() + p.batch * f);
       if (a.emit_active) all.insert(all.end(), active.data(), active.data() + rows);
       if (!reverse) first = all;
@@ -148,8 +167,10 @@ int Run(int number) {
       }
     results.push_back(first);
   }
+  // A sum next to the middle of two 16-bit numbers is rounded to either: an ulp.
+  const float ulp = wide_x ? 0.0f : p.x_type == FloatType::kFloat16 ? 0x1p-10f : 0x1p-7f;
   for (size_t i = 1; !sparse && i < results.size(); ++i)
-    if (!Same(results[0], results[i], 1e-3f)) {
+    if (!Same(results[0], results[i], 1e-3f + ulp)) {
       std::printf("call %d: instruction sets disagree\n", number);
       return 1;
     }
