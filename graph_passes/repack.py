@@ -34,8 +34,7 @@ def repack(match: FFNMatch, dtype: ir.DataType | None) -> dict[str, np.ndarray]:
         `w_in` [f, n, d], `w_out` [f, d] and, with `has_bias`, `gate_bias` [f] (gated only), `up_bias` [f], `down_bias` [d];
         copies that hold no reference to the graph's tensors.
     """
-    assert match.up.value.dtype is not None
-    target = (dtype or match.up.value.dtype).numpy()
+    target = (dtype or match.dtype).numpy()
     inner = [match.up] if match.gate is None else [match.gate, match.up]
     w_in = np.empty((match.intermediate_size, len(inner), match.hidden_size), dtype=target)
     for index, source in enumerate(inner):

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.function_body import MIN_OPSET, PLUGIN_ATTRIBUTES, VARIANT, make_function, variant_name
+from graph_passes.function_body import (
+    MIN_OPSET,
+    PLUGIN_ATTRIBUTES,
+    VARIANT,
+    check_types,
+    make_function,
+    variant_name,
+)
 from graph_passes.op import (
     DOMAIN,
     OP_TYPE,
@@ -74,7 +81,8 @@ class RewriteFFNs(ir.passes.InPlacePass):
     Args:
         rewrites: by the module path of the down projection.
         emit_active: add the output `active_neurons`, int32 [batch, layers, sequence].
-        weight_dtype: element type of the repacked weights; the graph's own when None.
+        weight_dtype: element type of the repacked weights; the graph's own when None. x and y keep the graph's, so a graph in
+            16 bits takes no other.
     """
 
     def __init__(
@@ -134,12 +142,13 @@ class RewriteFFNs(ir.passes.InPlacePass):
         """Refuse before the graph is touched.
 
         Raises:
-            ContractError: sizes, threshold or score that the op does not allow here.
+            ContractError: types, sizes, threshold or score that the op does not allow here.
         """
         attributes = settle(match, rewrite.attributes, self.emit_active)
         if attributes.score == "external":
             raise ContractError(f"{match.name}: score 'external' needs nodes that compute the score; the pass adds none")
         try:
+            check_types(match.dtype, self.weight_dtype or match.dtype)
             shapes = weight_shapes(attributes, match.hidden_size, match.intermediate_size)
         except ContractError as error:
             raise ContractError(f"{match.name}: {error}") from error
@@ -190,7 +199,7 @@ class _Writer:
             [by_name[name] for name in input_names(attributes)],
             {**attributes.to_onnx(), **PLUGIN_ATTRIBUTES},
             domain=DOMAIN,
-            overload=self._function(attributes, weights["w_in"].dtype or ir.DataType.FLOAT),
+            overload=self._function(attributes, weights["w_in"].dtype or match.dtype, match.dtype),
             num_outputs=len(output_names(attributes)),
             name=node_name,
             doc_string=f"{match.kind} feed-forward layer {match.name}: {match.hidden_size} x {match.intermediate_size}",
@@ -275,7 +284,7 @@ class _Writer:
         self._describe(target.outputs[0], ir.DataType.INT64, ir.Shape([3]), f"{match.x.name}.shape_3d")
         x = ir.node("Reshape", [source, target.outputs[0]])
         shape_3d = ir.Shape([*self._axes(), match.hidden_size])
-        self._describe(x.outputs[0], match.x.dtype or ir.DataType.FLOAT, shape_3d, f"{match.x.name}.3d")
+        self._describe(x.outputs[0], match.dtype, shape_3d, f"{match.x.name}.3d")
         before += [target, x]
         return x.outputs[0]
 
@@ -335,28 +344,28 @@ class _Writer:
         replaced = ", ".join(f"{node.op_type} {node.name}" for node in match.nodes)
         return {**kept, FFN_NAME: match.name, "clada.op_version": str(OP_VERSION), "clada.replaced_nodes": replaced}
 
-    def _function(self, attributes: SparseFFNAttributes, weight_type: ir.DataType) -> str:
+    def _function(self, attributes: SparseFFNAttributes, weight_type: ir.DataType, x_type: ir.DataType) -> str:
         """Attach the function the node needs, once; its overload name, which is empty for the model's first variant."""
-        variant = variant_name(attributes, weight_type)
+        variant = variant_name(attributes, weight_type, x_type)
         functions = self.model.functions
         for function in functions.values():
             if (function.domain, function.name) == (DOMAIN, OP_TYPE) and function.metadata_props.get(VARIANT) == variant:
                 return function.overload
         overload = variant if (DOMAIN, OP_TYPE, "") in functions else ""
-        function = make_function(attributes, weight_type=weight_type, overload=overload, opset=self.graph.opset_imports[""])
+        opset = self.graph.opset_imports[""]
+        function = make_function(attributes, weight_type=weight_type, x_type=x_type, overload=overload, opset=opset)
         functions[function.identifier()] = function
         return overload
 
     def _replace_y(self, match: FFNMatch, x: ir.Value, y: ir.Value) -> list[ir.Node]:
         """Put y in the place of the layer's old result, with a Reshape if that has no three axes."""
-        dtype = match.y.dtype or ir.DataType.FLOAT
         after: list[ir.Node] = []
-        self._describe(y, dtype, ir.Shape([*self._axes(), match.hidden_size]))
+        self._describe(y, match.dtype, ir.Shape([*self._axes(), match.hidden_size]))
         result = y
         if (rank(match.y) or rank(match.x)) != 3:
             flat = self._initializer(f"flat_rows.{match.hidden_size}", np.array([-1, match.hidden_size], dtype=np.int64))
             back = ir.node("Reshape", [y, flat])
-            self._describe(back.outputs[0], dtype, match.y.shape, f"{y.name}.2d")
+            self._describe(back.outputs[0], match.dtype, match.y.shape, f"{y.name}.2d")
             after, result = [back], back.outputs[0]
         elif x.shape is not None:
             y.shape = x.shape.copy()

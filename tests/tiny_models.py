@@ -88,15 +88,17 @@ def _digest() -> str:
     return hashlib.sha256("\n".join([*versions, *made_by]).encode()).hexdigest()[:16]
 
 
-def export_tiny(kind: str, fusions: str | None = None, seed: int = 0) -> ir.Model:
+def export_tiny(kind: str, fusions: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> ir.Model:
     """The decode graph (any number of tokens, with past) of `tiny_model(kind, seed)`; a fresh copy at each call.
 
     Args:
         fusions: `ort_fusions` of `transformers.exporters.OnnxConfig`: None or "cpu".
+        dtype: what the weights are rounded to, and what the graph computes in.
     """
-    path = CACHE / _digest() / f"{kind}-{fusions or 'none'}-{seed}.onnx"
+    suffix = "" if dtype == torch.float32 else "-" + str(dtype).removeprefix("torch.")
+    path = CACHE / _digest() / f"{kind}-{fusions or 'none'}-{seed}{suffix}.onnx"
     if not path.exists():
-        program = _export(tiny_model(kind, seed), fusions)
+        program = _export(tiny_model(kind, seed).to(dtype), fusions)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             ir.save(program, Path(folder) / path.name)
@@ -122,13 +124,15 @@ def _export(model: PreTrainedModel, fusions: str | None) -> ir.Model:
     return exported.program.model if hasattr(exported.program, "model") else exported.program
 
 
-def session(model: ir.Model) -> Any:
-    """A one-thread CPU session of the model, without any custom-op library."""
+def session(model: ir.Model, library: Path | None = None) -> Any:
+    """A one-thread CPU session of the model, without a custom-op library if none is given."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
 
 
@@ -153,7 +157,8 @@ def prompt_feeds(inputs: Iterable[ir.Value], ids: np.ndarray, mask: np.ndarray |
             if len(value.shape) == 0:
                 feeds[name] = np.array(SLIDING_WINDOW, dtype=np.int64)
             else:
-                feeds[name] = np.zeros((ids.shape[0], _size(value, 1), 0, _size(value, 3)), dtype=np.float32)
+                assert value.dtype is not None
+                feeds[name] = np.zeros((ids.shape[0], _size(value, 1), 0, _size(value, 3)), dtype=value.dtype.numpy())
     return feeds
 
 

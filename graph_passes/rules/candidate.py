@@ -81,9 +81,15 @@ def assemble(
     if down.weight.shape != (intermediate_size, hidden_size):
         wanted = [intermediate_size, hidden_size]
         return Refusal(f"the down projection is {list(down.weight.shape)}; {wanted} is needed", ffn_like=True)
+    # A matrix product has operands and a result of one type: the weights' tells those of x and y too.
+    dtype = up.weight.value.dtype
     for source in (*(projection.weight for projection in projections), down.weight):
         if source.value.dtype not in FLOATS:
             return Refusal(f"weight {source.value.name!r} is {source.value.dtype}, not floating point", ffn_like=True)
+        if source.value.dtype != dtype:
+            found_types = f"{source.value.dtype}, and {up.weight.value.name!r} is {dtype}"
+            return Refusal(f"weight {source.value.name!r} is {found_types}; one type is needed", ffn_like=True)
+    assert dtype is not None
     x = _common_x(projections)
     if isinstance(x, Refusal):
         return x
@@ -105,6 +111,7 @@ def assemble(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         has_bias=any(bias is not None for bias in biases),
+        dtype=dtype,
         x=x,
         y=y,
         nodes=tuple(nodes),

@@ -25,7 +25,8 @@ class FFNMatch:
 
     `name` is the module path of the down projection; a module that is called twice gives two matches of one name. `x` and `y`
     are the values before and after the layer, as the projections see them or, where only a Reshape lies between, as [.., d] of
-    rank 3. `nodes` compute y from x and nothing else. Weights are described, not loaded.
+    rank 3. `nodes` compute y from x and nothing else. `dtype` is the element type of x, of y and of the weights. Weights are
+    described, not loaded.
     """
 
     name: str
@@ -35,6 +36,7 @@ class FFNMatch:
     hidden_size: int
     intermediate_size: int
     has_bias: bool
+    dtype: ir.DataType
     x: ir.Value
     y: ir.Value
     nodes: tuple[ir.Node, ...]

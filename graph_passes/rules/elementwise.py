@@ -23,6 +23,9 @@ _TOLERANCE = 1e-4
 """Relative to 1 + |value|, for the closest activation: below the distance of gelu and gelu_tanh, the closest pair, and far
 above the rounding of constants."""
 
+_CONSTANTS = (math.sqrt(0.5), math.sqrt(2.0), math.sqrt(2.0 / math.pi), 2.0 * math.sqrt(2.0 / math.pi), 0.044715, 1.702)
+"""Of the activations' usual forms, those that 16 bits do not hold."""
+
 _GRID = np.concatenate([np.linspace(-9.0, 9.0, 181), [-30.0, -0.01, 0.0, 0.01, 30.0]])
 
 
@@ -125,10 +128,22 @@ class Elementwise:
             for node in reversed(self.nodes):
                 function = _function(node)
                 assert function is not None
-                arguments = [known[value] if value in known else np.float64(constant_scalar(value) or 0.0)
-                             for value in _operands(node)]  # fmt: skip
+                arguments = [known[value] if value in known else np.float64(_scalar(value)) for value in _operands(node)]
                 known[node.outputs[0]] = np.asarray(function(*arguments))
         return known[self.result]
+
+
+def _scalar(value: ir.Value) -> float:
+    """A constant operand; in 16 bits, the constant of an activation that was rounded to it.
+
+    PyTorch computes with the exact one in any type, and rounding to bfloat16 moves a result by more than `_TOLERANCE`.
+    """
+    found = constant_scalar(value) or 0.0
+    if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        for exact in _CONSTANTS:
+            if float(np.float32(exact).astype(value.dtype.numpy())) == abs(found):
+                return math.copysign(exact, found)
+    return found
 
 
 def _operands(node: ir.Node) -> list[ir.Value]:
