@@ -10,6 +10,12 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
+constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
+constexpr const char* kScores[] = {"gate", "exact", "shadow", "prefix", "external"};
+constexpr const char* kRules[] = {"threshold", "relative", "topk"};
+constexpr const char* kCombines[] = {"sum", "weighted"};
+constexpr const char* kFormats[] = {"plain"};
+
 std::string Text(const Shape& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
@@ -119,11 +125,6 @@ class Checker {
 }  // namespace
 
 Attributes ReadAttributes(const std::string& node, const AttributeReader& reader) {
-  static const char* const kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
-  static const char* const kScores[] = {"gate", "exact", "shadow", "prefix", "external"};
-  static const char* const kRules[] = {"threshold", "relative", "topk"};
-  static const char* const kCombines[] = {"sum", "weighted"};
-  static const char* const kFormats[] = {"plain"};
   Attributes a;
   a.activation = Choice(node, reader, "activation", kActivations, a.activation);
   a.gated = Flag(node, reader, "gated", a.gated);
@@ -153,6 +154,25 @@ Attributes ReadAttributes(const std::string& node, const AttributeReader& reader
   if (a.combine == Combine::kWeighted && a.score != Score::kExternal)
     Fail(node, std::string("combine 'weighted' needs score 'external'; score is '") + kScores[static_cast<int>(a.score)] + "'");
   return a;
+}
+
+void WriteAttributes(const Attributes& a, AttributeWriter& writer) {
+  writer.String("activation", kActivations[static_cast<int>(a.activation)]);
+  writer.Int("gated", a.gated);
+  writer.String("weight_format", kFormats[0]);
+  writer.String("score", kScores[static_cast<int>(a.score)]);
+  writer.String("rule", kRules[static_cast<int>(a.rule)]);
+  writer.Int("granule", a.granule);
+  writer.String("combine", kCombines[static_cast<int>(a.combine)]);
+  writer.Float("load_slope", a.load_slope);
+  writer.Float("load_min", a.load_min);
+  writer.Float("load_max", a.load_max);
+  writer.Int("use_stat", a.use_stat);
+  writer.Float("backbone_min", a.backbone_min);
+  writer.Float("prior_gamma", a.prior_gamma);
+  writer.Int("emit_stat", a.emit_stat);
+  writer.Int("emit_active", a.emit_active);
+  writer.Int("has_bias", a.has_bias);
 }
 
 const char* InputName(Input input) {

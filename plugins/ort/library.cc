@@ -5,6 +5,9 @@
 #include <string>
 
 #include "sparse_ffn_op.h"
+#ifdef CLADA_ORT_CUDA
+#include "cuda_op.h"
+#endif
 
 #define CLADA_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -13,7 +16,11 @@ CLADA_EXPORT int clada_op_version(void) { return clada::kOpVersion; }
 CLADA_EXPORT const char* clada_build_info(void) {
   static const std::string info = std::string("clada ") + CLADA_VERSION + ", com.clada::SparseFFN " +
                                   std::to_string(clada::kOpVersion) + ", ONNX Runtime API " +
-                                  std::to_string(clada::ort::kApiVersion) + ", compiler " + __VERSION__ + ", instruction set " +
+                                  std::to_string(clada::ort::kApiVersion) + ", compiler " + __VERSION__ +
+#ifdef CLADA_ORT_CUDA
+                                  ", CUDA " + clada::ort::CudaVersion() +
+#endif
+                                  ", instruction set " +
                                   clada::KernelsName(clada::FindKernels(nullptr));
   return info.c_str();
 }
@@ -21,7 +28,7 @@ CLADA_EXPORT const char* clada_build_info(void) {
 CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(clada::ort::kApiVersion);
   if (api == nullptr) {
-    const std::string message = "libclada_ort.so needs ONNX Runtime 1." + std::to_string(clada::ort::kApiVersion) +
+    const std::string message = "this library of com.clada needs ONNX Runtime 1." + std::to_string(clada::ort::kApiVersion) +
                                 " or newer; this is " + base->GetVersionString();
     return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
   }
@@ -29,9 +36,17 @@ CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
   try {
     // Sessions keep pointers to both, so they live as long as the library.
     static const clada::ort::SparseFFNOp op;
+#ifdef CLADA_ORT_CUDA
+    static const clada::ort::SparseFFNCudaOp cuda_op;
+#endif
     static Ort::CustomOpDomain domain = [] {
       Ort::CustomOpDomain made("com.clada");
+#ifdef CLADA_ORT_CUDA
+      made.Add(&cuda_op);
+#endif
+#ifndef CLADA_CUDA_EMULATION  // there the emulated op takes the CPU's place
       made.Add(&op);
+#endif
       return made;
     }();
     Ort::UnownedSessionOptions(options).Add(domain);

@@ -2,69 +2,12 @@
 #include "sparse_ffn_op.h"
 
 #include <cstdlib>
-#include <new>
 
+#include "node.h"
 #include "shape_inference.h"
 
 namespace clada::ort {
 namespace {
-
-class NodeAttributes final : public AttributeReader {
- public:
-  NodeAttributes(const std::string& node, const OrtKernelInfo* info) : node_(node), info_(info) {}
-
-  bool Int(const char* name, int64_t* value) const override {
-    return Has(name, "an int", Status(Ort::GetApi().KernelInfoGetAttribute_int64(info_, name, value)));
-  }
-  bool Float(const char* name, float* value) const override {
-    float found;
-    if (!Has(name, "a float", Status(Ort::GetApi().KernelInfoGetAttribute_float(info_, name, &found)))) return false;
-    *value = found;
-    return true;
-  }
-  bool String(const char* name, std::string* value) const override {
-    size_t size = 0;
-    if (!Has(name, "a string", Status(Ort::GetApi().KernelInfoGetAttribute_string(info_, name, nullptr, &size)))) return false;
-    std::string found(size, '\0');
-    Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_string(info_, name, found.data(), &size));
-    found.resize(size ? size - 1 : 0);
-    *value = found;
-    return true;
-  }
-
- private:
-  static bool Status(OrtStatus* status) { return Ort::Status(status).IsOK(); }
-
-  // A failed read means that the attribute is absent, or has another type: the latter must not pass for the default.
-  bool Has(const char* name, const char* wanted, bool found) const {
-    if (found) return true;
-    int64_t number;
-    float real;
-    size_t size = 0;
-    const char* other = nullptr;
-    if (Status(Ort::GetApi().KernelInfoGetAttribute_int64(info_, name, &number))) other = "an int";
-    else if (Status(Ort::GetApi().KernelInfoGetAttribute_float(info_, name, &real))) other = "a float";
-    else if (Status(Ort::GetApi().KernelInfoGetAttribute_string(info_, name, nullptr, &size))) other = "a string";
-    else if (Status(Ort::GetApi().KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size))) other = "a list of ints";
-    else if (Status(Ort::GetApi().KernelInfoGetAttributeArray_float(info_, name, nullptr, &size))) other = "a list of floats";
-    if (other)
-      throw ContractError("SparseFFN node '" + node_ + "': attribute '" + name + "' is " + other + "; wanted " + wanted);
-    return false;
-  }
-
-  const std::string& node_;
-  const OrtKernelInfo* info_;
-};
-
-TensorView View(Ort::ConstValue value) {
-  const Ort::TensorTypeAndShapeInfo info = value.GetTensorTypeAndShapeInfo();
-  TensorView view;
-  view.type = ToElementType(info.GetElementType());
-  view.type_name = "ONNX type " + std::to_string(info.GetElementType());
-  view.shape = info.GetShape();
-  view.data = value.GetTensorRawData();
-  return view;
-}
 
 // ORT's GEMM on memory that we own.
 struct GemmHost {
@@ -84,30 +27,6 @@ struct GemmHost {
     Ort::Value outputs[] = {tensor(c, m, n)};
     (transpose_b ? self.transposed : self.plain)->Invoke(self.context, inputs, 2, outputs, 1);
   }
-};
-
-// Memory from ORT's arena, so that all layers share it.
-class Scratch {
- public:
-  Scratch(const OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes) {
-    Ort::ThrowOnError(Ort::GetApi().KernelContext_GetAllocator(context, memory, &allocator_));
-    data_ = allocator_->Alloc(allocator_, bytes);
-    if (data_ == nullptr) {
-      Ort::GetApi().ReleaseAllocator(allocator_);
-      throw std::bad_alloc();
-    }
-  }
-  ~Scratch() {
-    allocator_->Free(allocator_, data_);
-    Ort::GetApi().ReleaseAllocator(allocator_);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* data() const { return data_; }
-
- private:
-  OrtAllocator* allocator_ = nullptr;
-  void* data_ = nullptr;
 };
 
 Ort::Op MakeGemm(const OrtKernelInfo* info, int64_t transpose_b) {
@@ -131,27 +50,14 @@ const Kernels* ChooseKernels(const std::string& node) {
   return kernels;
 }
 
-OrtStatusPtr Refuse(OrtErrorCode code, const char* what) noexcept { return Ort::GetApi().CreateStatus(code, what); }
-
 }  // namespace
 
 SparseFFNKernel::SparseFFNKernel(const OrtKernelInfo* raw)
     : node_(Ort::ConstKernelInfo(raw).GetNodeName()),
       memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
   const Ort::ConstKernelInfo info(raw);
-  attributes_ = ReadAttributes(node_, NodeAttributes(node_, raw));
+  attributes_ = ReadNode(node_, raw);
   kernels_ = ChooseKernels(node_);
-  const std::vector<Input> inputs = Inputs(attributes_);
-  if (info.GetInputCount() != inputs.size()) {
-    std::string names;
-    for (const Input input : inputs) names += (names.empty() ? "" : ", ") + std::string(InputName(input));
-    throw ContractError("SparseFFN node '" + node_ + "': has " + std::to_string(info.GetInputCount()) +
-                        " inputs; its attributes want " + std::to_string(inputs.size()) + ": " + names);
-  }
-  const size_t outputs = 1 + attributes_.emit_stat + attributes_.emit_active;
-  if (info.GetOutputCount() != outputs)
-    throw ContractError("SparseFFN node '" + node_ + "': has " + std::to_string(info.GetOutputCount()) +
-                        " outputs; its attributes want " + std::to_string(outputs));
   int constant = 0;
   const Ort::ConstValue threshold = info.GetTensorConstantInput(static_cast<size_t>(Input::kThreshold), &constant);
   if (constant) {
@@ -168,25 +74,7 @@ SparseFFNKernel::SparseFFNKernel(const OrtKernelInfo* raw)
 
 void SparseFFNKernel::Compute(OrtKernelContext* raw) {
   Ort::KernelContext context(raw);
-  std::vector<TensorView> views;
-  views.reserve(context.GetInputCount());
-  for (size_t i = 0; i < context.GetInputCount(); ++i) {
-    const Ort::ConstValue value = context.GetInput(i);
-    if (!value)
-      throw ContractError("SparseFFN node '" + node_ + "': input " + std::to_string(i) + " ('" +
-                          InputName(Inputs(attributes_).at(i)) + "') is not connected; no input is optional");
-    views.push_back(View(value));
-  }
-  Problem problem = MakeProblem(node_, attributes_, views, !threshold_checked_);
-
-  const std::vector<int64_t>& shape = views[0].shape;
-  problem.y = context.GetOutput(0, shape).GetTensorMutableRawData();
-  size_t output = 1;
-  if (attributes_.emit_stat)
-    problem.stat = context.GetOutput(output++, {problem.batch, problem.intermediate_size}).GetTensorMutableData<float>();
-  if (attributes_.emit_active)
-    problem.active =
-        context.GetOutput(output, std::vector<int64_t>(shape.begin(), shape.end() - 1)).GetTensorMutableData<int32_t>();
+  const Problem problem = Bind(node_, attributes_, context, !threshold_checked_);
 
   GemmHost gemm{raw, &memory_, &gemm_, &gemm_transposed_};
   Host host;
@@ -198,21 +86,12 @@ void SparseFFNKernel::Compute(OrtKernelContext* raw) {
   host.gemm.host = &gemm;
   host.kernels = kernels_;
 
-  const size_t bytes = ScratchBytes(problem) + 64;
-  const Scratch scratch(raw, memory_, bytes);
-  const uintptr_t aligned = (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64;
-  RunSparseFFN(problem, host, reinterpret_cast<void*>(aligned));
+  const Scratch scratch(raw, memory_, ScratchBytes(problem) + 64);
+  RunSparseFFN(problem, host, scratch.Aligned(64));
 }
 
 OrtStatusPtr SparseFFNKernel::ComputeV2(OrtKernelContext* context) noexcept {
-  try {
-    Compute(context);
-    return nullptr;
-  } catch (const ContractError& error) {
-    return Refuse(ORT_INVALID_ARGUMENT, error.what());
-  } catch (const std::exception& error) {
-    return Refuse(ORT_FAIL, error.what());
-  }
+  return Guard([&] { Compute(context); });
 }
 
 SparseFFNOp::SparseFFNOp() {
@@ -221,14 +100,7 @@ SparseFFNOp::SparseFFNOp() {
 }
 
 OrtStatusPtr SparseFFNOp::CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const noexcept {
-  try {
-    *kernel = new SparseFFNKernel(info);
-    return nullptr;
-  } catch (const ContractError& error) {
-    return Refuse(ORT_INVALID_ARGUMENT, error.what());
-  } catch (const std::exception& error) {
-    return Refuse(ORT_FAIL, error.what());
-  }
+  return Guard([&] { *kernel = new SparseFFNKernel(info); });
 }
 
 }  // namespace clada::ort

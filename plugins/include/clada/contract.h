@@ -40,6 +40,18 @@ class AttributeReader {
 // Reads and checks all attributes.
 Attributes ReadAttributes(const std::string& node, const AttributeReader& reader);
 
+// The reverse: how a shell stores them.
+class AttributeWriter {
+ public:
+  virtual ~AttributeWriter() = default;
+  virtual void Int(const char* name, int64_t value) = 0;
+  virtual void Float(const char* name, float value) = 0;
+  virtual void String(const char* name, const char* value) = 0;
+};
+
+// Writes all attributes, also those that have their default, in the contract's order.
+void WriteAttributes(const Attributes& attributes, AttributeWriter& writer);
+
 enum class Input {
   kX, kLoad, kWIn, kWOut, kThreshold, kNeuronScale, kShadow, kShadowScale, kScore, kPastStat, kGateBias, kUpBias, kDownBias
 };

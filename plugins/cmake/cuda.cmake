@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# Decides whether the CUDA part is built, from CLADA_CUDA, CLADA_TRT (ON, OFF, AUTO) and CLADA_CUDA_EMULATION, and finds what it
+# needs: sets CLADA_CUDA_ENABLED and CLADA_TRT_ENABLED, enables the language CUDA, defines clada_cudart (the CUDA runtime that
+# our libraries link) and TensorRT::Headers.
+#
+# A machine without nvcc, or one that can't reach the headers of TensorRT, still builds the rest: AUTO says what was left out.
+set(CLADA_CUDA_ENABLED OFF)
+set(CLADA_TRT_ENABLED OFF)
+foreach(_clada_option CLADA_CUDA CLADA_TRT)
+  string(TOUPPER "${${_clada_option}}" ${_clada_option})
+endforeach()
+
+# Turns a part off, or stops when the user asked for it by name.
+macro(clada_without option reason)
+  if(${option} STREQUAL "AUTO" OR NOT ${option})
+    message(STATUS "${reason}")
+  else()
+    message(FATAL_ERROR "${option} is ${${option}}, but: ${reason}")
+  endif()
+endmacro()
+
+if(CLADA_CUDA_EMULATION)
+  # Needs the toolkit's headers, and no compiler of its.
+  find_package(CUDAToolkit REQUIRED)
+  set(CLADA_CUDA_ENABLED ON)
+elseif(CLADA_CUDA STREQUAL "AUTO" OR CLADA_CUDA)
+  find_program(CLADA_NVCC nvcc
+    HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin PATHS /usr/local/cuda/bin /opt/cuda/bin
+    DOC "The CUDA compiler")
+  if(NOT CLADA_NVCC)
+    clada_without(CLADA_CUDA "CUDA: nvcc was not found, so the GPU libraries are not built (set CUDA_HOME, or put nvcc on PATH)")
+  else()
+    # Machine code for each of these GPUs (Ampere to Blackwell), and PTX for newer ones; those that this nvcc doesn't know are left
+    # out. CLADA_CUDA_ARCHITECTURES (CMake variable or environment) replaces the list: one architecture builds much faster.
+    if(NOT CLADA_CUDA_ARCHITECTURES AND DEFINED ENV{CLADA_CUDA_ARCHITECTURES})
+      set(CLADA_CUDA_ARCHITECTURES "$ENV{CLADA_CUDA_ARCHITECTURES}")
+    endif()
+    if(CLADA_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES "${CLADA_CUDA_ARCHITECTURES}")
+    elseif(NOT CMAKE_CUDA_ARCHITECTURES)
+      execute_process(COMMAND "${CLADA_NVCC}" --list-gpu-arch OUTPUT_VARIABLE _clada_known ERROR_QUIET)
+      foreach(_clada_arch 80 86 89 90 100 120)
+        if(_clada_known MATCHES "compute_${_clada_arch}[\r\n]")
+          list(APPEND CMAKE_CUDA_ARCHITECTURES ${_clada_arch}-real)
+          set(_clada_newest ${_clada_arch})
+        endif()
+      endforeach()
+      list(APPEND CMAKE_CUDA_ARCHITECTURES ${_clada_newest}-virtual)
+    endif()
+    # A compiler that is there and can't compile (a host compiler that is too new, say) must not fail a build that asked for AUTO.
+    set(ENV{CUDACXX} "${CLADA_NVCC}")
+    include(CheckLanguage)
+    check_language(CUDA)
+    if(CMAKE_CUDA_COMPILER)
+      enable_language(CUDA)
+      find_package(CUDAToolkit QUIET)
+    endif()
+    if(CMAKE_CUDA_COMPILER AND CUDAToolkit_FOUND)
+      set(CLADA_CUDA_ENABLED ON)
+      message(STATUS "CUDA: ${CMAKE_CUDA_COMPILER} ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${CMAKE_CUDA_ARCHITECTURES}")
+    else()
+      clada_without(CLADA_CUDA "CUDA: ${CLADA_NVCC} can't compile a test program, so the GPU libraries are not built")
+    endif()
+  endif()
+endif()
+
+if(CLADA_CUDA_ENABLED)
+  add_library(clada_cudart INTERFACE)
+  if(CLADA_CUDA_EMULATION)
+    target_include_directories(clada_cudart SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
+    target_link_libraries(clada_cudart INTERFACE clada_cuda_emulation)
+  else()
+    # Linked in, so that a library of ours works with any TensorRT, ONNX Runtime or PyTorch beside it, and inside an engine.
+    target_link_libraries(clada_cudart INTERFACE CUDA::cudart_static)
+    set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+    set(CMAKE_CUDA_STANDARD 17)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  endif()
+endif()
+
+if(CLADA_TRT STREQUAL "AUTO" OR CLADA_TRT)
+  if(NOT CLADA_CUDA_ENABLED)
+    if(NOT CLADA_TRT STREQUAL "AUTO")
+      message(FATAL_ERROR "CLADA_TRT is ${CLADA_TRT}, but the CUDA kernels are not built (CLADA_CUDA is ${CLADA_CUDA})")
+    endif()
+  else()
+    find_package(TensorRTHeaders QUIET)
+    if(TensorRTHeaders_FOUND)
+      set(CLADA_TRT_ENABLED ON)
+      message(STATUS "TensorRT headers: ${TensorRTHeaders_VERSION} in ${TensorRTHeaders_INCLUDE_DIR}")
+    else()
+      clada_without(CLADA_TRT "TensorRT: ${TensorRTHeaders_REASON}, so the plugin is not built")
+    endif()
+  endif()
+endif()

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The op for ONNX Runtime's CUDA provider: the schema of the CPU's, and the CUDA kernels on the provider's stream and memory.
+#ifndef CLADA_ORT_CUDA_OP_H_
+#define CLADA_ORT_CUDA_OP_H_
+
+#include "sparse_ffn_op.h"
+
+namespace clada::ort {
+
+struct SparseFFNCudaOp : SparseFFNOp {
+  SparseFFNCudaOp();
+};
+
+// Of the CUDA runtime that is linked in, like "13.0".
+std::string CudaVersion();
+
+}  // namespace clada::ort
+
+#endif  // CLADA_ORT_CUDA_OP_H_

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "node.h"
+
+#include <new>
+
+#include "shape_inference.h"
+
+namespace clada::ort {
+namespace {
+
+class NodeAttributes final : public AttributeReader {
+ public:
+  NodeAttributes(const std::string& node, const OrtKernelInfo* info) : node_(node), info_(info) {}
+
+  bool Int(const char* name, int64_t* value) const override {
+    return Has(name, "an int", Status(Ort::GetApi().KernelInfoGetAttribute_int64(info_, name, value)));
+  }
+  bool Float(const char* name, float* value) const override {
+    float found;
+    if (!Has(name, "a float", Status(Ort::GetApi().KernelInfoGetAttribute_float(info_, name, &found)))) return false;
+    *value = found;
+    return true;
+  }
+  bool String(const char* name, std::string* value) const override {
+    size_t size = 0;
+    if (!Has(name, "a string", Status(Ort::GetApi().KernelInfoGetAttribute_string(info_, name, nullptr, &size)))) return false;
+    std::string found(size, '\0');
+    Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_string(info_, name, found.data(), &size));
+    found.resize(size ? size - 1 : 0);
+    *value = found;
+    return true;
+  }
+
+ private:
+  static bool Status(OrtStatus* status) { return Ort::Status(status).IsOK(); }
+
+  // A failed read means that the attribute is absent, or has another type: the latter must not pass for the default.
+  bool Has(const char* name, const char* wanted, bool found) const {
+    if (found) return true;
+    int64_t number;
+    float real;
+    size_t size = 0;
+    const char* other = nullptr;
+    if (Status(Ort::GetApi().KernelInfoGetAttribute_int64(info_, name, &number))) other = "an int";
+    else if (Status(Ort::GetApi().KernelInfoGetAttribute_float(info_, name, &real))) other = "a float";
+    else if (Status(Ort::GetApi().KernelInfoGetAttribute_string(info_, name, nullptr, &size))) other = "a string";
+    else if (Status(Ort::GetApi().KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size))) other = "a list of ints";
+    else if (Status(Ort::GetApi().KernelInfoGetAttributeArray_float(info_, name, nullptr, &size))) other = "a list of floats";
+    if (other)
+      throw ContractError("SparseFFN node '" + node_ + "': attribute '" + name + "' is " + other + "; wanted " + wanted);
+    return false;
+  }
+
+  const std::string& node_;
+  const OrtKernelInfo* info_;
+};
+
+}  // namespace
+
+Attributes ReadNode(const std::string& node, const OrtKernelInfo* raw) {
+  const Ort::ConstKernelInfo info(raw);
+  const Attributes attributes = ReadAttributes(node, NodeAttributes(node, raw));
+  const std::vector<Input> inputs = Inputs(attributes);
+  if (info.GetInputCount() != inputs.size()) {
+    std::string names;
+    for (const Input input : inputs) names += (names.empty() ? "" : ", ") + std::string(InputName(input));
+    throw ContractError("SparseFFN node '" + node + "': has " + std::to_string(info.GetInputCount()) +
+                        " inputs; its attributes want " + std::to_string(inputs.size()) + ": " + names);
+  }
+  const size_t outputs = 1 + attributes.emit_stat + attributes.emit_active;
+  if (info.GetOutputCount() != outputs)
+    throw ContractError("SparseFFN node '" + node + "': has " + std::to_string(info.GetOutputCount()) +
+                        " outputs; its attributes want " + std::to_string(outputs));
+  return attributes;
+}
+
+TensorView View(Ort::ConstValue value) {
+  const Ort::TensorTypeAndShapeInfo info = value.GetTensorTypeAndShapeInfo();
+  TensorView view;
+  view.type = ToElementType(info.GetElementType());
+  view.type_name = "ONNX type " + std::to_string(info.GetElementType());
+  view.shape = info.GetShape();
+  view.data = value.GetTensorRawData();
+  return view;
+}
+
+Problem Bind(const std::string& node, const Attributes& attributes, Ort::KernelContext& context, bool check_threshold) {
+  std::vector<TensorView> views;
+  views.reserve(context.GetInputCount());
+  for (size_t i = 0; i < context.GetInputCount(); ++i) {
+    const Ort::ConstValue value = context.GetInput(i);
+    if (!value)
+      throw ContractError("SparseFFN node '" + node + "': input " + std::to_string(i) + " ('" +
+                          InputName(Inputs(attributes).at(i)) + "') is not connected; no input is optional");
+    views.push_back(View(value));
+  }
+  Problem problem = MakeProblem(node, attributes, views, check_threshold);
+
+  const std::vector<int64_t>& shape = views[0].shape;
+  problem.y = context.GetOutput(0, shape).GetTensorMutableRawData();
+  size_t output = 1;
+  if (attributes.emit_stat)
+    problem.stat = context.GetOutput(output++, {problem.batch, problem.intermediate_size}).GetTensorMutableData<float>();
+  if (attributes.emit_active)
+    problem.active =
+        context.GetOutput(output, std::vector<int64_t>(shape.begin(), shape.end() - 1)).GetTensorMutableData<int32_t>();
+  return problem;
+}
+
+Scratch::Scratch(const OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes) {
+  Ort::ThrowOnError(Ort::GetApi().KernelContext_GetAllocator(context, memory, &allocator_));
+  data_ = allocator_->Alloc(allocator_, bytes);
+  if (data_ == nullptr) {
+    Ort::GetApi().ReleaseAllocator(allocator_);
+    throw std::bad_alloc();
+  }
+}
+
+Scratch::~Scratch() {
+  allocator_->Free(allocator_, data_);
+  Ort::GetApi().ReleaseAllocator(allocator_);
+}
+
+}  // namespace clada::ort

@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plugin.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "log.h"
+
+namespace clada::trt {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginTensorDesc;
+
+constexpr size_t kAlignment = 256;  // of the kernels' workspace
+// For the library's GEMM, whichever version of it is found at run time. Layers share the workspace, so an engine has it once.
+constexpr size_t kGemmWorkspaceBytes = size_t{32} << 20;
+
+constexpr DataType kTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8, DataType::kINT32};
+
+ElementType ToElementType(DataType type) {
+  switch (type) {
+    case DataType::kFLOAT: return ElementType::kFloat32;
+    case DataType::kHALF: return ElementType::kFloat16;
+    case DataType::kBF16: return ElementType::kBFloat16;
+    case DataType::kINT8: return ElementType::kInt8;
+    case DataType::kINT32: return ElementType::kInt32;
+    default: return ElementType::kOther;
+  }
+}
+
+std::string TypeName(DataType type) {
+  switch (type) {
+    case DataType::kFLOAT: return "float32";
+    case DataType::kHALF: return "float16";
+    case DataType::kBF16: return "bfloat16";
+    case DataType::kINT8: return "int8";
+    case DataType::kINT32: return "int32";
+    case DataType::kINT64: return "int64";
+    case DataType::kBOOL: return "bool";
+    case DataType::kUINT8: return "uint8";
+    default: return "TensorRT type " + std::to_string(static_cast<int32_t>(type));
+  }
+}
+
+bool IsFloat(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16; }
+
+// Whether the input may have the type, given those of x and w_in (of inputs before it only).
+bool Allowed(Input input, DataType type, DataType x, DataType w_in) {
+  switch (input) {
+    case Input::kX: return IsFloat(type);
+    case Input::kWIn: return IsFloat(type) && (x == DataType::kFLOAT || x == type);
+    case Input::kWOut: return type == w_in;
+    case Input::kShadow: return type == DataType::kINT8;
+    case Input::kShadowScale: return type == DataType::kHALF;
+    default: return type == DataType::kFLOAT;
+  }
+}
+
+TensorView View(DataType type, const Dims& dims, const void* data = nullptr) {
+  TensorView view;
+  view.type = ToElementType(type);
+  view.type_name = TypeName(type);
+  // -1 where a size is open.
+  for (int32_t i = 0; i < dims.nbDims; ++i) view.shape.push_back(std::max<int64_t>(dims.d[i], -1));
+  view.data = data;
+  return view;
+}
+
+// The largest call of a profile. TensorRT bounds each input on its own, and may bound two that are always of the same size
+// differently; where a size is open, the one that x has is taken.
+std::vector<TensorView> Largest(const std::vector<Input>& inputs, const DynamicPluginTensorDesc* in) {
+  std::vector<TensorView> views;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    views.push_back(View(in[i].desc.type, in[i].max));
+    for (int64_t& size : views.back().shape) size = std::max<int64_t>(size, 0);
+  }
+  const std::vector<int64_t>& x = views[0].shape;
+  for (size_t i = 1; i < inputs.size(); ++i) {
+    const bool by_row = inputs[i] == Input::kLoad || inputs[i] == Input::kScore;
+    if (!by_row && inputs[i] != Input::kPastStat) continue;
+    std::vector<int64_t>& shape = views[i].shape;
+    const size_t shared = std::min({shape.size(), x.size() - !x.empty(), by_row ? x.size() : 1});
+    for (size_t axis = 0; axis < shared; ++axis)
+      if (in[i].desc.dims.d[axis] < 0) shape[axis] = x[axis];
+  }
+  return views;
+}
+
+bool SameTensor(const PluginTensorDesc& a, const PluginTensorDesc& b) {
+  return a.type == b.type && a.dims.nbDims == b.dims.nbDims && std::equal(a.dims.d, a.dims.d + a.dims.nbDims, b.dims.d);
+}
+
+void CheckSizes(const std::string& node, const Problem& problem) {
+  const std::string error = cuda::CheckLimits(problem);
+  if (!error.empty()) throw ContractError("SparseFFN node '" + node + "': " + error);
+}
+
+// Enough with a library's GEMM and without: an engine may run where another one is found than where it was built.
+size_t WorkspaceFor(const Problem& problem) {
+  cuda::Gemm library, own;
+  library.workspace_bytes = kGemmWorkspaceBytes;
+  library.run = [](void*, CUstream_st*, bool, int64_t, int64_t, int64_t, FloatType, const void*, const void*, float*, void*,
+                   size_t) { return std::string(); };
+  const size_t bytes = std::max(cuda::WorkspaceBytes(problem, library), cuda::WorkspaceBytes(problem, own));
+  return bytes ? bytes + kAlignment - 1 : 0;
+}
+
+// Runs a body that may throw; what it throws is logged, and becomes a failure's return value.
+template <class Result, class Body>
+Result Guard(Result failure, Body body) noexcept {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    LogError(error.what());
+  } catch (...) {
+    LogError("SparseFFN: an unknown exception");
+  }
+  return failure;
+}
+
+constexpr int32_t kOk = 0, kFailed = 1;
+
+void SetInput(Problem& p, Input input, const void* data) {
+  const auto floats = static_cast<const float*>(data);
+  switch (input) {
+    case Input::kX: p.x = data; break;
+    case Input::kLoad: p.load = floats; break;
+    case Input::kWIn: p.w_in = data; break;
+    case Input::kWOut: p.w_out = data; break;
+    case Input::kThreshold: p.threshold = floats; break;
+    case Input::kNeuronScale: p.neuron_scale = floats; break;
+    case Input::kShadow: p.shadow = static_cast<const uint8_t*>(data); break;
+    case Input::kShadowScale: p.shadow_scale = static_cast<const uint16_t*>(data); break;
+    case Input::kScore: p.score = floats; break;
+    case Input::kPastStat: p.past_stat = floats; break;
+    case Input::kGateBias: p.gate_bias = floats; break;
+    case Input::kUpBias: p.up_bias = floats; break;
+    case Input::kDownBias: p.down_bias = floats; break;
+  }
+}
+
+}  // namespace
+
+SparseFFNPlugin::SparseFFNPlugin(const std::string& node, const Attributes& attributes)
+    : node_(node), attributes_(attributes), inputs_(Inputs(attributes)) {
+  WriteAttributes(attributes_, fields_);
+  text_ = fields_.Text();
+  fields_.String(kNodeField, node_.c_str());
+  fields_.String(kVersionField, CLADA_VERSION);
+}
+
+nvinfer1::IPluginCapability* SparseFFNPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
+  switch (type) {
+    case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+nvinfer1::IPluginV3* SparseFFNPlugin::clone() noexcept {
+  return Guard<nvinfer1::IPluginV3*>(nullptr, [&] { return new SparseFFNPlugin(node_, attributes_); });
+}
+
+// The kernels keep no state between calls and the workspace comes with each, so a context has nothing to lend.
+nvinfer1::IPluginV3* SparseFFNPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+
+int32_t SparseFFNPlugin::getNbOutputs() const noexcept { return 1 + attributes_.emit_stat + attributes_.emit_active; }
+
+void SparseFFNPlugin::CheckCounts(int32_t inputs, int32_t outputs) const {
+  const std::string node = "SparseFFN node '" + node_ + "': ";
+  if (inputs != static_cast<int32_t>(inputs_.size())) {
+    std::string names;
+    for (const Input input : inputs_) names += (names.empty() ? "" : ", ") + std::string(InputName(input));
+    throw ContractError(node + "has " + std::to_string(inputs) + " inputs; its attributes want " +
+                        std::to_string(inputs_.size()) + ": " + names);
+  }
+  if (outputs != getNbOutputs())
+    throw ContractError(node + "has " + std::to_string(outputs) + " outputs; its attributes want " +
+                        std::to_string(getNbOutputs()));
+}
+
+int32_t SparseFFNPlugin::getOutputDataTypes(DataType* output_types, int32_t outputs, const DataType* input_types,
+                                            int32_t inputs) const noexcept {
+  return Guard(kFailed, [&] {
+    CheckCounts(inputs, outputs);
+    const DataType x = input_types[0], w_in = input_types[2];
+    for (int32_t i = 0; i < inputs; ++i) {
+      if (Allowed(inputs_[i], input_types[i], x, w_in)) continue;
+      std::string wanted;
+      for (const DataType type : kTypes)
+        if (Allowed(inputs_[i], type, x, w_in)) wanted += (wanted.empty() ? "" : " or ") + TypeName(type);
+      throw ContractError("SparseFFN node '" + node_ + "': input '" + InputName(inputs_[i]) + "' has type " +
+                          TypeName(input_types[i]) + "; wanted " + wanted);
+    }
+    int32_t output = 0;
+    output_types[output++] = x;
+    if (attributes_.emit_stat) output_types[output++] = DataType::kFLOAT;
+    if (attributes_.emit_active) output_types[output++] = DataType::kINT32;
+    return kOk;
+  });
+}
+
+int32_t SparseFFNPlugin::getOutputShapes(const nvinfer1::DimsExprs* input_shapes, int32_t inputs, const nvinfer1::DimsExprs*,
+                                         int32_t, nvinfer1::DimsExprs* output_shapes, int32_t outputs,
+                                         nvinfer1::IExprBuilder&) noexcept {
+  return Guard(kFailed, [&] {
+    CheckCounts(inputs, outputs);
+    const nvinfer1::DimsExprs &x = input_shapes[0], &w_in = input_shapes[2];
+    const auto wrong_rank = [&](Input input, const nvinfer1::DimsExprs& shape, const char* wanted) {
+      throw ContractError("SparseFFN node '" + node_ + "': input '" + InputName(input) + "' has rank " +
+                          std::to_string(shape.nbDims) + "; wanted " + wanted);
+    };
+    if (x.nbDims < 1) wrong_rank(Input::kX, x, "at least 1");
+    if (w_in.nbDims != 3) wrong_rank(Input::kWIn, w_in, "3: [f, n, d]");
+    int32_t output = 0;
+    output_shapes[output++] = x;
+    if (attributes_.emit_stat) {
+      if (x.nbDims != 3) wrong_rank(Input::kX, x, "3 for the prompt statistic: [B, S, d]");
+      nvinfer1::DimsExprs& stat = output_shapes[output++];
+      stat.nbDims = 2;
+      stat.d[0] = x.d[0];
+      stat.d[1] = w_in.d[0];
+    }
+    if (attributes_.emit_active) {
+      nvinfer1::DimsExprs& active = output_shapes[output++] = x;
+      --active.nbDims;
+    }
+    return kOk;
+  });
+}
+
+bool SparseFFNPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t inputs,
+                                                int32_t outputs) noexcept {
+  return Guard(false, [&] {
+    CheckCounts(inputs, outputs);
+    const PluginTensorDesc& tensor = tensors[position].desc;
+    if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
+    const DataType x = tensors[0].desc.type;
+    if (position < inputs) {
+      // Only tensors up to `position` may be looked at.
+      const DataType w_in = position > 2 ? tensors[2].desc.type : DataType::kFLOAT;
+      return Allowed(inputs_[position], tensor.type, x, w_in);
+    }
+    if (position == inputs) return tensor.type == x;
+    const bool stat = attributes_.emit_stat && position == inputs + 1;
+    return tensor.type == (stat ? DataType::kFLOAT : DataType::kINT32);
+  });
+}
+
+// x is float32 with weights of three types, or has the weights' type, of 16 bits.
+int32_t SparseFFNPlugin::getFormatCombinationLimit() noexcept { return 5; }
+
+int32_t SparseFFNPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
+                                         int32_t outputs) noexcept {
+  return Guard(kFailed, [&] {
+    CheckCounts(inputs, outputs);
+    CheckSizes(node_, MakeProblem(node_, attributes_, Largest(inputs_, in), false));
+    return kOk;
+  });
+}
+
+size_t SparseFFNPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
+                                         int32_t outputs) const noexcept {
+  return Guard(size_t{0}, [&] {
+    CheckCounts(inputs, outputs);
+    return WorkspaceFor(MakeProblem(node_, attributes_, Largest(inputs_, in), false));
+  });
+}
+
+bool SparseFFNPlugin::Prepared(const PluginTensorDesc* in) const {
+  return !prepared_.empty() && std::equal(prepared_.begin(), prepared_.end(), in, SameTensor);
+}
+
+void SparseFFNPlugin::Prepare(const PluginTensorDesc* in) {
+  prepared_.clear();
+  std::vector<TensorView> views;
+  for (size_t i = 0; i < inputs_.size(); ++i) views.push_back(View(in[i].type, in[i].dims));
+  // The threshold's values are in device memory; the exporter has checked them.
+  problem_ = MakeProblem(node_, attributes_, views, false);
+  CheckSizes(node_, problem_);
+  gemm_ = cuda::DefaultGemm();
+  if (gemm_.run) gemm_.workspace_bytes = kGemmWorkspaceBytes;
+  workspace_bytes_ = cuda::WorkspaceBytes(problem_, gemm_);
+  prepared_.assign(in, in + inputs_.size());
+}
+
+int32_t SparseFFNPlugin::onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*,
+                                       int32_t outputs) noexcept {
+  return Guard(kFailed, [&] {
+    CheckCounts(inputs, outputs);
+    Prepare(in);
+    return kOk;
+  });
+}
+
+int32_t SparseFFNPlugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs,
+                                 void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
+  return Guard(kFailed, [&] {
+    if (!Prepared(in)) Prepare(in);
+    for (size_t i = 0; i < inputs_.size(); ++i) SetInput(problem_, inputs_[i], inputs[i]);
+    int32_t output = 0;
+    problem_.y = outputs[output++];
+    problem_.stat = attributes_.emit_stat ? static_cast<float*>(outputs[output++]) : nullptr;
+    problem_.active = attributes_.emit_active ? static_cast<int32_t*>(outputs[output++]) : nullptr;
+    if (workspace == nullptr && workspace_bytes_ > 0)
+      throw ContractError("SparseFFN node '" + node_ + "': needs a workspace of " + std::to_string(workspace_bytes_) +
+                          " bytes and was given none");
+    const uintptr_t aligned = (reinterpret_cast<uintptr_t>(workspace) + kAlignment - 1) / kAlignment * kAlignment;
+    const std::string error = cuda::RunSparseFFN(problem_, gemm_, reinterpret_cast<void*>(aligned), stream);
+    if (!error.empty()) throw ContractError("SparseFFN node '" + node_ + "': " + error);
+    return kOk;
+  });
+}
+
+}  // namespace clada::trt
