@@ -45,7 +45,7 @@ def trace(model: nn.Module, *, fusions: str | None = "cpu") -> TracedModel:
     """Export a decoder with dynamic batch, sequence and past length.
 
     Args:
-        model: a transformers decoder in eval mode, float32.
+        model: a transformers decoder in eval mode, float32, float16 or bfloat16; the graph computes in its type.
         fusions: `ort_fusions` of the exporter: `cpu` for ONNX Runtime on the CPU, None for plain ONNX.
 
     Raises:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from hypothesis import given, settings
@@ -393,8 +394,17 @@ class TestSmolLM2:
         with pytest.raises(UsageError, match=rf"it has {4 << 20} bytes, and its tensor table needs {path.stat().st_size}"):
             load_source(str(short))
 
-    def test_loads(self) -> None:
+    def test_loads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[gguf.GGUFReader] = []
+
+        class Reader(gguf.GGUFReader):
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
+                made.append(self)
+
+        monkeypatch.setattr(gguf, "GGUFReader", Reader)
         source = load_source(str(smollm2()))
+        assert len(made) == 1 and gguf.GGUFReader is Reader
         assert source.kind == "gguf"
         assert source.source_dtype == "Q4_1"
         assert source.license == "apache-2.0"

@@ -7,11 +7,14 @@ from contextlib import nullcontext
 
 import onnx_ir as ir
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import clada_export.trace
 from clada_export.errors import UnsupportedModelError
+from clada_export.ffn import require_ffns
 from clada_export.trace import trace
+from graph_passes import find_ffns
 from tests.tiny_models import tiny_model
 
 
@@ -36,6 +39,17 @@ def test_one_graph_with_named_free_axes_and_numbers_elsewhere(graph: ir.Graph) -
     assert outputs["present.1.value"] == ["batch_size", 2, "total_sequence_length", 16]
     assert len(inputs) == 3 + 4
     assert len(outputs) == 1 + 4
+
+
+def test_a_model_in_16_bits_gives_a_graph_in_16_bits() -> None:
+    model = tiny_model("gemma3_text").to(torch.bfloat16)
+    graph = trace(model, fusions=None).graph
+    tokens = {"input_ids", "attention_mask", "position_ids"}
+    for value in [*graph.graph.inputs, *graph.graph.outputs]:
+        assert value.dtype == (ir.DataType.INT64 if value.name in tokens else ir.DataType.BFLOAT16), value.name
+    matches = find_ffns(graph).matches
+    assert [match.name for match in matches] == [ffn.name for ffn in require_ffns(model).found]
+    assert {(match.kind, match.dtype) for match in matches} == {("geglu_tanh", ir.DataType.BFLOAT16)}
 
 
 def test_the_early_reject_changes_nothing(graph: ir.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
