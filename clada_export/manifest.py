@@ -20,7 +20,7 @@ from clada_export.plan import PLAN_SCHEMA, LoadSignal, SparsityPlan, read_json, 
 MANIFEST_NAME = "clada.json"
 MANIFEST_VERSION = 1
 
-TARGETS = ("ort", "trt", "rtx")
+TARGETS = ("ort", "trt")
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
 CACHE_ROLES = ("key", "value", "stat")
 LIBRARY_SUFFIXES = (".so", ".dll", ".dylib")
@@ -49,6 +49,61 @@ _TENSORS = {
     },
 }
 
+_RANGE = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 3, "maxItems": 3}
+_PROFILE = {
+    "type": "object",
+    "required": ["name", "batch", "sequence", "past"],
+    "additionalProperties": False,
+    "properties": {"name": _STRING, "batch": _RANGE, "sequence": _RANGE, "past": _RANGE},
+}
+_ENGINE_FILE = {
+    "type": "object",
+    "required": ["file", "compute_capabilities"],
+    "additionalProperties": False,
+    "properties": {"file": _STRING, "compute_capabilities": {"type": "array", "items": _STRING, "minItems": 1}},
+}
+_PLUGIN = {
+    "type": "object",
+    "required": ["name", "version", "namespace", "file", "embedded", "layers"],
+    "additionalProperties": False,
+    "properties": {
+        "name": _STRING,
+        "version": _STRING,
+        "namespace": _STRING,
+        "file": _STRING,
+        "embedded": {"type": "boolean"},
+        "layers": {"type": "integer", "minimum": 1},
+    },
+}
+_ENGINE = {
+    "type": "object",
+    "required": [
+        "backend",
+        "version",
+        "package",
+        "files",
+        "profiles",
+        "plugin",
+        "refit",
+        "weight_streaming",
+        "layers",
+        "commands",
+    ],
+    "additionalProperties": False,
+    "properties": {
+        "backend": {"enum": ["tensorrt", "tensorrt_rtx"]},
+        "version": _STRING,
+        "package": _STRING,
+        "files": {"type": "array", "items": _ENGINE_FILE, "minItems": 1},
+        "profiles": {"type": "array", "items": _PROFILE, "minItems": 1},
+        "plugin": {"anyOf": [{"type": "null"}, _PLUGIN]},
+        "refit": {"type": "boolean"},
+        "weight_streaming": {"type": "boolean"},
+        "layers": _STRING,
+        "commands": {"type": "object", "additionalProperties": _STRING},
+    },
+}
+
 MANIFEST_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "clada-export manifest",
@@ -68,6 +123,7 @@ MANIFEST_SCHEMA: dict[str, Any] = {
         "cache",
         "versions",
         "library",
+        "engine",
         "verification",
         "drift",
         "warnings",
@@ -124,6 +180,7 @@ MANIFEST_SCHEMA: dict[str, Any] = {
         },
         "versions": {"type": "object", "additionalProperties": {"type": "string"}},
         "library": {"type": ["string", "null"]},
+        "engine": {"anyOf": [{"type": "null"}, _ENGINE]},
         "verification": {"type": "object"},
         "drift": {"type": "object"},
         "warnings": {"type": "array", "items": {"type": "string"}},
@@ -162,7 +219,10 @@ class CacheTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that is known about an export. `files` is filled in by `ArtifactWriter.commit`."""
+    """Everything that is known about an export. `files` is filled in by `ArtifactWriter.commit`.
+
+    `engine` is what a TensorRT export has beside the graph: backend, files, profiles, plugin; see `docs/manifest.md`.
+    """
 
     tool_version: str
     source: dict[str, Any]
@@ -176,6 +236,7 @@ class Manifest:
     cache: tuple[CacheTensor, ...]
     versions: dict[str, str]
     library: str | None = None
+    engine: dict[str, Any] | None = None
     model: str = "model.onnx"
     verification: dict[str, Any] = field(default_factory=dict)
     drift: dict[str, Any] = field(default_factory=dict)
@@ -307,9 +368,15 @@ def _check_names(content: dict[str, Any], origin: str) -> None:
     for name in content["files"]:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST_NAME:
             raise UsageError(f"{origin}: files: {name!r} is not a plain relative path inside the folder")
-    for key in ("model", "library"):
-        if content[key] is not None and content[key] not in content["files"]:
-            raise UsageError(f"{origin}: {key}: {content[key]!r} is not one of the listed files")
+    named = {key: content[key] for key in ("model", "library") if content[key] is not None}
+    if content["engine"] is not None:
+        named |= {f"engine: files: {index}": file["file"] for index, file in enumerate(content["engine"]["files"])}
+        named["engine: layers"] = content["engine"]["layers"]
+        if content["engine"]["plugin"] is not None:
+            named["engine: plugin"] = content["engine"]["plugin"]["file"]
+    for key, name in named.items():
+        if name not in content["files"]:
+            raise UsageError(f"{origin}: {key}: {name!r} is not one of the listed files")
 
 
 def _check_file(folder: Path, name: str, record: dict[str, Any], hashed: bool, library: str | None) -> None:

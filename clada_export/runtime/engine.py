@@ -1,4 +1,4 @@
-"""`Engine`: prompt, decode and score with an export, over ONNX Runtime.
+"""`Engine`: prompt, decode and score with an export, over ONNX Runtime or TensorRT.
 
 Rows of a batch are padded on the left. A token runs dense (load = +inf) in the prompt, at its row's load while decoding, and
 its FFNs not at all (load = -inf) where it is padding or its row has ended.
@@ -16,14 +16,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from clada_export.errors import BackendError, UsageError
 from clada_export.manifest import MANIFEST_NAME, Manifest, read_manifest
 from clada_export.plan import read_json
+from clada_export.runtime.graph import PassOutput, Session
 from clada_export.runtime.load_meter import LoadMeter
 from clada_export.runtime.sampling import Sampler, SamplingSettings
-from clada_export.runtime.session import GraphSession, PassOutput
 from clada_export.runtime.text import TOKENIZER_FILE, TextTokenizer
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
@@ -69,7 +68,7 @@ class Generation:
 class _State:
     """Where the batch stands: `mask` [B, total] and `lengths` [B] count what is in the cache."""
 
-    cache: dict[str, ort.OrtValue]
+    cache: Any
     mask: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
@@ -80,17 +79,22 @@ class Engine:
     Made by `load_engine`.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, session: GraphSession) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, session: Session) -> None:
         self.folder = folder
         self.manifest = manifest
         self._session = session
         config = _optional_json(folder / "config.json")
         generation = _optional_json(folder / "generation_config.json")
         text_config = config.get("text_config") or {}
-        self.max_positions = _first_int(
+        stated = _first_int(
             config.get("max_position_embeddings"), text_config.get("max_position_embeddings"), config.get("n_positions")
         )
-        """The longest sequence in tokens, or None if the model does not say."""
+        limits = [limit for limit in (stated, session.max_tokens) if limit is not None]
+        self.max_positions = min(limits, default=None)
+        """The longest sequence in tokens that the model and the engine take, or None if neither says."""
+        self._longer = "" if self.max_positions == stated else "; a larger --max-past at export lets it take more"
+        self.max_batch = session.max_batch
+        """The most sequences in a batch, or None for any number."""
         self.vocab_size = _first_int(_logits_width(manifest), config.get("vocab_size"), text_config.get("vocab_size"))
         """The number of token ids, or None if the model does not say."""
         ends = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -127,8 +131,7 @@ class Engine:
         state = self._new_state(len(prompts))
         tokens, mask = _left_pad(prompts)
         loads = np.where(mask == 1, np.float32(_fixed_load(load)), np.float32(SKIP))
-        for start in range(0, longest, PREFILL_CHUNK):
-            part = slice(start, start + PREFILL_CHUNK)
+        for part in self._parts(longest):
             output = self._run(state, tokens[:, part], mask[:, part], loads[:, part])
         self._state = state
         return _last(output)
@@ -156,7 +159,9 @@ class Engine:
         column = np.broadcast_to(loads, (batch,))
         used = column > SKIP
         if self.max_positions is not None and (self._state.lengths[used] >= self.max_positions).any():
-            raise UsageError(f"a sequence has reached the longest that the model takes: {self.max_positions} tokens")
+            raise UsageError(
+                f"a sequence has reached the longest that the model takes: {self.max_positions} tokens{self._longer}"
+            )
         self._check_tokens(ids)
         return _last(self._run(self._state, ids[:, None], used[:, None].astype(np.int64), column[:, None]))
 
@@ -266,8 +271,7 @@ class Engine:
         loads = np.where(mask == 1, np.float32(_fixed_load(load)), np.float32(SKIP))
         state = self._new_state(len(rows))
         parts = []
-        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-            part = slice(start, start + PREFILL_CHUNK)
+        for part in self._parts(tokens.shape[1]):
             parts.append(self._run(state, tokens[:, part], mask[:, part], loads[:, part]).logits)
         whole = np.concatenate(parts, axis=1)
         return [whole[row, whole.shape[1] - len(ids) :] for row, ids in enumerate(rows)]
@@ -320,6 +324,11 @@ class Engine:
             output = self.step(tokens, np.where(needed, meter.update(output.logits, tokens), np.float32(SKIP)))
         return [np.array(row) for row in scores]
 
+    def _parts(self, length: int) -> list[slice]:
+        """The columns of a prompt, in runs that the session takes."""
+        width = min(PREFILL_CHUNK, self._session.longest_run or PREFILL_CHUNK)
+        return [slice(start, start + width) for start in range(0, length, width)]
+
     def _new_state(self, batch: int) -> _State:
         return _State(self._session.empty_state(batch), np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64))
 
@@ -367,6 +376,7 @@ class Engine:
             if self.max_positions is not None and len(values) > self.max_positions:
                 raise UsageError(
                     f"prompt {row} has {len(values)} tokens, and the model takes at most {self.max_positions}; shorten it"
+                    f"{self._longer}"
                 )
             self._check_tokens(values)
             rows.append([int(value) for value in values])
@@ -401,33 +411,50 @@ def load_engine(
     use_library: bool = True,
     verify_files: bool = False,
 ) -> Engine:
-    """Load an export for ONNX Runtime.
+    """Load an export, for ONNX Runtime or TensorRT as it was compiled.
 
     Args:
-        folder: what `clada-export --target ort` wrote.
-        threads: threads of one operator; None takes one for each core that this process may use.
-        library: a custom-op library to use instead of the export's own.
-        use_library: False runs the op's ONNX function body instead of the library: the same numbers, without the speed.
+        folder: what `clada-export` wrote.
+        threads: threads of one operator; None takes one for each core that this process may use. ONNX Runtime only.
+        library: a custom-op or plugin library to use instead of the export's own.
+        use_library: False runs the op's ONNX function body instead of the library: the same numbers, without the speed. ONNX
+            Runtime only: whether a TensorRT engine needs the library was decided when it was built.
         verify_files: compare the sha256 of every file with the manifest first; sizes are compared in any case.
 
     Raises:
         UsageError: not an export, or a damaged one, or a wrong argument.
-        BackendError: the library is missing or was built for another version of the op, or ONNX Runtime can't load the graph.
+        BackendError: the library is missing or was built for another version of the op, or the backend can't load the engine.
     """
     folder = Path(folder)
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; it must be at least 1")
     manifest = read_manifest(folder, check_files=verify_files)
-    if manifest.target != "ort":
-        raise BackendError(f"{folder}: was exported for {manifest.target!r}; this runtime needs an export with --target ort")
     found = (manifest.op["domain"], manifest.op["name"], manifest.op["version"])
     if found != (DOMAIN, OP_TYPE, OP_VERSION):
         raise BackendError(
             f"{folder / MANIFEST_NAME}: op: was exported with {found[0]}::{found[1]} version {found[2]}, and this program runs "
             f"{DOMAIN}::{OP_TYPE} version {OP_VERSION}; export again"
         )
+    if manifest.target == "trt":
+        if threads is not None or not use_library:
+            raise UsageError(f"{folder}: threads and use_library are of ONNX Runtime, and this is an export for TensorRT")
+        return Engine(folder, manifest, _tensorrt_session(folder, manifest, library))
     path = _library(folder, manifest, library) if use_library else None
-    return Engine(folder, manifest, GraphSession(folder, manifest, path, threads))
+    return Engine(folder, manifest, _ort_session(folder, manifest, path, threads))
+
+
+def _ort_session(folder: Path, manifest: Manifest, library: Path | None, threads: int | None) -> Session:
+    try:
+        from clada_export.runtime.session import GraphSession
+    except ImportError as error:
+        raise BackendError(f"{folder}: this export needs ONNX Runtime: pip install 'clada-export[ort]'") from error
+    return GraphSession(folder, manifest, library, threads)
+
+
+def _tensorrt_session(folder: Path, manifest: Manifest, library: Path | str | None) -> Session:
+    from clada_export.runtime.tensorrt_session import open_session
+
+    return open_session(folder, manifest, None if library is None else Path(library))
 
 
 def _library(folder: Path, manifest: Manifest, library: Path | str | None) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +12,11 @@ import onnxruntime as ort
 
 from clada_export.errors import BackendError, UsageError
 from clada_export.manifest import Manifest
+from clada_export.runtime.graph import PassOutput
 
 _FED_INPUTS = ("input_ids", "attention_mask", "position_ids", "load")
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "float64": 11, "int64": 7, "int32": 6}
 _LOGITS_TYPES = ("tensor(float)", "tensor(float16)")
-
-
-@dataclass(frozen=True)
-class PassOutput:
-    """One run of the graph: `logits` [B, S, V], `active` int32 [B, layers, S] or None, and the state for the next run."""
-
-    logits: npt.NDArray[np.float32]
-    active: npt.NDArray[np.int32] | None
-    state: dict[str, ort.OrtValue]
 
 
 class GraphSession:
@@ -62,6 +53,9 @@ class GraphSession:
         except Exception as error:
             raise BackendError(f"{model}: ONNX Runtime {ort.__version__} can't load the graph: {error}") from error
         self._cache = manifest.cache
+        self.longest_run: int | None = None
+        self.max_batch: int | None = None
+        self.max_tokens: int | None = None
         self.inputs = {value.name for value in self._session.get_inputs()}
         outputs = {value.name: value.type for value in self._session.get_outputs()}
         self._check_names(model, outputs)

@@ -1,0 +1,50 @@
+"""What the engine asks of a session, whatever runs the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class PassOutput:
+    """One run of the graph: `logits` [B, S, V], `active` int32 [B, layers, S] or None, and the state for the next run."""
+
+    logits: npt.NDArray[np.float32]
+    active: npt.NDArray[np.int32] | None
+    state: Any
+
+
+class Session(Protocol):
+    """A loaded graph. Its states belong to it; nothing else looks into them."""
+
+    @property
+    def longest_run(self) -> int | None:
+        """The most new tokens that one run takes, or None for any number."""
+
+    @property
+    def max_batch(self) -> int | None:
+        """The most sequences in a batch, or None for any number."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence that can be decoded, or None for any length."""
+
+    def empty_state(self, batch: int) -> Any:
+        """The state before the first run, for `batch` sequences."""
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], state: Any) -> PassOutput:
+        """Run the graph once.
+
+        Args:
+            feeds: `input_ids`, `attention_mask`, `position_ids` int64 and `load` float32; those the graph lacks are left out.
+            state: from `empty_state` or the run before; it must not be used again.
+
+        Raises:
+            UsageError: sizes that the graph does not take.
+            BackendError: what runs the graph fails.
+        """

@@ -1,0 +1,309 @@
+"""A TensorRT session over an exported engine: two profiles, and a cache that stays on the GPU.
+
+The graph reads the cache (`past`) and returns it longer (`present`), so it can't be extended in place. Every state therefore
+has two buffers for each cache tensor, allocated once for the longest cache: a run reads one and writes the other, and the next
+run swaps them. Only token ids, masks, loads and results cross the bus.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clada_export.errors import BackendError, UsageError
+from clada_export.manifest import CacheTensor, Manifest
+from clada_export.profiles import Profile, choose_profile
+from clada_export.runtime.cuda import CudaDevice, Device, host_array, to_float32
+from clada_export.runtime.graph import PassOutput
+from clada_export.tensorrt_backend import Backend, gpu_capability, load_backend, load_plugin, missing_gpu
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8, "int32": 4}
+_RESULTS = ("logits", "active_neurons")
+
+
+class KVState:
+    """The cache of one batch: for each tensor two buffers, and which of them holds the past.
+
+    Args:
+        capacity: tokens that a buffer has room for.
+    """
+
+    def __init__(self, device: Device, tensors: tuple[CacheTensor, ...], batch: int, capacity: int) -> None:
+        self._device = device
+        self._buffers: list[tuple[int, int]] = []
+        self.batch = batch
+        self.past = 0
+        self.turn = 0
+        for tensor in tensors:
+            shape = cache_shape(tensor, batch, capacity)
+            size = int(np.prod(shape)) * ITEM_BYTES[tensor.dtype]
+            first = device.allocate(size)
+            self._buffers.append((first, 0))  # so that it is freed if there is no memory for the second
+            self._buffers[-1] = (first, device.allocate(size))
+            if not any(isinstance(axis, str) for axis in tensor.shape[1:]):  # a statistic: it starts at zero
+                device.upload(first, np.zeros(shape, tensor.dtype))
+                device.synchronize()
+
+    def addresses(self, index: int) -> tuple[int, int]:
+        """(past, present) of cache tensor `index`."""
+        pair = self._buffers[index]
+        return pair[self.turn], pair[1 - self.turn]
+
+    def advance(self, tokens: int) -> None:
+        """What was written becomes the past."""
+        self.past += tokens
+        self.turn = 1 - self.turn
+
+    def __del__(self) -> None:
+        for pair in getattr(self, "_buffers", ()):
+            for address in pair:
+                if address:
+                    self._device.free(address)
+
+
+@dataclass(frozen=True)
+class RuntimeCache:
+    """Where TensorRT-RTX keeps the kernels that it compiled when it loaded an engine."""
+
+    path: Path
+
+    def read(self) -> bytes:
+        """The file, or nothing if there is none or it can't be read."""
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return b""
+
+    def write(self, content: bytes) -> None:
+        """Replace the file. A cache that can't be written is only a slower start, so failure is silent."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            temporary.replace(self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+
+class TensorRTSession:
+    """An engine with state; made by `open_session`.
+
+    Args:
+        engine: an `ICudaEngine`.
+        cache: of compiled kernels, TensorRT-RTX only.
+
+    Raises:
+        UsageError: the engine does not have the inputs and outputs that the manifest names.
+        BackendError: no execution context can be made.
+    """
+
+    def __init__(
+        self, backend: Backend, engine: Any, manifest: Manifest, device: Device, cache: RuntimeCache | None = None
+    ) -> None:
+        self._backend = backend
+        self._engine = engine
+        self._device = device
+        self._cache = cache
+        self._tensors = manifest.cache
+        self._profiles = engine_profiles(manifest)
+        self.longest_run: int | None = max(profile.sequence[2] for profile in self._profiles)
+        self.max_batch: int | None = max(profile.batch[2] for profile in self._profiles)
+        self.max_tokens: int | None = max(profile.past[2] for profile in self._profiles) + 1
+        self._capacity = max(profile.past[2] + profile.sequence[2] for profile in self._profiles)
+        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        listed = {spec.name for spec in (*manifest.inputs, *manifest.outputs)}
+        if names != listed:
+            raise UsageError(f"the engine's inputs and outputs differ from the manifest's: {', '.join(sorted(names ^ listed))}")
+        past = {tensor.past for tensor in manifest.cache}
+        self._inputs = {spec.name: spec for spec in manifest.inputs if spec.name not in past}
+        self._outputs = {spec.name: spec for spec in manifest.outputs if spec.name in _RESULTS}
+        self._buffers: dict[str, tuple[int, int]] = {}
+        self._contexts: dict[int, Any] = {}
+        self._config: Any = None
+        self._kernels: Any = None
+
+    def empty_state(self, batch: int) -> KVState:
+        """Buffers for `batch` sequences with no past.
+
+        Raises:
+            UsageError: more sequences than the engine takes.
+            BackendError: the GPU is out of memory.
+        """
+        choose_profile(self._profiles, batch, 1, 0)
+        return KVState(self._device, self._tensors, batch, self._capacity)
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], state: KVState) -> PassOutput:
+        """Run the engine once; see `Session.run`."""
+        batch, tokens = feeds["input_ids"].shape
+        context = self._context(choose_profile(self._profiles, batch, tokens, state.past))
+        kept = []  # until the copies are done
+        for name, spec in self._inputs.items():
+            array = np.ascontiguousarray(feeds[name], dtype=spec.dtype)
+            kept.append(array)
+            self._bind_input(context, name, array.shape, self._reserve(name, array.nbytes))
+            self._device.upload(self._buffers[name][0], array)
+        for index, tensor in enumerate(self._tensors):
+            past, present = state.addresses(index)
+            self._bind_input(context, tensor.past, cache_shape(tensor, batch, state.past), past)
+            context.set_tensor_address(tensor.present, present)
+        results = {name: self._bind_output(context, name) for name in self._outputs}
+        if not context.execute_async_v3(self._device.stream):
+            raise BackendError(f"{self._backend.title} fails to run the engine: {self._said()}")
+        for name, array in results.items():
+            self._device.download(array, self._buffers[name][0])
+        self._device.synchronize()
+        state.advance(tokens)
+        active = results.get("active_neurons")
+        return PassOutput(to_float32(results["logits"], self._outputs["logits"].dtype), active, state)
+
+    def close(self) -> None:
+        """Keep the compiled kernels and free the buffers."""
+        self._keep_kernels()
+        for address, _ in self._buffers.values():
+            self._device.free(address)
+        self._buffers.clear()
+
+    def _bind_input(self, context: Any, name: str, shape: tuple[int, ...], address: int) -> None:
+        if not context.set_input_shape(name, shape):
+            raise BackendError(f"{self._backend.title} does not take shape {list(shape)} for {name!r}: {self._said()}")
+        context.set_tensor_address(name, address)
+
+    def _bind_output(self, context: Any, name: str) -> npt.NDArray[Any]:
+        shape = tuple(int(axis) for axis in context.get_tensor_shape(name))
+        if min(shape, default=0) < 0:
+            raise BackendError(f"{self._backend.title} can't tell the shape of output {name!r}: {list(shape)}")
+        array = host_array(shape, self._outputs[name].dtype)
+        context.set_tensor_address(name, self._reserve(name, array.nbytes))
+        return array
+
+    def _reserve(self, name: str, size: int) -> int:
+        """The address of a buffer of at least `size` bytes that stays with this tensor."""
+        address, capacity = self._buffers.get(name, (0, -1))
+        if capacity < size:
+            if address:
+                self._device.free(self._buffers.pop(name)[0])
+            address = self._device.allocate(size)
+            self._buffers[name] = (address, size)
+        return address
+
+    def _context(self, profile: int) -> Any:
+        """The execution context of a profile. Making one compiles kernels in TensorRT-RTX, unless its cache has them."""
+        if profile in self._contexts:
+            return self._contexts[profile]
+        if self._cache is not None and self._config is None:
+            self._config = self._engine.create_runtime_config()
+            self._kernels = self._config.create_runtime_cache()
+            content = self._cache.read()
+            if content:
+                # Of another version, driver or GPU: it is refused, and the kernels are compiled anew.
+                self._kernels.deserialize(content)
+            self._config.set_runtime_cache(self._kernels)
+        context = self._engine.create_execution_context(*(() if self._config is None else (self._config,)))
+        if context is None:
+            raise BackendError(
+                f"{self._backend.title} can't make an execution context: {self._said()}; if the GPU is out of memory, export "
+                "with a smaller --max-past or --max-sequence"
+            )
+        if not context.set_optimization_profile_async(profile, self._device.stream):
+            raise BackendError(f"{self._backend.title} can't choose profile {profile}: {self._said()}")
+        self._device.synchronize()
+        self._contexts[profile] = context
+        self._keep_kernels()
+        return context
+
+    def _keep_kernels(self) -> None:
+        if self._cache is not None and self._kernels is not None:
+            content = self._kernels.serialize()
+            if content is not None:
+                self._cache.write(bytes(content))
+
+    def _said(self) -> str:
+        return self._backend.messages.take() or "it gives no reason"
+
+
+def open_session(folder: Path, manifest: Manifest, library: Path | None = None) -> TensorRTSession:
+    """Load the engine of an export on this machine's GPU.
+
+    Args:
+        library: a plugin library to use instead of the export's own.
+
+    Raises:
+        BackendError: no GPU, no TensorRT or another version than the engine's, a plugin library that is missing, or an
+            engine for another GPU; says what is missing.
+        UsageError: the export has no engine.
+    """
+    backend, engine = open_engine(folder, manifest, library)
+    cache = None
+    if backend.is_rtx:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = RuntimeCache(home / "clada-export" / f"{manifest.digest[:16]}-sm{gpu_capability()}.rtxcache")
+    return TensorRTSession(backend, engine, manifest, CudaDevice(), cache)
+
+
+def open_engine(folder: Path, manifest: Manifest, library: Path | None = None) -> tuple[Backend, Any]:
+    """Deserialise the engine that is for this GPU; arguments and errors as `open_session`."""
+    record = _record(folder, manifest)
+    if (reason := missing_gpu()) is not None:
+        raise BackendError(f"{folder}: a TensorRT engine runs on an NVIDIA GPU, and {reason}")
+    backend = load_backend(record["backend"])
+    # Major, minor and patch decide whether an engine can be read; a fourth number is the build.
+    if backend.version.split(".")[:3] != record["version"].split(".")[:3]:
+        raise BackendError(
+            f"{folder}: the engine was built by {record['backend']} {record['version']}, and {backend.version} is installed; "
+            f"pip install {record['package']}=={record['version']}, or export again"
+        )
+    file = engine_for(record, gpu_capability())
+    runtime = backend.trt.Runtime(backend.logger)
+    plugin = record["plugin"]
+    if plugin is not None and plugin["embedded"]:
+        runtime.engine_host_code_allowed = True
+    elif plugin is not None:
+        load_plugin(backend, runtime.get_plugin_registry(), library or folder / plugin["file"])
+    engine = runtime.deserialize_cuda_engine((folder / file["file"]).read_bytes())
+    if engine is None:
+        raise BackendError(
+            f"{folder / file['file']}: {backend.title} can't load the engine on a GPU of compute capability {gpu_capability()} "
+            f"(it is for {', '.join(file['compute_capabilities'])}): {backend.messages.take() or 'it gives no reason'}"
+        )
+    return backend, engine
+
+
+def engine_for(record: Mapping[str, Any], capability: str | None) -> dict[str, Any]:
+    """The engine file for a GPU. An engine for a list of GPUs also runs on later ones, so the choice is left to TensorRT then.
+
+    Raises:
+        BackendError: the export has one file for each GPU, and none for this one.
+    """
+    files: list[dict[str, Any]] = record["files"]
+    for file in files:
+        if capability in file["compute_capabilities"]:
+            return file
+    if len(files) == 1:
+        return files[0]
+    known = ", ".join(name for file in files for name in file["compute_capabilities"])
+    raise BackendError(
+        f"this GPU has compute capability {capability}, and the export has engines for {known}; export again with "
+        f"--compute-capability {capability}"
+    )
+
+
+def engine_profiles(manifest: Manifest) -> tuple[Profile, ...]:
+    """The profiles that the engine was built with, in its order."""
+    return tuple(Profile.from_dict(value) for value in (manifest.engine or {})["profiles"])
+
+
+def cache_shape(tensor: CacheTensor, batch: int, tokens: int) -> tuple[int, ...]:
+    """The shape of a cache tensor that holds `tokens` tokens."""
+    return (batch, *(tokens if isinstance(axis, str) else axis for axis in tensor.shape[1:]))
+
+
+def _record(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    if manifest.engine is None:
+        raise UsageError(f"{folder}: the manifest names no TensorRT engine; export again with --target trt")
+    return manifest.engine
