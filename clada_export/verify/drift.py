@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from clada_export.runtime import Engine, LoadMeter
 from clada_export.verify.numbers import common_prefix, log_softmax
+from clada_export.verify.parity import greedy_tokens
 from clada_export.verify.report import Check
 
 DRIFT_PROMPT = 32
@@ -66,7 +67,7 @@ def measure_drift(engine: Engine, rows: Sequence[Sequence[int]], dense: Sequence
 def sparse_greedy_prefix(engine: Engine, prompts: Sequence[Sequence[int]], dense: Sequence[Sequence[int]]) -> list[int]:
     """How many greedy tokens under the automatic load equal the dense model's, a number for each prompt."""
     length = len(dense[0])
-    found = engine.generate([list(prompt) for prompt in prompts], length, eos_token_id=[]).tokens
+    found = greedy_tokens(engine, prompts, length, "auto")
     return [common_prefix(mine, list(theirs)) for mine, theirs in zip(found, dense, strict=True)]
 
 

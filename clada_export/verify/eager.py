@@ -79,9 +79,10 @@ class ReferenceModel:
         def replace(index: int, x: Tensor) -> Tensor:
             attributes, tensors, shadow = self._layers[index]
             shaped = x.reshape(1, len(row), -1)
-            result = sparse_ffn(shaped, loads, tensors, attributes, shadow_weight=shadow)
+            # The tensors are float32 whatever the model's type is: only what is between the layers is rounded.
+            result = sparse_ffn(shaped.float(), loads, tensors, attributes, shadow_weight=shadow)
             active[index] = result.active[0]
-            return result.y.reshape(x.shape)
+            return result.y.to(x.dtype).reshape(x.shape)
 
         with torch.inference_mode(), FFNTap(self._ffns, replace=replace):
             logits: Tensor = self._model(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()

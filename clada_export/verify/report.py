@@ -19,10 +19,14 @@ class Check:
 
 @dataclass
 class Verification:
-    """All checks of one run; `drift` repeats the numbers of the drift check."""
+    """All checks of one run; `drift` repeats the numbers of the drift check.
+
+    `deferred` says, in sentences, what could not be checked here and how to finish it.
+    """
 
     checks: list[Check] = field(default_factory=list)
     drift: dict[str, Any] = field(default_factory=dict)
+    deferred: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -35,4 +39,9 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks], "drift": self.drift}
+        return {
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+            "drift": self.drift,
+            "deferred": self.deferred,
+        }

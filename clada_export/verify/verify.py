@@ -15,6 +15,7 @@ from clada_export.verify.cases import DECODE, make_cases
 from clada_export.verify.drift import drift_check, measure_drift, sparse_greedy_prefix
 from clada_export.verify.eager import ReferenceModel, dense_logits, greedy
 from clada_export.verify.parity import dense_parity, greedy_parity, sparse_parity
+from clada_export.verify.precision import EXACT, RoundedModel
 from clada_export.verify.report import Verification
 
 GREEDY_TOKENS = 64
@@ -25,9 +26,13 @@ DRIFT_ROWS, DRIFT_LENGTH = 2, 160
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """`limits` is the plan's budget for drift (`ppl_increase`, `kl`); `seed` is that of the random tokens."""
+    """`limits` is the plan's budget for drift (`ppl_increase`, `kl`); `seed` is that of the random tokens.
+
+    `computes_in` is the type of the engine's activations, which tells what rounding may cost.
+    """
 
     limits: dict[str, float] = field(default_factory=dict)
+    computes_in: str = "float32"
     seed: int = 0
     greedy_tokens: int = GREEDY_TOKENS
 
@@ -50,28 +55,35 @@ def verify(
     vocabulary = engine.vocab_size or int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     plan = engine.manifest.sparsity_plan()
     reference = ReferenceModel(model, ffns, plan)
+    rounded = None if options.computes_in == "float32" else RoundedModel(model, plan, options.computes_in)
+    rounding = EXACT
     result = Verification()
     rng = np.random.default_rng(options.seed)
     for case in make_cases(text, vocabulary, limit, options.seed):
+        if engine.max_batch is not None and len(case.rows) > engine.max_batch:
+            continue
         progress(f"dense parity, {case.name}")
         wanted = [dense_logits(model, row) for row in case.rows]
-        result.checks += dense_parity(engine, case, wanted)
-        progress(f"sparse parity, {case.name}")
         # Loads of every kind: the still plan, easy and hard text, and a dense step among them.
         loads = rng.uniform(-2, 2, DECODE).astype(np.float32)
         loads[0], loads[DECODE // 2] = 0.0, np.inf
-        result.checks.append(sparse_parity(engine, case, reference, loads, wanted))
-    del reference
+        allowed = EXACT if rounded is None else rounded.measure(reference, case.rows, loads, wanted)
+        rounding = rounding.worst(allowed)
+        result.checks += dense_parity(engine, case, wanted, allowed)
+        progress(f"sparse parity, {case.name}")
+        result.checks.append(sparse_parity(engine, case, reference, loads, wanted, allowed))
+    del reference, rounded
 
     progress("greedy tokens")
     prompts = _prompts(text, vocabulary, limit, options)
     tokens, gaps = greedy(model, prompts, options.greedy_tokens)
-    result.checks.append(greedy_parity(engine, prompts, tokens, gaps))
+    result.checks.append(greedy_parity(engine, prompts, tokens, gaps, rounding))
 
     progress("drift")
     source = text if text is not None else rng.integers(0, vocabulary, (DRIFT_ROWS, DRIFT_LENGTH))
     length = min(DRIFT_LENGTH, source.shape[1], limit or DRIFT_LENGTH)
-    rows = [[int(token) for token in row[:length]] for row in source[-DRIFT_ROWS:]]
+    count = min(DRIFT_ROWS, engine.max_batch or DRIFT_ROWS)
+    rows = [[int(token) for token in row[:length]] for row in source[-count:]]
     numbers = measure_drift(engine, rows, [dense_logits(model, row) for row in rows])
     numbers["greedy_prefix"] = sparse_greedy_prefix(engine, prompts, tokens)
     numbers["greedy_tokens"] = options.greedy_tokens

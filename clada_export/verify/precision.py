@@ -1,0 +1,90 @@
+"""What a 16-bit type may cost: measured on eager PyTorch in that type, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from clada_export.errors import VerificationError
+from clada_export.ffn import require_ffns
+from clada_export.plan import SparsityPlan
+from clada_export.rounding import in_dtype
+from clada_export.verify.eager import ReferenceModel, dense_logits
+from clada_export.verify.numbers import compare_logits
+
+FACTOR = 3.0
+"""How much further from float32 than eager PyTorch in its own type an engine may be: it rounds in other places."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Bounds that a type adds to those of float32: the largest difference of a logit (dense), the mean KL(float32, rounded) of
+    the sparse model, and the share of neurons that rounding alone flips."""
+
+    logits: float = 0.0
+    sparse_kl: float = 0.0
+    flipped_share: float = 0.0
+
+    def worst(self, other: Rounding) -> Rounding:
+        """The larger of each."""
+        return Rounding(
+            max(self.logits, other.logits),
+            max(self.sparse_kl, other.sparse_kl),
+            max(self.flipped_share, other.flipped_share),
+        )
+
+
+EXACT = Rounding()
+
+
+class RoundedModel:
+    """The eager model in a 16-bit type, dense and with reference FFNs.
+
+    Args:
+        model: float32, its weights rounded to the type already.
+        dtype: `float16` or `bfloat16`.
+    """
+
+    def __init__(self, model: nn.Module, plan: SparsityPlan, dtype: str) -> None:
+        self._dtype = dtype
+        self._model = in_dtype(model, dtype)
+        self._reference = ReferenceModel(self._model, require_ffns(self._model).found, plan)
+        self._neurons = sum(layer.intermediate_size for layer in plan.layers)
+
+    def measure(
+        self,
+        reference: ReferenceModel,
+        rows: Sequence[Sequence[int]],
+        decode_loads: npt.NDArray[np.float32],
+        dense: Sequence[npt.NDArray[np.float32]],
+    ) -> Rounding:
+        """What the type may cost on these rows.
+
+        Args:
+            reference: the float32 model with reference FFNs.
+            decode_loads: float32 [D], the loads of each row's last D tokens; those before run dense.
+            dense: for each row the float32 model's logits [T, V].
+
+        Raises:
+            VerificationError: the type does not hold the model's numbers.
+        """
+        logits, kl, flips, decisions = 0.0, [], 0, 0
+        for row, wanted in zip(rows, dense, strict=True):
+            found = dense_logits(self._model, row)
+            if not np.isfinite(found).all():
+                # A bound from these would allow anything.
+                raise VerificationError(
+                    f"eager PyTorch gives logits that are not finite in {self._dtype}; export with another type"
+                )
+            logits = max(logits, compare_logits(found, wanted).max_abs)
+            steps = len(decode_loads)
+            loads = np.concatenate([np.full(len(row) - steps, np.inf, np.float32), decode_loads])
+            exact, rounded = reference.run(row, loads), self._reference.run(row, loads)
+            kl.append(compare_logits(rounded.logits[-steps:], exact.logits[-steps:]).kl)
+            flips += int(np.abs(rounded.active - exact.active)[:, -steps:].sum())
+            decisions += steps * self._neurons
+        return Rounding(FACTOR * logits, FACTOR * float(np.mean(kl)), FACTOR * flips / max(decisions, 1))

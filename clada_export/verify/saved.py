@@ -1,0 +1,210 @@
+"""What a machine without a GPU leaves for one that has it: inputs of the engine, the eager model's outputs, and bounds.
+
+Three runs of one short text, as Polygraphy reads them (`polygraphy run --load-inputs ... --load-outputs ...`): the prompt in
+one pass, one decoded token at load = +inf, and the same token at a finite load.
+
+    verify/inputs.json    a list of feeds, by input name
+    verify/outputs.json   a RunResults with the outputs of eager PyTorch, float32
+    verify/cases.json     for each run: name, profile, and the bounds that the engine is held to
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from clada_export.errors import BackendError, UsageError
+from clada_export.ffn import EagerFFN
+from clada_export.manifest import CacheTensor, Manifest
+from clada_export.plan import SparsityPlan, read_json
+from clada_export.profiles import choose_profile
+from clada_export.runtime.cuda import to_float32
+from clada_export.verify.eager import ReferenceModel, dense_logits
+from clada_export.verify.numbers import compare_logits
+from clada_export.verify.parity import FLIP_KL_FLOOR, FLIP_KL_SHARE, FLIP_SHARE, tolerance
+from clada_export.verify.precision import EXACT, RoundedModel, Rounding
+from clada_export.verify.report import Check
+
+FOLDER = "verify"
+INPUTS, OUTPUTS, CASES = (f"{FOLDER}/{name}.json" for name in ("inputs", "outputs", "cases"))
+PROMPT = 16
+SPARSE_LOAD = 0.0
+RUNNER = "eager PyTorch"
+
+Infer = Callable[[int, dict[str, Any]], dict[str, Any]]
+"""Runs the engine: (profile, feeds by name) to outputs by name, as arrays or tensors on the CPU."""
+
+
+@dataclass(frozen=True)
+class SavedCase:
+    """One run. `bounds` has `max_abs` of the logits and, for a sparse run, `kl` and `flipped_share` in its place."""
+
+    name: str
+    profile: int
+    bounds: dict[str, float]
+
+
+def save_cases(
+    folder: Path,
+    manifest: Manifest,
+    model: nn.Module,
+    ffns: Sequence[EagerFFN],
+    plan: SparsityPlan,
+    tokens: Sequence[int],
+    profiles: Sequence[Any],
+) -> None:
+    """Run the eager model on a short text and write what the engine will be held to.
+
+    Args:
+        model: float32, its weights rounded to the engine's type.
+        tokens: the text; its first `PROMPT` tokens are the prompt, and one more is decoded.
+
+    Raises:
+        BackendError: Polygraphy is missing.
+    """
+    prompt = max(1, min(PROMPT, len(tokens) - 1, max(profile.sequence[2] for profile in profiles)))
+    row = [int(token) for token in tokens[: prompt + 1]]
+    dense = dense_logits(model, row)
+    reference = ReferenceModel(model, ffns, plan)
+    loads = np.array([SPARSE_LOAD], np.float32)
+    sparse = reference.run(row, np.concatenate([np.full(prompt, np.inf, np.float32), loads]))
+    rounding = EXACT
+    if manifest.dtype != "float32":
+        rounding = RoundedModel(model, plan, manifest.dtype).measure(reference, [row], loads, [dense])
+    past = _eager_cache(model, row[:prompt], manifest.cache)
+    empty = {tensor.past: torch.zeros(_empty(tensor), dtype=getattr(torch, tensor.dtype)) for tensor in manifest.cache}
+    feeds = [
+        _feeds(manifest, row[:prompt], 0, np.inf, empty),
+        _feeds(manifest, row[prompt:], prompt, np.inf, past),
+        _feeds(manifest, row[prompt:], prompt, SPARSE_LOAD, past),
+    ]
+    neurons = sum(layer.intermediate_size for layer in plan.layers)
+    every = np.array([[[layer.intermediate_size] for layer in plan.layers]], np.int32)
+    outputs = [
+        {"logits": dense[None, :prompt], "active_neurons": every.repeat(prompt, axis=2)},
+        {"logits": dense[None, prompt:], "active_neurons": every},
+        {"logits": sparse.logits[None, prompt:], "active_neurons": sparse.active[None, :, prompt:]},
+    ]
+    cost = compare_logits(sparse.logits[prompt:], dense[prompt:]).kl
+    bound = max(tolerance(float(np.abs(dense).max())), rounding.logits)
+    cases = [
+        SavedCase("prompt, dense", choose_profile(profiles, 1, prompt, 0), {"max_abs": bound}),
+        SavedCase("decode, dense", choose_profile(profiles, 1, 1, prompt), {"max_abs": bound}),
+        SavedCase("decode, sparse", choose_profile(profiles, 1, 1, prompt), _sparse_bounds(cost, rounding, neurons)),
+    ]
+    _write(folder, feeds, outputs, cases)
+
+
+def _sparse_bounds(cost: float, rounding: Rounding, neurons: int) -> dict[str, float]:
+    """One token has few decisions: a neuron within rounding of its threshold, and those that it draws, are a larger share."""
+    return {
+        "kl": max(FLIP_KL_SHARE * cost, FLIP_KL_FLOOR, rounding.sparse_kl),
+        "flipped_share": max(FLIP_SHARE, rounding.flipped_share, 4.0 / max(neurons, 1)),
+    }
+
+
+def check_saved(folder: Path, infer: Infer) -> list[Check]:
+    """Run the saved inputs and hold the outputs to the saved ones.
+
+    Raises:
+        UsageError: the export has no saved cases, or files that can't be read.
+        BackendError: Polygraphy is missing.
+    """
+    load_json, results = _polygraphy()
+    if not (folder / CASES).is_file():
+        raise UsageError(f"{folder}: no {CASES}: the export was made with --no-verify; verify it with --source")
+    cases = [SavedCase(**value) for value in read_json(folder / CASES)]
+    try:
+        feeds = load_json(str(folder / INPUTS))
+        wanted = results.load(str(folder / OUTPUTS))[RUNNER]
+    except Exception as error:  # Polygraphy's exceptions, and those of what it reads
+        raise UsageError(f"{folder / FOLDER}: the saved inputs and outputs can't be read: {error}") from error
+    return [
+        _check(case, infer(case.profile, dict(feed)), dict(expected))
+        for case, feed, expected in zip(cases, feeds, wanted, strict=True)
+    ]
+
+
+def _check(case: SavedCase, found: dict[str, Any], wanted: dict[str, Any]) -> Check:
+    numbers = compare_logits(_float32(found["logits"])[0], _float32(wanted["logits"])[0])
+    values = {**numbers.to_dict(), "flipped_share": _flipped(found, wanted)}
+    faults = [
+        f"{name} is {values[name]:.3g}; allowed {bound:.3g}" for name, bound in case.bounds.items() if not values[name] <= bound
+    ]
+    return Check(case.name, not faults, values, case.bounds, "; ".join(faults))
+
+
+def _flipped(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+    counts = np.asarray(wanted["active_neurons"])
+    dense = max(int(counts.sum()), 1)
+    if "active_neurons" not in found:
+        return float("inf")
+    return float(np.abs(np.asarray(found["active_neurons"]) - counts).sum() / dense)
+
+
+def _feeds(manifest: Manifest, tokens: Sequence[int], past: int, load: float, cache: dict[str, torch.Tensor]) -> dict[str, Any]:
+    total = past + len(tokens)
+    known: dict[str, Any] = {
+        "input_ids": np.array([tokens], np.int64),
+        "attention_mask": np.ones((1, total), np.int64),
+        "position_ids": np.arange(past, total, dtype=np.int64)[None],
+        "load": np.full((1, len(tokens)), load, np.float32),
+        # NumPy has no bfloat16: those stay tensors of torch, which Polygraphy takes too.
+        **{name: value if value.dtype == torch.bfloat16 else value.numpy() for name, value in cache.items()},
+    }
+    return {spec.name: known[spec.name] for spec in manifest.inputs}
+
+
+def _empty(tensor: CacheTensor) -> tuple[int, ...]:
+    return (1, *(0 if isinstance(axis, str) else axis for axis in tensor.shape[1:]))
+
+
+def _eager_cache(model: nn.Module, tokens: Sequence[int], tensors: Sequence[CacheTensor]) -> dict[str, torch.Tensor]:
+    with torch.inference_mode():
+        cache = model(input_ids=torch.tensor([list(tokens)]), use_cache=True).past_key_values
+    parts = {"key": "keys", "value": "values"}
+    return {
+        tensor.past: getattr(cache.layers[tensor.layer], parts[tensor.role]).to(getattr(torch, tensor.dtype)).contiguous()
+        for tensor in tensors
+    }
+
+
+def _float32(value: Any) -> npt.NDArray[np.float32]:
+    if isinstance(value, torch.Tensor):
+        return value.float().numpy()
+    return to_float32(np.asarray(value), "float32")
+
+
+def _write(folder: Path, feeds: list[dict[str, Any]], outputs: list[dict[str, Any]], cases: list[SavedCase]) -> None:
+    _polygraphy()
+    from polygraphy.comparator import IterationResult, RunResults
+    from polygraphy.json import save_json
+
+    (folder / FOLDER).mkdir(exist_ok=True)
+    save_json(feeds, str(folder / INPUTS))
+    results = RunResults()
+    results[RUNNER] = [IterationResult(outputs=values, runner_name=RUNNER) for values in outputs]
+    results.save(str(folder / OUTPUTS))
+    (folder / CASES).write_text(json.dumps([asdict(case) for case in cases], indent=2) + "\n", encoding="utf-8")
+
+
+def _polygraphy() -> tuple[Callable[[str], Any], Any]:
+    # Polygraphy logs what it does to stdout, which carries results here.
+    os.environ.setdefault("POLYGRAPHY_AUTOINSTALL_DEPS", "0")
+    try:
+        from polygraphy.comparator import RunResults
+        from polygraphy.json import load_json
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise BackendError("verifying a TensorRT export needs Polygraphy: pip install polygraphy") from error
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    return load_json, RunResults
