@@ -11,19 +11,17 @@ from clada_export.errors import BackendError
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
 LIBRARY_NAME = "libclada_ort.so"
+ORT_CUDA_LIBRARY_NAME = "libclada_ort_cuda.so"
+TRT_LIBRARY_NAME = "libclada_trt.so"
 ENVIRONMENT_VARIABLE = "CLADA_ORT_LIBRARY"
+ORT_CUDA_ENVIRONMENT_VARIABLE = "CLADA_ORT_CUDA_LIBRARY"
+TRT_ENVIRONMENT_VARIABLE = "CLADA_TRT_LIBRARY"
 _DISTRIBUTION = "clada-export"
-
-
-def _candidates() -> list[Path]:
-    found = [Path(__file__).parent / "lib" / LIBRARY_NAME]
-    # An editable install leaves the sources where they are and puts only the library into site-packages.
-    try:
-        distribution = importlib.metadata.distribution(_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return found
-    found.append(Path(str(distribution.locate_file(f"clada_export/lib/{LIBRARY_NAME}"))))
-    return found
+_NATIVE_PART = f"install the package with its native part: pip install {_DISTRIBUTION}"
+_CUDA_PART = (
+    "it is built only where nvcc is found: install the CUDA toolkit (put nvcc on PATH, or set CUDA_HOME) and install the "
+    f"package again: pip install --force-reinstall --no-deps {_DISTRIBUTION}"
+)
 
 
 def ort_library_path() -> Path:
@@ -32,39 +30,67 @@ def ort_library_path() -> Path:
     Raises:
         BackendError: there is none; says where it was looked for.
     """
-    override = os.environ.get(ENVIRONMENT_VARIABLE)
-    candidates = [Path(override)] if override else _candidates()
+    return _find(LIBRARY_NAME, ENVIRONMENT_VARIABLE, _NATIVE_PART)
+
+
+def ort_cuda_library_path() -> Path:
+    """The custom-op library for ONNX Runtime's CUDA and CPU providers: `CLADA_ORT_CUDA_LIBRARY`, else the installed one.
+
+    Raises:
+        BackendError: there is none; says where it was looked for, and what builds it.
+    """
+    return _find(ORT_CUDA_LIBRARY_NAME, ORT_CUDA_ENVIRONMENT_VARIABLE, _CUDA_PART)
+
+
+def trt_library_path() -> Path:
+    """The TensorRT plugin library: `CLADA_TRT_LIBRARY` if that is set, else the installed one.
+
+    Raises:
+        BackendError: there is none; says where it was looked for, and what builds it.
+    """
+    return _find(TRT_LIBRARY_NAME, TRT_ENVIRONMENT_VARIABLE, _CUDA_PART)
+
+
+def _find(name: str, variable: str, remedy: str) -> Path:
+    override = os.environ.get(variable)
+    candidates = [Path(override)] if override else _candidates(name)
     for path in candidates:
         if path.is_file():
             return path.resolve()
-    places = ", ".join(str(path) for path in candidates)
     if override:
-        raise BackendError(f"{ENVIRONMENT_VARIABLE} is {override!r}, which is no file; unset it or point it to {LIBRARY_NAME}")
-    raise BackendError(
-        f"{LIBRARY_NAME} was not found (looked for {places}); "
-        f"install the package with its native part: pip install {_DISTRIBUTION}"
-    )
+        raise BackendError(f"{variable} is {override!r}, which is no file; unset it or point it to {name}")
+    places = ", ".join(str(path) for path in candidates)
+    raise BackendError(f"{name} was not found (looked for {places}); {remedy}")
+
+
+def _candidates(name: str) -> list[Path]:
+    found = [Path(__file__).parent / "lib" / name]
+    # An editable install leaves the sources where they are and puts only the library into site-packages.
+    try:
+        distribution = importlib.metadata.distribution(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return found
+    found.append(Path(str(distribution.locate_file(f"clada_export/lib/{name}"))))
+    return found
 
 
 def check_library(path: Path) -> None:
-    """Check that a library implements this package's version of the op.
+    """Check that a library, any of the three, implements this package's version of the op.
 
     Raises:
         BackendError: it can't be loaded, is no library of ours, or implements another version.
     """
     wanted = f"{DOMAIN}::{OP_TYPE} version {OP_VERSION}"
     if not path.is_file():
-        raise BackendError(f"library {path} is no file; wanted a {LIBRARY_NAME} with {wanted}")
+        raise BackendError(f"library {path} is no file; wanted a library with {wanted}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BackendError(
-            f"library {path} can't be loaded ({error}); wanted a {LIBRARY_NAME} with {wanted}: rebuild it"
-        ) from error
+        raise BackendError(f"library {path} can't be loaded ({error}); wanted a library with {wanted}: rebuild it") from error
     try:
         version = library.clada_op_version
     except AttributeError as error:
-        raise BackendError(f"library {path} has no clada_op_version; wanted a {LIBRARY_NAME} with {wanted}") from error
+        raise BackendError(f"library {path} has no clada_op_version; wanted a library with {wanted}") from error
     version.argtypes = []
     version.restype = ctypes.c_int
     found = int(version())
@@ -76,7 +102,7 @@ def check_library(path: Path) -> None:
 
 
 def build_info(path: Path) -> str:
-    """What the library says about itself: version, compiler, instruction set.
+    """What the library says about itself: version, compiler, what it was built for.
 
     Raises:
         BackendError: as `check_library`.
