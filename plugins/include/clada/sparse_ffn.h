@@ -8,13 +8,20 @@
 #include <cstddef>
 #include <cstdint>
 
+// Device code calls the few functions of this header too.
+#ifdef __CUDACC__
+#define CLADA_ANYWHERE __host__ __device__
+#else
+#define CLADA_ANYWHERE
+#endif
+
 namespace clada {
 
 constexpr int kOpVersion = 1;
 constexpr int kShadowBlock = 32;  // weights that share one (scale, offset) pair
 
 enum class FloatType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-constexpr int64_t SizeOf(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+CLADA_ANYWHERE constexpr int64_t SizeOf(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 enum class Activation { kSilu = 0, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity };
 enum class Score { kGate = 0, kExact, kShadow, kPrefix, kExternal };
 enum class Rule { kThreshold = 0, kRelative, kTopk };
@@ -68,9 +75,9 @@ struct Problem {
   float* stat = nullptr;                  // [batch, f], with emit_stat
   int32_t* active = nullptr;              // [batch, sequence], with emit_active
 
-  int64_t rows() const { return batch * sequence; }
-  int64_t granules() const { return intermediate_size / attributes.granule; }
-  int64_t projections() const { return attributes.gated ? 2 : 1; }
+  CLADA_ANYWHERE int64_t rows() const { return batch * sequence; }
+  CLADA_ANYWHERE int64_t granules() const { return intermediate_size / attributes.granule; }
+  CLADA_ANYWHERE int64_t projections() const { return attributes.gated ? 2 : 1; }
 };
 
 // The host's thread pool: calls body(context, i) for every i in [0, count), in any order, on any threads, and returns when
