@@ -7,6 +7,7 @@ run swaps them. Only token ids, masks, loads and results cross the bus.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,12 +84,13 @@ class RuntimeCache:
     def write(self, content: bytes) -> None:
         """Replace the file. A cache that can't be written is only a slower start, so failure is silent."""
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
+        with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            temporary.replace(self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+            try:
+                temporary.write_bytes(content)
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 class TensorRTSession:
