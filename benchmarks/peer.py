@@ -19,7 +19,7 @@ from clada_export import __version__
 from clada_export.manifest import Manifest, file_record, write_manifest
 from clada_export.plan import LoadSignal, SparsityPlan
 from clada_export.source import load_source
-from clada_export.targets.onnxruntime import cache_tensors, tensor_spec
+from clada_export.targets.common import cache_tensors, tensor_spec
 from clada_export.trace import trace
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 

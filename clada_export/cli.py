@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,12 @@ def _dispatch(options: argparse.Namespace) -> int:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(handler=_export)
     parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, or a .gguf file")
-    parser.add_argument("--target", required=True, metavar="{ort}", help="ort: ONNX Runtime on the CPU")
+    parser.add_argument(
+        "--target",
+        required=True,
+        metavar="{ort,trt}",
+        help="ort: ONNX Runtime on the CPU; trt: TensorRT or TensorRT-RTX on NVIDIA GPUs",
+    )
     parser.add_argument("-o", "--output", type=Path, help="the folder to make (default: MODEL's name with -clada-TARGET)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--policy", default="clada", help="which method picks neurons (default: clada)")
@@ -92,12 +98,48 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-context", type=int, default=512, metavar="N", help="tokens a window (default: 512)")
     parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
     parser.add_argument(
-        "--dtype", default="float32", help="type of the FFN weights: float32, float16, bfloat16 (default: float32)"
+        "--dtype",
+        default="float32",
+        help="float32, float16 or bfloat16: with ort the type of the FFN weights, with trt of the model (default: float32)",
     )
     parser.add_argument("--no-verify", action="store_true", help="skip verification; the manifest says so")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    _tensorrt_arguments(parser.add_argument_group("with --target trt"))
     _hub_arguments(parser)
     _output_arguments(parser)
+
+
+def _tensorrt_arguments(group: argparse._ArgumentGroup) -> None:
+    """The fields of `TensorRTOptions`, by their names; what is not given is not in the namespace."""
+
+    def add(name: str, **settings: Any) -> None:
+        group.add_argument(name, default=argparse.SUPPRESS, **settings)
+
+    add("--max-batch", type=int, metavar="N", help="sequences in a batch (default: 1)")
+    add("--max-sequence", type=int, metavar="N", help="prompt tokens in one run; longer prompts run in parts (default: 512)")
+    add("--max-past", type=int, metavar="N", help="tokens in the cache (default: 2048, or what the model takes)")
+    add(
+        "--compute-capability",
+        dest="compute_capabilities",
+        nargs="+",
+        metavar="X.Y",
+        help="GPUs that a TensorRT-RTX engine is for (default: 8.0 8.6 8.9 12.0)",
+    )
+    add("--no-plugin", dest="plugin", action="store_false", help="build the op from standard layers: dense, no library needed")
+    add("--embed-plugin", action="store_true", help="put the plugin library into the engine file")
+    add("--refit", action="store_true", help="an engine whose weights can be replaced (TensorRT-RTX: needs a GPU)")
+    add("--weight-streaming", action="store_true", help="an engine whose weights need not all fit into GPU memory")
+    add("--timing-cache", type=Path, metavar="FILE", help="keep timings between builds (classic TensorRT)")
+
+
+def _tensorrt_options(options: argparse.Namespace) -> Any:
+    """The options of TensorRT that were given, or None."""
+    from clada_export.targets.options import TensorRTOptions
+
+    given = {field.name: getattr(options, field.name) for field in fields(TensorRTOptions) if hasattr(options, field.name)}
+    if "compute_capabilities" in given:
+        given["compute_capabilities"] = tuple(given["compute_capabilities"])
+    return TensorRTOptions(**given) if given else None
 
 
 def _hub_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +167,7 @@ def _export(options: argparse.Namespace) -> int:
             output,
             ExportOptions(
                 target=options.target,
+                tensorrt=_tensorrt_options(options),
                 policy=options.policy,
                 score=options.score,
                 budget=options.budget,
@@ -146,6 +189,9 @@ def _export(options: argparse.Namespace) -> int:
         progress.stop()
     for warning in result.manifest.warnings:
         progress.warn(warning)
+    commands = (result.manifest.engine or {}).get("commands", {})
+    for tool, command in commands.items():
+        progress.tell(f"{tool}, in {result.path}:\n    {command}")
     if options.json:
         print(
             json.dumps(
@@ -154,6 +200,8 @@ def _export(options: argparse.Namespace) -> int:
                     "sparsity": result.plan.expected_sparsity,
                     "layers": len(result.plan.layers),
                     "verified": result.verification is not None,
+                    "deferred": result.verification.deferred if result.verification is not None else [],
+                    "commands": commands,
                     "drift": result.manifest.drift,
                     "warnings": list(result.manifest.warnings),
                     "seconds": result.timings,
@@ -176,7 +224,10 @@ def _hub_options(options: argparse.Namespace) -> dict[str, Any]:
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(handler=_verify)
     parser.add_argument("folder", type=Path, metavar="OUT", help="what clada-export wrote")
-    parser.add_argument("--source", help="where the source model is (default: the Hub id in the manifest)")
+    parser.add_argument(
+        "--source",
+        help="where the source model is (default: what was saved at export, or else the Hub id in the manifest)",
+    )
     _hub_arguments(parser)
     _output_arguments(parser)
 
@@ -345,7 +396,10 @@ def _inspect(options: argparse.Namespace) -> int:
     signal, budget = plan.load, plan.calibration.get("budget", "given")
     revision = f", {source['revision']}" if source["revision"] else ""
     print(f"model     {source['name']} ({source['kind']}{revision})")
-    print(f"target    {manifest.target}, FFN weights {manifest.dtype}, {op['domain']}::{op['name']} version {op['version']}")
+    stored = "FFN weights" if manifest.engine is None else "model"
+    print(f"target    {manifest.target}, {stored} {manifest.dtype}, {op['domain']}::{op['name']} version {op['version']}")
+    if manifest.engine is not None:
+        _inspect_engine(manifest.engine)
     print(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {budget}")
     print(
         f"load      {signal.surprisal_weight:g} * (S - {signal.surprisal_mean:.3f}) / {signal.surprisal_std:.3f}"
@@ -368,6 +422,18 @@ def _inspect(options: argparse.Namespace) -> int:
     for warning in manifest.warnings:
         print(f"warning: {warning}")
     return 0
+
+
+def _inspect_engine(engine: dict[str, Any]) -> None:
+    plugin = engine["plugin"]
+    held = "embedded in the engine" if plugin and plugin["embedded"] else f"in {plugin['file']}" if plugin else ""
+    layers = f"{plugin['layers']} plugin layers, {held}" if plugin else "no plugin: dense arithmetic"
+    for file in engine["files"]:
+        print(f"engine    {file['file']} for compute capability {', '.join(file['compute_capabilities'])}")
+    print(f"          {engine['package']} {engine['version']}; {layers}")
+    for profile in engine["profiles"]:
+        sizes = ", ".join(f"{key} {profile[key][0]}..{profile[key][2]}" for key in ("batch", "sequence", "past"))
+        print(f"profile   {profile['name']}: {sizes}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ class ConsoleProgress:
         """Print a warning, quiet or not."""
         self._console.print(f"warning: {text}", markup=False)
 
+    def tell(self, text: str) -> None:
+        """Print something that the user may want to copy; nothing when quiet."""
+        if not self._quiet:
+            self._console.print(text, markup=False)
+
     def stop(self) -> None:
         """Leave the terminal as it was."""
         if self._status is not None:

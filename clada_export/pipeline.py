@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,29 +19,31 @@ from clada_export.calibration import Budget, CalibrationData, CalibrationOptions
 from clada_export.calibration.budget import parse_sparsity
 from clada_export.errors import UsageError, VerificationError
 from clada_export.ffn import EagerFFNs, require_ffns
-from clada_export.manifest import Manifest
+from clada_export.manifest import Manifest, read_manifest
 from clada_export.plan import SparsityPlan
 from clada_export.policies import get_policy
 from clada_export.progress import Progress, Stages
 from clada_export.report import write_model_card, write_report
-from clada_export.rounding import round_ffn_weights
-from clada_export.runtime import load_engine
 from clada_export.source import SourceModel, load_source
 from clada_export.targets import onnxruntime as target_ort
+from clada_export.targets import tensorrt as target_trt
+from clada_export.targets.common import WEIGHT_TYPES, BuildRequest, BuiltModel, Subject, Target
+from clada_export.targets.options import TensorRTOptions
 from clada_export.trace import trace
-from clada_export.verify import Verification, VerifyOptions, verify
+from clada_export.verify import Verification
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
-TARGETS = ("ort",)
-DTYPES = tuple(target_ort.WEIGHT_TYPES)
-PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+TARGETS: dict[str, Target] = {"ort": target_ort, "trt": target_trt}
+DTYPES = tuple(WEIGHT_TYPES)
+PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `clada-export` was asked for; the defaults are those of the command line."""
+    """What `clada-export` was asked for; the defaults are those of the command line. `tensorrt` is for target `trt` only."""
 
     target: str = "ort"
+    tensorrt: TensorRTOptions | None = None
     policy: str = "clada"
     score: str | None = None
     budget: str = "ppl=2%"
@@ -113,7 +116,8 @@ def export(
     options = replace(options or ExportOptions(), **overrides)
     options.check()
     stages = Stages(progress)
-    target_ort.require_backend()
+    target = TARGETS[options.target]
+    target.require_backend(options.tensorrt, options.verify)
     given = SparsityPlan.load_file(options.plan) if options.plan is not None else None
     with ArtifactWriter(Path(output), options.overwrite) as writer:
         with stages("source") as note:
@@ -123,33 +127,36 @@ def export(
         warnings = [*source.warnings, *(f"{item.name} is left dense: {item.reason}" for item in ffns.skipped)]
         if options.dtype != "float32":
             with stages("round"):
-                warnings.append(round_ffn_weights(ffns.found, options.dtype))
+                warnings.append(target.round_weights(source.model, ffns, options.dtype))
         data = _data(source, options)
         warnings += data.warnings
         with stages("calibrate") as note:
             plan, details = _plan(source, ffns, data, given, options, stages.inner)
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
         with stages("trace"):
-            traced = trace(source.model, fusions=target_ort.FUSIONS)
+            traced = trace(target.traceable(source.model, options.dtype), fusions=target.FUSIONS)
         with stages("rewrite and write") as note:
-            built = target_ort.build(traced, plan, writer.path, dtype=options.dtype)
+            limit = _limit(source)
+            built = target.build(BuildRequest(traced, plan, writer.path, options.dtype, limit, options.tensorrt, stages.inner))
             del traced
             note(f"matched {len(built.report.ffns)}/{len(ffns.found)} FFNs")
-        warnings += [f"{miss.name} is left dense: {miss.reason}" for miss in built.report.misses]
+        warnings += [*built.warnings, *(f"{miss.name} is left dense: {miss.reason}" for miss in built.report.misses)]
         # What the graph does not have can't be checked or reported as sparse.
         rewritten = {item.name for item in built.report.ffns}
         plan = plan.with_layers(tuple(layer for layer in plan.layers if layer.name in rewritten))
         _write_companions(source, writer.path)
-        manifest = _manifest(source, plan, built, options, warnings)
+        manifest = _manifest(source, plan, built, target, options, warnings)
         writer.draft(manifest)
         verification: Verification | None = None
         if options.verify:
             with stages("verify") as note:
-                verification = _verify(writer.path, source, ffns, data, plan, stages)
+                verification = target.verify(_subject(writer.path, manifest, source, ffns, data, stages))
                 note(f"{sum(check.passed for check in verification.checks)}/{len(verification.checks)} checks")
             if not verification.passed:
                 raise VerificationError("verification failed:\n  " + "\n  ".join(verification.failures()))
-            manifest = replace(manifest, verification=verification.to_dict(), drift=verification.drift)
+            found = verification.to_dict()
+            warned = (*manifest.warnings, *verification.deferred)
+            manifest = replace(manifest, verification=found, drift=verification.drift, warnings=warned)
         else:
             manifest = replace(manifest, warnings=(*manifest.warnings, "not verified (--no-verify)"))
         report = {
@@ -169,19 +176,23 @@ def export(
 def verify_folder(
     folder: str | Path, source: str | None = None, *, progress: Progress | None = None, **source_options: Any
 ) -> Verification:
-    """Verify an engine folder again, against its source model.
+    """Verify an engine folder again: against its source model, or, where the export keeps some, against saved outputs.
 
     Args:
         folder: what `export` wrote.
-        source: where the source model is; by default the Hub id in the manifest.
+        source: where the source model is; by default the Hub id in the manifest, if nothing was saved.
         source_options: of `clada_export.source.load_source`.
 
     Raises:
         UsageError: the source can't be found, or is another model than the one that was exported.
+        BackendError: what runs the engine is missing.
     """
     stages = Stages(progress)
-    engine = load_engine(folder, verify_files=True)
-    recorded = engine.manifest.source
+    manifest = read_manifest(folder)
+    target = TARGETS[manifest.target]
+    if source is None and (found := target.verify_saved(Path(folder), manifest)) is not None:
+        return found
+    recorded = manifest.source
     place = source or (recorded["name"] if recorded["kind"] == "hub" else None)
     if place is None:
         raise UsageError(
@@ -195,11 +206,11 @@ def verify_folder(
                 f"{loaded.weights_digest[:16]}..., and the manifest says {recorded['weights_digest'][:16]}..."
             )
         ffns = require_ffns(loaded.model)
-        if engine.manifest.dtype != "float32":
-            round_ffn_weights(ffns.found, engine.manifest.dtype)
+        if manifest.dtype != "float32":
+            target.round_weights(loaded.model, ffns, manifest.dtype)
     data = load_calibration_data(loaded.tokenizer, loaded.model.config.vocab_size)
     with stages("verify"):
-        return _verify(Path(folder), loaded, ffns, data, engine.manifest.sparsity_plan(), stages)
+        return target.verify_deployed(_subject(Path(folder), manifest, loaded, ffns, data, stages))
 
 
 def _load(model: str, options: ExportOptions) -> SourceModel:
@@ -216,17 +227,23 @@ def _load(model: str, options: ExportOptions) -> SourceModel:
 
 
 def _data(source: SourceModel, options: ExportOptions) -> CalibrationData:
-    config = source.model.config
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    context = min(options.calibration_context, limit) if isinstance(limit, int) else options.calibration_context
+    limit = _limit(source)
+    context = options.calibration_context if limit is None else min(options.calibration_context, limit)
     return load_calibration_data(
         source.tokenizer,
-        config.vocab_size,
+        source.model.config.vocab_size,
         text_file=options.calibration_data,
         tokens_file=options.calibration_tokens,
         context=context,
         seed=options.seed,
     )
+
+
+def _limit(source: SourceModel) -> int | None:
+    """The longest sequence that the model takes, or None if it does not say."""
+    config = source.model.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return limit if isinstance(limit, int) else None
 
 
 def _plan(
@@ -264,7 +281,8 @@ def _plan(
 def _manifest(
     source: SourceModel,
     plan: SparsityPlan,
-    built: target_ort.BuiltModel,
+    built: BuiltModel,
+    target: Target,
     options: ExportOptions,
     warnings: list[str],
 ) -> Manifest:
@@ -279,8 +297,9 @@ def _manifest(
         outputs=built.outputs,
         dtype=options.dtype,
         cache=built.cache,
-        versions={"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        versions={"python": platform.python_version(), **_versions((*PACKAGES, *target.PACKAGES))},
         library=built.library,
+        engine=built.engine,
         model=built.model,
         warnings=tuple(warnings),
         tokenizer=source.tokenizer is not None,
@@ -296,13 +315,17 @@ def _write_companions(source: SourceModel, folder: Path) -> None:
         source.tokenizer.save_pretrained(folder)
 
 
-def _verify(
-    folder: Path, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, plan: SparsityPlan, stages: Stages
-) -> Verification:
-    engine = load_engine(folder)
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Of those that are installed: verification needs some that an export without it does not."""
+    return {name: metadata.version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))}
+
+
+def _subject(
+    folder: Path, manifest: Manifest, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, stages: Stages
+) -> Subject:
     text = None if data.origin == "random tokens" else data.heldout.numpy().astype(np.int64)
-    options = VerifyOptions(limits=_limits(plan))
-    return verify(engine, source.model, ffns.found, text, options, lambda what: stages.inner(what, 0, 0))
+    limits = _limits(manifest.sparsity_plan())
+    return Subject(folder, manifest, source.model, ffns, text, limits, lambda what: stages.inner(what, 0, 0))
 
 
 def _limits(plan: SparsityPlan) -> dict[str, float]:

@@ -152,7 +152,8 @@ def _verification(verification: Mapping[str, Any]) -> str:
         numbers = "<br>".join(f"{escape(key)} {escape(value)}" for key, value in _flat(check.get("numbers") or {}))
         details = f"<details><summary>numbers</summary>{numbers}</details>" if numbers else ""
         rows.append([mark, name, "<br>".join(map(escape, found)) or "no bound", "<br>".join(map(escape, allowed)), details])
-    return "<h2>Verification</h2>" + _table(("", "check", "found", "allowed", ""), rows)
+    table = _table(("", "check", "found", "allowed", ""), rows)
+    return f"<h2>Verification</h2>{table}{_deferred(verification)}"
 
 
 def _found(numbers: Mapping[str, Any], bound: str) -> Any:
@@ -172,6 +173,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
             yield f"{prefix}{key}", ", ".join(_number(item) for item in value)
         else:
             yield f"{prefix}{key}", _number(value)
+
+
+def _deferred(verification: Mapping[str, Any]) -> str:
+    items = "".join(f"<li>{escape(str(text))}</li>" for text in verification.get("deferred") or [])
+    return f'<p class="bad">Not checked yet:</p><ul>{items}</ul>' if items else ""
 
 
 def _drift(verification: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
@@ -365,20 +371,21 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
         matter["base_model"] = source["name"]
     if source.get("license"):
         matter["license"] = source["license"]
-    matter["tags"] = ["clada", "onnx", "onnxruntime", "activation-sparsity"]
+    matter["tags"] = ["clada", "onnx", "onnxruntime" if manifest.engine is None else "tensorrt", "activation-sparsity"]
     # JSON strings and lists are YAML too.
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in matter.items())
     plan = manifest.sparsity_plan()
     name = _markdown(str(source["name"]))
     revision = f" (revision `{source['revision']}`)" if source.get("revision") else ""
     layers = f"{len(plan.layers)} layers, {plan.expected_sparsity:.1%} of their neurons skipped at load 0"
+    kind, stored = ("An ONNX", "FFN weights") if manifest.engine is None else ("A TensorRT", "model")
     text = f"""---
 {front}
 ---
 # {name}, compiled by clada-export
 
-An ONNX engine of {name}{revision} whose feed-forward layers compute only the neurons that a token needs:
-{layers} (policy `{plan.policy}`, score `{plan.score}`, FFN weights in {manifest.dtype}).
+{kind} engine of {name}{revision} whose feed-forward layers compute only the neurons that a token needs:
+{layers} (policy `{plan.policy}`, score `{plan.score}`, {stored} in {manifest.dtype}).
 The run-time input `load` moves that share; `+inf` is the dense model.
 
 ## Run it
@@ -403,6 +410,8 @@ engine = load_engine(".")
 print(engine.generate({example})
 ```
 """
+    if manifest.engine is not None:
+        return text + _use_tensorrt(manifest.engine)
     if manifest.library is None:
         return text
     inputs = "\n".join(
@@ -431,6 +440,35 @@ token (the prompt), -inf for padding, a number otherwise. Without the library th
 """
 
 
+def _use_tensorrt(engine: Mapping[str, Any]) -> str:
+    plugin = engine["plugin"]
+    gpus = "; ".join(f"`{file['file']}`: {', '.join(file['compute_capabilities'])}" for file in engine["files"])
+    register = ""
+    if plugin is not None and not plugin["embedded"]:
+        register = f'runtime.get_plugin_registry().load_library("./{plugin["file"]}")\n'
+    elif plugin is not None:
+        register = "runtime.engine_host_code_allowed = True  # the plugin library is in the engine file\n"
+    shells = "\n".join(f"    {command}\n" for command in engine["commands"].values())
+    return f"""
+The engine is for {engine["package"]} {engine["version"]} and GPUs of these compute capabilities: {gpus}.
+In plain TensorRT, without clada-export:
+
+```python
+import {engine["backend"]} as trt
+
+runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+{register}engine = runtime.deserialize_cuda_engine(open("{engine["files"][0]["file"]}", "rb").read())
+```
+
+or by its tools, in this folder:
+
+{shells}
+The key-value cache is input and output too; its names and shapes are under `cache` in `clada.json`, the optimisation profiles
+under `engine`. `load` is +inf for a dense token (the prompt), -inf for padding, a number otherwise. `model.onnx` is the graph
+that the engine was built from.
+"""
+
+
 def _fidelity(manifest: Manifest) -> str:
     drift = manifest.drift
     if not drift:
@@ -447,9 +485,13 @@ def _fidelity(manifest: Manifest) -> str:
     lines = [f"| {name} | {form.format(drift[key])} |" for name, key, form in rows if isinstance(drift.get(key), int | float)]
     checks = manifest.verification.get("checks", [])
     passed = sum(bool(check.get("passed")) for check in checks if isinstance(check, dict))
-    rounded = "" if manifest.dtype == "float32" else f", its FFN weights rounded to {manifest.dtype}"
+    weights = "FFN weights" if manifest.engine is None else "weights"
+    rounded = "" if manifest.dtype == "float32" else f", its {weights} rounded to {manifest.dtype}"
     intro = f"Against the source model in eager PyTorch (float32{rounded}), decoding token by token under the automatic load:"
     outcome = [f"{passed} of {len(checks)} checks passed.", ""] if checks else []
+    if manifest.engine is not None:
+        intro = f"The ONNX graph on a CPU, a{intro[1:]}"
+        outcome += [f"{_markdown(text)}.\n" for text in manifest.verification.get("deferred", [])]
     return "\n".join([intro, "", "| | |", "| --- | --- |", *lines, "", *outcome])
 
 

@@ -1,1 +1,1 @@
-"""The target stage: graph and plan in, the files of one runtime out."""
+"""Targets: what an export is compiled for. Each is a module with the interface `common.Target`."""

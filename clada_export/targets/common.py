@@ -1,0 +1,203 @@
+"""What the targets share: their interface, the rewrite, and how a graph's inputs and outputs are described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from torch import nn
+
+from clada_export.calibration.scorer import score_constants
+from clada_export.errors import UnsupportedModelError, UsageError
+from clada_export.ffn import EagerFFNs
+from clada_export.manifest import CacheTensor, Manifest, TensorSpec
+from clada_export.plan import LayerPlan, SparsityPlan
+from clada_export.targets.options import TensorRTOptions
+from clada_export.trace import TracedModel
+from clada_export.verify import Verification
+from graph_passes import FFNRewrite, RewriteReport, find_ffns, rewrite_ffns
+
+MODEL_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
+WEIGHT_TYPES = {"float32": None, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+
+Step = Callable[[str, int, int], None]
+"""Progress within a stage: what, how many are done, how many there are (0: not known)."""
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What a target builds from.
+
+    Attributes:
+        traced: is changed in place and must not be used again.
+        plan: names the FFNs; those the graph does not have are left out and reported.
+        out: an existing folder.
+        dtype: element type of the FFN weights (`ort`) or of the whole model (`trt`).
+        limit: the longest sequence that the model takes, or None if it does not say.
+        settings: what was asked of TensorRT.
+    """
+
+    traced: TracedModel
+    plan: SparsityPlan
+    out: Path
+    dtype: str = "float32"
+    limit: int | None = None
+    settings: TensorRTOptions | None = None
+    progress: Step = lambda what, done, total: None
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """What the stage wrote, for the manifest. Paths are relative to the output folder; `engine` is the manifest's field."""
+
+    model: str
+    library: str | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    cache: tuple[CacheTensor, ...]
+    report: RewriteReport
+    engine: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What verification holds together: an export folder and the eager model, its weights rounded as the engine's are.
+
+    Attributes:
+        text: int64 [windows, context] that calibration did not see, or None.
+        limits: the plan's budget for drift (`ppl_increase`, `kl`).
+    """
+
+    folder: Path
+    manifest: Manifest
+    model: nn.Module
+    ffns: EagerFFNs
+    text: np.ndarray | None
+    limits: dict[str, float] = field(default_factory=dict)
+    progress: Callable[[str], None] = lambda what: None
+
+
+class Target(Protocol):
+    """A module of `clada_export.targets`. `packages` are those whose versions the manifest keeps; `fusions` is `trace`'s."""
+
+    @property
+    def FUSIONS(self) -> str | None: ...  # noqa: N802
+
+    @property
+    def PACKAGES(self) -> tuple[str, ...]: ...  # noqa: N802
+
+    def require_backend(self, settings: TensorRTOptions | None, verify: bool) -> None:
+        """Refuse, before any long work, options that this target does not have and a machine that lacks what it needs.
+
+        Raises:
+            UsageError, BackendError: the latter says what to install.
+        """
+
+    def round_weights(self, model: nn.Module, ffns: EagerFFNs, dtype: str) -> str:
+        """Round, in place, the weights that the engine stores in another type. Returns a sentence for the manifest."""
+
+    def traceable(self, model: nn.Module, dtype: str) -> nn.Module:
+        """The model to trace: the same or a copy in another type."""
+
+    def build(self, request: BuildRequest) -> BuiltModel:
+        """Write the graph and everything that runs it.
+
+        Raises:
+            UnsupportedModelError, UsageError, BackendError.
+        """
+
+    def verify(self, subject: Subject) -> Verification:
+        """Check a new export on this machine."""
+
+    def verify_saved(self, folder: Path, manifest: Manifest) -> Verification | None:
+        """Check an export against what was saved with it; None if nothing was, so that the source model is needed."""
+
+    def verify_deployed(self, subject: Subject) -> Verification:
+        """Check an export as it runs, against its source model."""
+
+
+def rewrite(request: BuildRequest) -> RewriteReport:
+    """Replace the plan's FFNs in the traced graph by op nodes, in place.
+
+    Raises:
+        UnsupportedModelError: not one FFN of the plan is in the graph; says why.
+        UsageError: a layer of the plan has other sizes than the graph.
+    """
+    model, plan = request.traced.graph, request.plan
+    search = find_ffns(model, [layer.name for layer in plan.layers])
+    matched = {match.name: match for match in search.matches}
+    for layer in plan.layers:
+        match = matched.get(layer.name)
+        if match is not None and (match.hidden_size, match.intermediate_size) != (layer.hidden_size, layer.intermediate_size):
+            planned, found = (f"{item.hidden_size} x {item.intermediate_size}" for item in (layer, match))
+            raise UsageError(
+                f"the plan does not fit this model: {layer.name} has sizes {planned} in the plan and {found} in the model"
+            )
+    rewrites = {layer.name: _rewrite(plan, layer) for layer in plan.layers if layer.name in matched}
+    if not rewrites:
+        reasons = "; ".join(f"{miss.name}: {miss.reason}" for miss in search.misses[:3]) or "no layer of the plan is in it"
+        raise UnsupportedModelError(f"no feed-forward layer was matched in the exported graph ({reasons})")
+    report = rewrite_ffns(model, rewrites, emit_active=True, weight_dtype=WEIGHT_TYPES[request.dtype])
+    # The search that named the misses ran before the pass; the pass only knows what it was asked to rewrite.
+    report.misses = [*search.misses]
+    return report
+
+
+def save(model: ir.Model, out: Path) -> None:
+    """Write `model.onnx` and its weights, without a trace of the machine that exported."""
+    model.producer_name = "clada-export"
+    _forget_machine_paths(model)
+    ir.save(model, out / MODEL_NAME, external_data=DATA_NAME)
+
+
+def _rewrite(plan: SparsityPlan, layer: LayerPlan) -> FFNRewrite:
+    threshold = np.asarray(layer.threshold, dtype=np.float32)
+    return FFNRewrite(plan.attributes(layer), threshold, partial(score_constants, plan.score))
+
+
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """How the manifest describes a graph input or output."""
+    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
+    assert value.name is not None and value.dtype is not None
+    return TensorSpec(value.name, _numpy_name(value.dtype), shape)
+
+
+def _numpy_name(dtype: ir.DataType) -> str:
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
+
+
+def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
+    """Pair `past_key_values.{i}.key` with `present.{i}.key`.
+
+    Raises:
+        UnsupportedModelError: an input of the cache that the graph does not return.
+    """
+    outputs = {value.name for value in model.graph.outputs}
+    found = []
+    for value in model.graph.inputs:
+        name = value.name or ""
+        if not name.startswith("past_key_values."):
+            continue
+        _, layer, role = name.split(".")
+        present = f"present.{layer}.{role}"
+        if present not in outputs:
+            raise UnsupportedModelError(f"the graph takes {name} and does not return {present}")
+        spec = tensor_spec(value)
+        found.append(CacheTensor(int(layer), role, name, present, spec.dtype, spec.shape))
+    return tuple(found)
+
+
+def _forget_machine_paths(model: ir.Model) -> None:
+    """Drop stack traces: they name files of the machine that exported, and make the file larger."""
+    nodes: list[Any] = list(model.graph)
+    for function in model.functions.values():
+        nodes += list(function)
+    for node in nodes:
+        for key in [key for key in node.metadata_props if "stack_trace" in key]:
+            del node.metadata_props[key]
