@@ -1,0 +1,197 @@
+"""The TensorRT plugin and ONNX Runtime's CUDA op give the reference's numbers, and say what is wrong with a bad node.
+
+Without a GPU both run on the emulated CUDA runtime. `CLADA_PLUGIN_CONFORMANCE` (the program) and `CLADA_TRT_LIBRARY` choose
+builds for a real one.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_contract
+import torch
+import yaml
+from emulation import emulation_folder
+from op_shells import Case, assert_same, make_case, make_model, run, session, to_numpy
+from plugin_harness import NODE, PluginCase, PluginResult, conformance_program, plugin_fields, run_plugin_cases
+
+from clada_export.native import trt_library_path
+from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION, SCORES, SparseFFNAttributes
+
+DECODE_ROWS = 16  # kDecodeRows of clada/sparse_ffn_cuda.h
+CONTRACT_TESTS = [name for name in vars(test_contract) if name.startswith("test_")]
+
+
+@functools.cache
+def program_and_library() -> tuple[Path, Path]:
+    given = conformance_program()
+    if given is not None:
+        return given, trt_library_path()
+    folder = emulation_folder()
+    return folder / "tests" / "op" / "native" / "plugin_conformance", folder / "plugins" / "libclada_trt.so"
+
+
+def run_cases(*cases: Case | PluginCase) -> list[PluginResult]:
+    return run_plugin_cases(cases, *program_and_library())
+
+
+@functools.cache
+def contract_cases(name: str) -> tuple[Case, ...]:
+    """The cases that a test of the contract suite makes, over all its parameters."""
+    test = getattr(test_contract, name)
+    axes = {mark.args[0]: mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"} | {"shell": ["plugin"]}
+    cases: list[Case] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_contract, "check", lambda shell, **settings: cases.append(make_case(**settings)))
+        for values in itertools.product(*axes.values()):
+            test(**dict(zip(axes, values, strict=True)))
+    return tuple(cases)
+
+
+def assert_close(found: dict[str, np.ndarray], case: Case) -> None:
+    """As `assert_same`, and for what a prompt's GEMMs round.
+
+    They multiply in the weights' type: x and the hidden values are rounded to it, each within half an eps. Such errors are
+    independent, so that of a y has a standard deviation of about 0.6 eps times y's size; the largest of 10^4 values stays below
+    5 times that, and rounding y itself adds less than 2.
+    """
+    wanted, weight_type = case.reference(), case.tensors.w_in.dtype
+    if case.load.numel() <= DECODE_ROWS or weight_type == torch.float32:
+        assert_same(found, wanted, case.x.dtype)
+        return
+    assert found.keys() == wanted.keys() and found["y"].dtype == to_numpy(torch.empty(0, dtype=case.x.dtype)).dtype
+    eps, size = torch.finfo(weight_type).eps, float(np.sqrt(np.mean(wanted["y"] ** 2)))
+    np.testing.assert_allclose(found["y"].astype(np.float32), wanted["y"], rtol=0, atol=5 * eps * size)
+    if "stat" in wanted:
+        np.testing.assert_allclose(found["stat"], wanted["stat"], rtol=0, atol=eps * float(wanted["stat"].max()))
+    if "active" in wanted:
+        np.testing.assert_array_equal(found["active"], wanted["active"])
+
+
+def assert_good(case: Case, result: PluginResult) -> None:
+    assert not result.failed and not result.log, f"{result.failed}: {result.message} {result.log} {case.attributes}"
+    assert_close(result.outputs, case)
+
+
+@pytest.mark.parametrize("name", CONTRACT_TESTS)
+def test_the_plugin_keeps_the_contract(name: str) -> None:
+    cases = contract_cases(name)
+    assert cases
+    for case, result in zip(cases, run_cases(*cases), strict=True):
+        assert_good(case, result)
+
+
+@pytest.mark.parametrize("name", CONTRACT_TESTS)
+def test_the_cuda_op_of_onnx_runtime_keeps_the_contract(name: str) -> None:
+    """Under emulation the op stands in for the CPU's, so that a runtime without CUDA runs it."""
+    library = emulation_folder() / "plugins" / "libclada_ort_cuda.so"
+    for case in contract_cases(name)[::5]:
+        assert_close(run(session(make_model(case), library=library), case), case)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_rows(shape: tuple[int, int]) -> None:
+    plain = make_case(SparseFFNAttributes(emit_stat=True, emit_active=True), shape=shape, load=torch.zeros(shape))
+    continued = SparseFFNAttributes(score="prefix", use_stat=True, emit_stat=True, emit_active=True)
+    prior = make_case(continued, shape=shape, load=torch.zeros(shape))
+    for case, result in zip((plain, prior), run_cases(plain, prior), strict=True):
+        assert not result.failed, result.message
+        assert result.outputs["y"].shape == (*shape, 64) and result.outputs["active"].shape == shape
+        stat = torch.zeros(shape[0], 96) if case.past_stat is None else case.past_stat
+        np.testing.assert_array_equal(result.outputs["stat"], stat.numpy())
+
+
+def test_the_fields_are_the_contract_s_attributes() -> None:
+    contract: dict[str, Any] = yaml.safe_load(
+        (Path(__file__).parents[2] / "plugins" / "sparse_ffn.yaml").read_text(encoding="utf-8")
+    )
+    creator, fields = plugin_fields(*program_and_library())
+    assert creator == (contract["name"], str(contract["version"]), contract["domain"])
+    assert fields == {entry["name"]: entry["type"] for entry in contract["attributes"]}
+
+
+def test_absent_fields_have_their_defaults() -> None:
+    case = make_case(SparseFFNAttributes())
+    (result,) = run_cases(replace(PluginCase.of(case), fields={}))
+    assert_good(case, result)
+
+
+def expect(step: str, *parts: str, base: PluginCase, inputs: dict[str, torch.Tensor] | None = None, **fields: Any) -> None:
+    changed = replace(base, fields={**base.fields, **fields}, inputs={**base.inputs, **(inputs or {})})
+    (result,) = run_cases(changed)
+    assert result.failed == step, f"{result.failed}: {result.message}"
+    assert len(result.log) == 1
+    for part in (NODE, *parts):
+        assert part in result.log[0], result.log[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"activation": "swish"}, ("'activation'", "'swish'", "silu, gelu")),
+        ({"score": "magic"}, ("'score'", "'magic'", "gate, exact")),
+        ({"weight_format": "int4"}, ("'weight_format'", "'int4'", "plain")),
+        ({"gated": 2}, ("'gated'", "2", "0, 1")),
+        ({"gated": [1, 1]}, ("'gated'", "2 values", "1")),
+        ({"granule": 0}, ("'granule'", "0", "at least 1")),
+        ({"load_min": 5.0}, ("load_min is 5", "load_max is 4")),
+        ({"load_slope": float("nan")}, ("'load_slope'", "nan", "finite")),
+        ({"load_slope": 1}, ("'load_slope'", "an int32", "a float32")),
+        ({"granule": 1.0}, ("'granule'", "a float32", "an int32")),
+        ({"score": 1}, ("'score'", "an int32", "a string")),
+        ({"prior_gamma": 0.5}, ("prior_gamma", "use_stat = 1")),
+        ({"treshold": 0.5}, ("'treshold'", "unknown", "activation, gated")),
+        ({"plugin_version": "2"}, ("'plugin_version'", "'2'", "'1'")),
+        ({"plugin_namespace": "elsewhere"}, ("'plugin_namespace'", "'elsewhere'", "'com.clada'")),
+    ],
+)
+def test_bad_attributes(fields: dict[str, Any], parts: tuple[str, ...]) -> None:
+    expect("create", *parts, base=PluginCase.of(make_case(SparseFFNAttributes())), **fields)
+
+
+def test_bad_inputs() -> None:
+    case = make_case(SparseFFNAttributes(score="shadow", use_stat=True, has_bias=True))
+    base, get = PluginCase.of(case), case.input
+    expect("types", "5 inputs", "8", "gate_bias", base=PluginCase.of(make_case(SparseFFNAttributes())), has_bias=1)
+    for name, value, wanted in (
+        ("load", get("load").half(), "float32"),
+        ("x", get("x").to(torch.int32), "float32 or float16 or bfloat16"),
+        ("w_out", get("w_out").half(), "float32"),
+        ("shadow", get("shadow").float(), "int8"),
+        ("shadow_scale", get("shadow_scale").float(), "float16"),
+    ):
+        found = str(value.dtype).removeprefix("torch.")
+        expect("types", f"'{name}'", found, f"wanted {wanted}", base=base, inputs={name: value})
+    expect("types", "'w_in'", "float32", "float16", base=base, inputs={"x": get("x").half()})
+    expect("shapes", "'w_in'", "rank 2", "[f, n, d]", base=base, inputs={"w_in": get("w_in").flatten(1)})
+    for name, value, parts in (
+        ("w_in", get("w_in")[:, :1], ("[96, 1, 64]", "[f, 2, d]")),
+        ("w_out", get("w_out")[:95], ("[95, 64]", "[96, 64]")),
+        ("threshold", torch.ones(2), ("[2]", "[1] or [96]")),
+        ("neuron_scale", torch.ones(95), ("[95]", "[96]")),
+        ("shadow", get("shadow")[..., :16], ("[96, 2, 16]", "[96, 2, 32]")),
+        ("up_bias", torch.ones(1), ("[1]", "[96]")),
+    ):
+        expect("configure", f"'{name}'", *parts, base=base, inputs={name: value})
+    # Open sizes that disagree show only when a call has them; the program starts with 2 n + 1 where the case has n.
+    expect("shape_change", "'load'", "[5, 9]", "[5, 11]", base=base, inputs={"load": get("load")[:, :4]})
+    expect("shape_change", "'past_stat'", "[3, 96]", "[5, 96]", base=base, inputs={"past_stat": get("past_stat")[:1]})
+    expect("configure", "96 neurons", "granule 5", base=PluginCase.of(make_case(SparseFFNAttributes())), granule=5)
+
+
+@pytest.mark.parametrize("creator", [("SparseFFM", "1", DOMAIN), (OP_TYPE, "2", DOMAIN), (OP_TYPE, "1", "none")])
+def test_other_creators_are_not_there(creator: tuple[str, str, str]) -> None:
+    (result,) = run_cases(replace(PluginCase.of(make_case(SparseFFNAttributes())), creator=creator))
+    assert result.failed == "creator"
+    assert f"{DOMAIN}::{OP_TYPE} version {OP_VERSION}" in result.message
+
+
+def test_every_score_is_among_the_cases() -> None:
+    found = {case.attributes.score for name in CONTRACT_TESTS for case in contract_cases(name)}
+    assert found == set(SCORES)
