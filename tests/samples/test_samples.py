@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from clada_export.runtime import load_engine
+from clada_export.runtime import LoadMeter, load_engine
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 PROMPT = "Hello, world"
@@ -46,6 +46,25 @@ def test_plain_onnxruntime_makes_the_tokens_of_the_runtime(engine: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [int(token) for token in done.stdout.split()] == loaded.generate([ids], 16, eos_token_id=[]).tokens[0]
+
+
+def test_plain_tensorrt_needs_a_gpu_and_says_so(engine: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, and the engine here is of ONNX Runtime")
+    command = [sys.executable, str(SAMPLES / "plain_tensorrt.py"), str(engine), "1", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "needs an NVIDIA GPU" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_plain_tensorrt_follows_the_load_of_the_runtime(engine: Path) -> None:
+    sample = runpy.run_path(str(SAMPLES / "plain_tensorrt.py"))
+    loaded = load_engine(engine, threads=1)
+    signal = loaded.manifest.load_signal
+    logits = loaded.prefill([[5, 6, 7]]).logits
+    assert sample["next_load"](vars(signal), logits[0], 9) == pytest.approx(float(LoadMeter(signal).update(logits, [9])[0]))
 
 
 def quickstart() -> dict[str, Any]:
