@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -26,8 +28,29 @@ struct Warp {
   void* arguments[32] = {};
 };
 
-struct Fiber {
+// Where a stack stopped. swapcontext makes two system calls a switch; it is used only where the address sanitizer follows the
+// stacks. Elsewhere it starts a fiber, and _setjmp and _longjmp go to and fro.
+struct Point {
   ucontext_t context;
+#ifndef CLADA_ASAN
+  jmp_buf jump;
+  bool started = false;
+#endif
+};
+
+void Go(Point* from, Point* to) {
+#ifdef CLADA_ASAN
+  swapcontext(&from->context, &to->context);
+#else
+  if (_setjmp(from->jump)) return;
+  if (to->started) _longjmp(to->jump, 1);
+  to->started = true;
+  setcontext(&to->context);
+#endif
+}
+
+struct Fiber {
+  Point point;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done = false;
   Position position;
@@ -42,7 +65,7 @@ struct Block {
   size_t current = 0;
   size_t at_barrier = 0;
   unsigned barrier_generation = 0;
-  ucontext_t scheduler;
+  Point scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -55,7 +78,7 @@ void SwitchTo(Fiber& fiber) {
 #ifdef CLADA_ASAN
   __sanitizer_start_switch_fiber(&block.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
 #endif
-  swapcontext(&block.scheduler, &fiber.context);
+  Go(&block.scheduler, &fiber.point);
 #ifdef CLADA_ASAN
   __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -66,7 +89,7 @@ void Yield() {
 #ifdef CLADA_ASAN
   __sanitizer_start_switch_fiber(self.done ? nullptr : &self.fake_stack, block.scheduler_stack, block.scheduler_stack_bytes);
 #endif
-  swapcontext(&self.context, &block.scheduler);
+  Go(&self.point, &block.scheduler);
 #ifdef CLADA_ASAN
   __sanitizer_finish_switch_fiber(self.fake_stack, &block.scheduler_stack, &block.scheduler_stack_bytes);
 #endif
@@ -85,12 +108,19 @@ void RunBlock() {
   for (size_t i = 0; i < block.size; ++i) {
     Fiber& fiber = *block.fibers[i];
     fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &Enter, 0);
+    ucontext_t& context = fiber.point.context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Enter, 0);
+#ifndef CLADA_ASAN
+    fiber.point.started = false;
+#endif
   }
+#ifndef CLADA_ASAN
+  block.scheduler.started = true;
+#endif
   block.at_barrier = 0;
   for (size_t i = 0; i < block.warps.size(); ++i) {
     block.warps[i] = {};
