@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Up to 16 rows: a block owns a range of neurons. It scores them, decides, computes the hidden values of those that any row
-// needs, and adds their down rows to a partial result of its own; a second kernel adds the partial results. The order of every
-// sum follows from the sizes alone, so a row gives the same bits alone and in company.
+// Up to 16 rows: a block owns a range of neurons. It scores them, decides, and computes the hidden values of those that any row
+// needs. For one row it goes on and adds their down rows to partial results, which another kernel adds up. For several rows those
+// would be many bytes, so a kernel between adds up the down rows by columns. The order of every sum follows from the sizes alone
+// (DecodePlan), so a row gives the same bits alone and in company.
 #include "arithmetic.h"
 #include "block.h"
 #include "dot.h"
@@ -9,9 +10,6 @@
 
 namespace clada::cuda {
 namespace {
-
-constexpr int kColumns = 8;    // of w_out that a thread adds up at a time
-constexpr int kRowsAtOnce = 8;  // for so many rows: more would not fit the registers
 
 template <int kRows>
 struct Rows {
@@ -156,11 +154,10 @@ __global__ void __launch_bounds__(kThreads) SparseFFNKernel(Problem problem, Dec
   __shared__ Rows<kRows> rows;
   __shared__ float score[kRows][kMaxRange];   // of neurons
   __shared__ float known[kRows][kMaxRange];   // gates or hidden values, from the scores
-  __shared__ float hidden[kRows][kMaxRange];  // of the listed neurons
+  __shared__ float hidden[kMaxRange];         // of the listed neurons, one row
   __shared__ unsigned chosen[kMaxRange];      // by neuron: a bit for each row that needs it
   __shared__ int list[kMaxRange];             // the neurons that some row needs
   __shared__ unsigned listed;                 // a bit for each neuron of the range
-  __shared__ float sums[kThreads * kColumns];
 
   const Attributes& a = problem.attributes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -212,7 +209,10 @@ __global__ void __launch_bounds__(kThreads) SparseFFNKernel(Problem problem, Dec
       if (lane == 0 && r < count) plan.count[static_cast<int64_t>(blockIdx.x) * count + r] = CountBits(word);
     }
     const unsigned word = Ballot(bits != 0);
-    if (mine) chosen[lane] = bits;
+    if (mine) {
+      chosen[lane] = bits;
+      if (kRows > 1) plan.chosen[begin + lane] = bits != 0;
+    }
     if (bits != 0) list[CountBits(word & ((1u << lane) - 1u))] = lane;
     if (lane == 0) listed = word;
   }
@@ -236,70 +236,93 @@ __global__ void __launch_bounds__(kThreads) SparseFFNKernel(Problem problem, Dec
       if (plan.hidden && r < count) plan.hidden[r * f + j] = value;
       const float weight = a.combine == Combine::kWeighted && r < count ? External(problem, r, j / a.granule) : 1.0f;
       // Removed, not multiplied by zero: an infinite hidden value of a neuron that is off vanishes too.
-      hidden[r][slot] = chosen[i] >> r & 1u ? value * weight : 0.0f;
+      const float contribution = chosen[i] >> r & 1u ? value * weight : 0.0f;
+      if (kRows == 1)
+        hidden[slot] = contribution;
+      else
+        plan.contribution[r * f + j] = contribution;
     }
   }
+  if (kRows > 1) return;
   __syncthreads();
 
-  // Narrow rows leave threads over: they form groups, each for a part of the range. A part's slots are neighbours in the list.
-  const int pieces = (d + kColumns - 1) / kColumns;
-  const int groups = pieces >= kThreads ? 1 : min(kThreads / pieces, size);
+  // A cell's slots are neighbours in the list.
+  const int pieces = (d + kColumns - 1) / kColumns, groups = static_cast<int>(plan.groups), cell = static_cast<int>(plan.cell);
   const int group = groups == 1 ? 0 : static_cast<int>(threadIdx.x) / pieces;
-  const int part = (size + groups - 1) / groups;
-  const auto slots_before = [&](int i) { return i >= 32 ? active_count : CountBits(listed & ((1u << i) - 1u)); };
-  const int slot_begin = group < groups ? slots_before(min(group * part, size)) : 0;
-  const int slot_end = group < groups ? slots_before(min((group + 1) * part, size)) : 0;
-  const int piece_begin = groups == 1 ? threadIdx.x : threadIdx.x % pieces, piece_step = groups == 1 ? kThreads : pieces;
+  if (group >= groups) return;
+  const auto slots_before = [&](int i) { return i >= size ? active_count : CountBits(listed & ((1u << i) - 1u)); };
+  const int slot_begin = slots_before(group * cell), slot_end = slots_before((group + 1) * cell);
   const W* w_out = static_cast<const W*>(problem.w_out) + begin * d;
-  float* partial = plan.partial + static_cast<int64_t>(blockIdx.x) * count * d;
-  constexpr int kAtOnce = kRows < kRowsAtOnce ? kRows : kRowsAtOnce;
-#pragma unroll 1
-  for (int row = 0; row < kRows && row < count; row += kAtOnce)
-    for (int piece = piece_begin; piece < pieces; piece += piece_step) {
-      const int column = piece * kColumns;
-      float sum[kAtOnce][kColumns];
-#pragma unroll
-      for (int r = 0; r < kAtOnce; ++r)
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) sum[r][c] = 0.0f;
+  float* partial = plan.partial + (static_cast<int64_t>(blockIdx.x) * groups + group) * d;
+  for (int piece = threadIdx.x - group * pieces; piece < pieces; piece += groups == 1 ? kThreads : pieces) {
+    const int column = piece * kColumns;
+    float sum[kColumns] = {};
 #pragma unroll 4
-      for (int slot = slot_begin; slot < slot_end; ++slot) {
-        float w[kColumns];
-        LoadColumns<W>(w_out + static_cast<int64_t>(list[slot]) * d, column, d, vector, w);
+    for (int slot = slot_begin; slot < slot_end; ++slot) {
+      float w[kColumns];
+      LoadColumns<W>(w_out + static_cast<int64_t>(list[slot]) * d, column, d, vector, w);
+      const float h = hidden[slot];
 #pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) {
-          const float h = hidden[row + r][slot];
-          // A row that does not need the neuron is left alone, also where a weight is not finite. One row needs all that are listed.
-          if (kRows > 1 && h == 0.0f) continue;
+      for (int c = 0; c < kColumns; ++c) sum[c] += h * w[c];
+    }
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) sum[r][c] += h * w[c];
-        }
-      }
+    for (int c = 0; c < kColumns; ++c)
+      if (column + c < d) partial[column + c] = sum[c];
+  }
+}
+
+constexpr int kRowsAtOnce = 8;  // more would not fit the registers
+
+// Several rows: a warp adds up one part for 256 columns and up to eight rows.
+template <class W, int kRows>
+__global__ void __launch_bounds__(kThreads) DownKernel(Problem problem, DecodePlan plan) {
+  constexpr int kAtOnce = kRows < kRowsAtOnce ? kRows : kRowsAtOnce;
+  const int lane = threadIdx.x % 32, d = static_cast<int>(problem.hidden_size), count = static_cast<int>(problem.rows());
+  const int column = (static_cast<int>(blockIdx.x) * static_cast<int>(blockDim.x) / 32 + static_cast<int>(threadIdx.x) / 32) * 256 +
+                     lane * kColumns;
+  const int first_row = static_cast<int>(blockIdx.z) * kAtOnce;
+  const int64_t f = problem.intermediate_size, part = blockIdx.y;
+  const bool vector = Vector<W>(problem);
+  const W* w_out = static_cast<const W*>(problem.w_out);
+  const float* contribution = plan.contribution + first_row * f;
+  float total[kAtOnce][kColumns] = {};
+  bool first = true;
+#pragma unroll 1
+  for (int64_t at = part * plan.cells() / plan.parts; at < (part + 1) * plan.cells() / plan.parts; ++at) {
+    const int64_t block = at / plan.groups, group = at % plan.groups;
+    const int64_t begin = block * plan.range + group * plan.cell;
+    int64_t end = group == plan.groups - 1 ? (block + 1) * plan.range : begin + plan.cell;
+    if (end > (block + 1) * plan.range) end = (block + 1) * plan.range;
+    if (end > f) end = f;
+    const int64_t mine = begin + lane;
+    unsigned chosen = Ballot(mine < end && plan.chosen[mine < end ? mine : 0] != 0);
+    float sum[kAtOnce][kColumns] = {};
+#pragma unroll 4
+    for (int left = CountBits(chosen); left > 0; --left) {
+      const int64_t j = begin + LowestBit(chosen);
+      chosen &= chosen - 1u;
+      float w[kColumns];
+      LoadColumns<W>(w_out + j * d, column, d, vector, w);
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
-        if (row + r >= count) break;
-        float* out = partial + static_cast<int64_t>(row + r) * d + column;
-        if (groups == 1) {
+        const float h = contribution[r * f + j];
+        // A row that does not need the neuron is left alone, also where a weight is not finite.
+        if (h == 0.0f) continue;
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c)
-            if (column + c < d) out[c] = sum[r][c];
-          continue;
-        }
-        // Every thread comes here once a row: with groups, no thread has more than one piece.
-        __syncthreads();
-        if (group < groups)
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) sums[threadIdx.x * kColumns + c] = sum[r][c];
-        __syncthreads();
-        if (group != 0) continue;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          float total = sums[threadIdx.x * kColumns + c];
-          for (int g = 1; g < groups; ++g) total += sums[(g * pieces + threadIdx.x) * kColumns + c];
-          if (column + c < d) out[c] = total;
-        }
+        for (int c = 0; c < kColumns; ++c) sum[r][c] += h * w[c];
       }
     }
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) total[r][c] = first ? sum[r][c] : total[r][c] + sum[r][c];
+    first = false;
+  }
+#pragma unroll
+  for (int r = 0; r < kAtOnce; ++r)
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (first_row + r < count && column + c < d) plan.partial[(part * count + first_row + r) * d + column + c] = total[r][c];
 }
 
 __device__ __forceinline__ int CountOfThread(const DecodePlan& plan, int64_t rows, int64_t row) {
@@ -308,25 +331,30 @@ __device__ __forceinline__ int CountOfThread(const DecodePlan& plan, int64_t row
   return count;
 }
 
-// y[r] = the partial results in the order of their blocks, in eight parts, and the bias. A block has 32 columns of one row.
+// y[r] = the parts in their order, and the bias. A block has 32 columns of one row.
 template <class X>
 __global__ void __launch_bounds__(kThreads) ReduceKernel(Problem problem, DecodePlan plan) {
-  __shared__ float sums[kWarps][32];
-  const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
+  __shared__ float sums[kMaxParts][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t row = blockIdx.y, rows = problem.rows(), d = problem.hidden_size, column = blockIdx.x * 32ll + lane;
-  const int64_t begin = part * plan.blocks / kWarps, end = (part + 1) * plan.blocks / kWarps;
-  float sum = 0.0f;
-  if (column < d) {
-    const float* partial = plan.partial + row * d + column;
-#pragma unroll 8
-    for (int64_t b = begin; b < end; ++b) sum += partial[b * rows * d];
+  const bool by_cell = plan.group == 1;
+  for (int64_t part = warp; part < plan.parts; part += kWarps) {
+    float sum = 0.0f;
+    if (column < d) {
+      const int64_t begin = by_cell ? part * plan.cells() / plan.parts : part;
+      const int64_t end = by_cell ? (part + 1) * plan.cells() / plan.parts : part + 1;
+      const float* partial = plan.partial + row * d + column;
+      sum = partial[begin * rows * d];
+#pragma unroll 4
+      for (int64_t at = begin + 1; at < end; ++at) sum += partial[at * rows * d];
+    }
+    sums[part][lane] = sum;
   }
-  sums[part][lane] = sum;
   __syncthreads();
   const bool padding = KindOf(problem.load[row]) == kPaddingRow;
-  if (part == 0 && column < d) {
+  if (warp == 0 && column < d) {
     float total = sums[0][lane];
-    for (int p = 1; p < kWarps; ++p) total += sums[p][lane];
+    for (int p = 1; p < plan.parts; ++p) total += sums[p][lane];
     if (problem.attributes.has_bias) total += problem.down_bias[column];
     static_cast<X*>(problem.y)[row * d + column] = FromFloat<X>(padding ? 0.0f : total);
   }
@@ -378,7 +406,16 @@ cudaError_t LaunchSparseFFN(const Problem& problem, const DecodePlan& plan, cuda
     using W = std::remove_pointer_t<decltype(type)>;
     return WithRows(plan.group, [&](auto rows) {
       constexpr int kRows = decltype(rows)::value;
-      return Launch(&SparseFFNKernel<W, kRows>, Blocks(plan.blocks), dim3(kThreads), stream, problem, plan);
+      const cudaError_t status = Launch(&SparseFFNKernel<W, kRows>, Blocks(plan.blocks), dim3(kThreads), stream, problem, plan);
+      if constexpr (kRows == 1) {
+        return status;
+      } else {
+        if (status != cudaSuccess) return status;
+        const int64_t warps = CeilDiv(problem.hidden_size, 32 * kColumns), warps_a_block = std::min<int64_t>(warps, kWarps);
+        const dim3 grid(static_cast<unsigned>(CeilDiv(warps, warps_a_block)), static_cast<unsigned>(plan.parts),
+                        static_cast<unsigned>(CeilDiv(problem.rows(), kRowsAtOnce)));
+        return Launch(&DownKernel<W, kRows>, grid, dim3(static_cast<unsigned>(32 * warps_a_block)), stream, problem, plan);
+      }
     });
   });
 }

@@ -48,6 +48,7 @@ __device__ __forceinline__ float BitsToFloat(unsigned bits) { return __uint_as_f
 __device__ __forceinline__ unsigned FloatToBits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float HalfBitsToFloat(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 __device__ __forceinline__ int CountBits(unsigned word) { return __popc(word); }
+__device__ __forceinline__ int LowestBit(unsigned word) { return __ffs(static_cast<int>(word)) - 1; }
 
 // 16 bytes that are read once: they need no place in the L1 cache, which is left to x.
 __device__ __forceinline__ uint4 LoadOnce(const void* source) {

@@ -17,6 +17,8 @@ constexpr int kMaxRange = 32;             // neurons of one block: one bit of a 
 constexpr int kLaneWeights = 8;           // weights that a lane multiplies at a time
 constexpr int kWarpWeights = 32 * kLaneWeights;
 constexpr int kShadowWeights = 32 * kShadowBlock;  // 4-bit weights that a warp multiplies at a time
+constexpr int kColumns = 8;               // of w_out that a lane adds up at a time
+constexpr int kMaxParts = 64;             // of the sum over neurons
 constexpr int64_t kPanelBytes = 96 << 20;  // scratch of a prompt's panel of rows, about
 constexpr int64_t kPanelRows = 128;        // the fewest rows of a panel
 
@@ -59,10 +61,16 @@ struct Prior {
   float* factor = nullptr;  // [batch, E], with use_stat and prior_gamma > 0
 };
 
+// The sum over neurons is cut three times, by sizes alone: a range of neurons belongs to a block; its cells, to groups of a block's
+// threads (narrow rows leave threads over); parts are runs of cells. A cell's neurons are added in their order, then a part's
+// cells, then the parts. One row writes a partial result for each cell; several rows write one for each part (see decode.cu).
 struct DecodePlan {
-  int64_t group = 0;    // rows that are computed at a time, padded
+  int64_t group = 0;   // rows that are computed at a time, padded
   int64_t range = 0;
-  int64_t blocks = 0;
+  int64_t blocks = 0;  // ranges
+  int64_t groups = 0;  // cells of a range
+  int64_t cell = 0;    // neurons of a cell
+  int64_t parts = 0;
   Prior prior;
   float* x = nullptr;          // [group, RoundUp(d, 256)], as Dot reads it
   float* shadow_x = nullptr;   // [group, RoundUp(d, 1024)], as ShadowDot reads it
@@ -73,8 +81,12 @@ struct DecodePlan {
   uint8_t* mask = nullptr;     // [rows, E], when not local
   float* hidden = nullptr;     // [rows, f], with emit_stat
   float* energy = nullptr;     // [rows], with emit_stat
-  float* partial = nullptr;    // [blocks, rows, d]
+  float* contribution = nullptr;  // [group, f] hidden values of chosen neurons, several rows; 0 where a row does not need it
+  uint8_t* chosen = nullptr;   // [f]: some row needs the neuron; several rows
+  float* partial = nullptr;    // [cells, d], one row; [parts, rows, d], several
   int32_t* count = nullptr;    // [blocks, rows]
+
+  CLADA_ANYWHERE int64_t cells() const { return blocks * groups; }
 };
 
 struct PromptPlan {
@@ -108,6 +120,10 @@ inline int64_t PlanDecode(const Problem& problem, int64_t rows, void* base, Deco
   plan->group = RowGroup(rows);
   plan->range = Range(problem);
   plan->blocks = CeilDiv(f, plan->range);
+  const int64_t pieces = CeilDiv(d, kColumns);
+  plan->groups = pieces >= kThreads ? 1 : std::min(kThreads / pieces, plan->range);
+  plan->cell = CeilDiv(plan->range, plan->groups);
+  plan->parts = std::min<int64_t>(kMaxParts, plan->cells());
   plan->prior = PlanPrior(problem, &arena);
   plan->x = arena.Take<float>(plan->group * RoundUp(d, kWarpWeights));
   if (a.score == Score::kShadow) {
@@ -124,7 +140,11 @@ inline int64_t PlanDecode(const Problem& problem, int64_t rows, void* base, Deco
     plan->hidden = arena.Take<float>(rows * f);
     plan->energy = arena.Take<float>(rows);
   }
-  plan->partial = arena.Take<float>(plan->blocks * rows * d);
+  if (plan->group > 1) {
+    plan->contribution = arena.Take<float>(plan->group * f);
+    plan->chosen = arena.Take<uint8_t>(f);
+  }
+  plan->partial = arena.Take<float>((plan->group > 1 ? plan->parts * rows : plan->cells()) * d);
   plan->count = arena.Take<int32_t>(plan->blocks * rows);
   return arena.used();
 }

@@ -32,9 +32,15 @@ def emulation_folder() -> Path:
     if (reason := missing_tools()) is not None:
         pytest.skip(reason)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    options = ["-DCLADA_CUDA_EMULATION=ON", "-DCLADA_TESTS=ON", "-DCLADA_WERROR=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    options = [
+        "-DCLADA_CUDA_EMULATION=ON",
+        "-DCLADA_TESTS=ON",
+        "-DCLADA_BENCHMARKS=ON",
+        "-DCLADA_WERROR=ON",
+        "-DCMAKE_BUILD_TYPE=Release",
+    ]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    targets = ["plugin_conformance", "clada_trt", "clada_ort_cuda"]
+    targets = ["plugin_conformance", "clada_trt", "clada_ort_cuda", "clada_cuda_kernels"]
     with (FOLDER.parent / "emulation.lock").open("w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (

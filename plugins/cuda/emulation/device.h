@@ -101,6 +101,7 @@ inline unsigned FloatToBits(float value) {
 inline float HalfBitsToFloat(uint16_t bits) { return HalfToFloat(bits); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int CountBits(unsigned word) { return __builtin_popcount(word); }
+inline int LowestBit(unsigned word) { return __builtin_ctz(word); }
 
 inline uint4 LoadOnce(const void* source) {
   uint4 value;
