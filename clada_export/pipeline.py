@@ -164,6 +164,7 @@ def export(
             "plan": plan.to_dict(),
             "verification": verification.to_dict() if verification else {},
             "rewrite": built.report.to_dict(),
+            "engine": built.engine or {},
             "calibration": details,
             "warnings": list(manifest.warnings),
         }

@@ -46,8 +46,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     Args:
         folder: an existing folder.
         report: `model` (str), `plan`, `verification`, `rewrite` (the `to_dict()` of `SparsityPlan`, `Verification` and
-            `RewriteReport`), `calibration` (dict), `warnings` (list of str), and where wanted `timings` (seconds by stage).
-            What is missing or empty is left out of the page.
+            `RewriteReport`), `calibration` (dict), `engine` (as in the manifest), `warnings` (list of str), and
+            where wanted `timings` (seconds by stage). What is missing or empty is left out of the page.
     """
     text = json.dumps(_finite(report), indent=2, allow_nan=False)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
@@ -83,6 +83,7 @@ def _page(report: Mapping[str, Any]) -> str:
         _search(calibration),
         _load_response(plan, calibration),
         _matches(report.get("rewrite") or {}),
+        _engine(report.get("engine") or {}),
         _timings(report.get("timings") or {}),
         "</body></html>",
     ]
@@ -320,6 +321,23 @@ def _matches(rewrite: Mapping[str, Any]) -> str:
     if rows:
         parts.append(f"<p>Compiled: {len(rows)}.</p>" + _table(head, rows, numeric=(2, 3, 4, 5)))
     return "".join(parts)
+
+
+def _engine(engine: Mapping[str, Any]) -> str:
+    if not engine:
+        return ""
+    plugin = engine.get("plugin")
+    rows = [["built by", f"{escape(str(engine['package']))} {escape(str(engine['version']))}"]]
+    rows += [
+        [f"<code>{escape(file['file'])}</code>", escape(", ".join(file["compute_capabilities"]))] for file in engine["files"]
+    ]
+    rows += [
+        [f"profile {escape(item['name'])}", escape(", ".join(f"{key} {item[key]}" for key in ("batch", "sequence", "past")))]
+        for item in engine["profiles"]
+    ]
+    rows.append(["plugin", escape(f"{plugin['namespace']}::{plugin['name']}, {plugin['layers']} layers" if plugin else "none")])
+    rows += [[escape(tool), f"<code>{escape(command)}</code>"] for tool, command in engine["commands"].items()]
+    return "<h2>TensorRT engine</h2>" + _table(("", ""), rows)
 
 
 def _timings(timings: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ module and every caller takes it from there; neither is imported until it is ask
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import logging
@@ -21,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from clada_export.errors import BackendError
-from graph_passes.function_body import PLUGIN_ATTRIBUTES
 from graph_passes.op import DOMAIN, OP_TYPE
 
 CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
 EXTRAS = {CLASSIC: "clada-export[trt]", RTX: "clada-export[rtx]"}
-PLUGIN_VERSION = PLUGIN_ATTRIBUTES["plugin_version"]
+PLUGIN_VERSION = "1"
+"""What the nodes ask for by their attribute `plugin_version`."""
 
 _log = logging.getLogger("clada_export.tensorrt")
 _RTX_LIBRARY = "libtensorrt_rtx.so"
@@ -101,8 +102,9 @@ def find_backend() -> Backend:
     )
 
 
+@functools.cache
 def load_backend(name: str) -> Backend:
-    """Import a TensorRT by its module's name and make it ready to parse.
+    """Import a TensorRT by its module's name and make it ready to parse. A process has one: TensorRT keeps its first logger.
 
     Raises:
         BackendError: it is not installed or can't be imported; says what to install.

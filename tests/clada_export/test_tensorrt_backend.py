@@ -18,9 +18,11 @@ from clada_export.manifest import TensorSpec
 from clada_export.native import ort_library_path
 from clada_export.profiles import plan_profiles
 from clada_export.targets.options import TensorRTOptions
-from clada_export.targets.tensorrt_build import build_engines, check_settings
+from clada_export.targets.tensorrt_build import _read_timing_cache, _write_atomically, build_engines, check_settings
 from clada_export.targets.tensorrt_commands import commands
 from clada_export.tensorrt_backend import Backend, Messages, find_backend, load_backend, load_plugin, make_logger, missing_gpu
+from graph_passes.function_body import PLUGIN_ATTRIBUTES
+from graph_passes.op import DOMAIN
 
 INPUTS = (TensorSpec("input_ids", "int64", ("batch_size", "sequence_length")),)
 
@@ -242,6 +244,48 @@ def test_a_plugin_that_is_there_already(rtx: Backend, tmp_path: Path) -> None:
 
 
 # --- commands ---
+
+
+def test_the_nodes_ask_for_this_version() -> None:
+    assert PLUGIN_ATTRIBUTES == {"plugin_namespace": DOMAIN, "plugin_version": module.PLUGIN_VERSION}
+
+
+def test_running_imports_neither_torch_nor_the_compiler() -> None:
+    code = (
+        "import sys, clada_export.runtime.tensorrt_session;"
+        "print([m for m in ('torch', 'transformers', 'onnx_ir', 'onnxruntime', 'tensorrt_rtx') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_timing_cache_of_classic_tensorrt(fits: bool, tmp_path: Path) -> None:
+    """A cache of another version or GPU is refused by TensorRT, and a new one takes its place."""
+    made: list[bytes] = []
+
+    def create(content: bytes) -> bytes:
+        made.append(content)
+        return content
+
+    config = SimpleNamespace(create_timing_cache=create, set_timing_cache=lambda cache, ignore_mismatch: fits or cache == b"")
+    backend = Backend("tensorrt", "10.14.1", None, None, Messages())
+    (tmp_path / "cache").write_bytes(b"old")
+    assert _read_timing_cache(backend, config, tmp_path / "cache") == (b"old" if fits else b"")
+    assert made == ([b"old"] if fits else [b"old", b""])
+    assert _read_timing_cache(backend, config, tmp_path / "none") == b""
+    with pytest.raises(UsageError, match="can't be read"):
+        _read_timing_cache(backend, SimpleNamespace(), _Unreadable())
+    _write_atomically(tmp_path / "cache", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"] and (tmp_path / "cache").read_bytes() == b"new"
+
+
+class _Unreadable:
+    def is_file(self) -> bool:
+        return True
+
+    def read_bytes(self) -> bytes:
+        raise PermissionError(13, "Permission denied")
 
 
 def test_commands_load_the_plugin() -> None:

@@ -93,6 +93,7 @@ def test_what_is_deferred_is_said(dense_export: ExportResult) -> None:
     deferred = dense_export.manifest.verification["deferred"]
     assert len(deferred) == 1 and deferred[0].startswith("engine numerics: deferred, no GPU here")
     assert deferred[0] in dense_export.manifest.warnings
+    assert "TensorRT engine" in (dense_export.path / "report.html").read_text()
     for name in ("README.md", "report.html"):
         assert "engine numerics: deferred" in (dense_export.path / name).read_text(), name
 
