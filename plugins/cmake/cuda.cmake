@@ -9,6 +9,10 @@ set(CLADA_TRT_ENABLED OFF)
 foreach(_clada_option CLADA_CUDA CLADA_TRT)
   string(TOUPPER "${${_clada_option}}" ${_clada_option})
 endforeach()
+# The sanitizers see host code only; with CLADA_CUDA_EMULATION the kernels are that.
+if(CLADA_SANITIZE AND CLADA_CUDA STREQUAL "AUTO")
+  set(CLADA_CUDA OFF)
+endif()
 
 # Turns a part off, or stops when the user asked for it by name.
 macro(clada_without option reason)
@@ -24,9 +28,13 @@ if(CLADA_CUDA_EMULATION)
   find_package(CUDAToolkit REQUIRED)
   set(CLADA_CUDA_ENABLED ON)
 elseif(CLADA_CUDA STREQUAL "AUTO" OR CLADA_CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(CLADA_NVCC "${CMAKE_CUDA_COMPILER}")
+  elseif(DEFINED ENV{CUDACXX})
+    set(CLADA_NVCC "$ENV{CUDACXX}")
+  endif()
   find_program(CLADA_NVCC nvcc
-    HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin PATHS /usr/local/cuda/bin /opt/cuda/bin
-    DOC "The CUDA compiler")
+    HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin PATHS /usr/local/cuda/bin /opt/cuda/bin DOC "The CUDA compiler")
   if(NOT CLADA_NVCC)
     clada_without(CLADA_CUDA "CUDA: nvcc was not found, so the GPU libraries are not built (set CUDA_HOME, or put nvcc on PATH)")
   else()
