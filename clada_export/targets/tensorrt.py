@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -299,13 +298,24 @@ def _saved_checks(folder: Path, manifest: Manifest) -> list[Check]:
 def _runner(folder: Path, manifest: Manifest, profile: int) -> Any:
     """Polygraphy's runner of the engine with one of its profiles."""
     backend, engine = open_engine(folder, manifest)
-    if backend.is_rtx:
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when Polygraphy's TensorRT part is imported
+    return polygraphy_runner(backend)(engine, name=backend.title, optimization_profile=profile)
+
+
+def polygraphy_runner(backend: Backend) -> Any:
+    """Polygraphy's `TrtRunner`, for this TensorRT.
+
+    Raises:
+        BackendError: Polygraphy is missing.
+    """
     try:
+        from polygraphy import config
+
+        # What the environment variable POLYGRAPHY_USE_TENSORRT_RTX sets; its TensorRT part, imported next, looks at it.
+        config.USE_TENSORRT_RTX = backend.is_rtx
         from polygraphy.backend.trt import TrtRunner
     except ImportError as error:
         raise BackendError("verifying a TensorRT export needs Polygraphy: pip install polygraphy") from error
-    return TrtRunner(engine, name=backend.title, optimization_profile=profile)
+    return TrtRunner
 
 
 def _tokens(subject: Subject) -> list[int]:

@@ -144,6 +144,10 @@ def _parse(backend: Backend, builder: Any, model: Path) -> Any:
         text = "; ".join(reasons[:3]) or messages.take() or "it gives no reason"
         raise UnsupportedModelError(f"{model.name}: {backend.title} can't import the graph: {text}")
     messages.take()
+    on_host = [network.get_input(index).name for index in range(network.num_inputs) if network.get_input(index).is_shape_tensor]
+    if on_host:
+        # The runtime keeps every input on the GPU; this one would have to be read by the host.
+        raise UnsupportedModelError(f"{model.name}: the graph computes shapes from the values of input {on_host[0]!r}")
     return network
 
 

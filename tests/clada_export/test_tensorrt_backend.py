@@ -182,6 +182,17 @@ def test_a_node_that_tensorrt_does_not_know(rtx: Backend, tmp_path: Path) -> Non
         build(rtx, tmp_path / "m.onnx", tmp_path)
 
 
+def test_a_graph_that_needs_an_input_on_the_host(rtx: Backend, tmp_path: Path) -> None:
+    source = helper.make_tensor_value_info("input_ids", TensorProto.INT64, [2])
+    data = helper.make_tensor("data", TensorProto.FLOAT, [6], [0.0] * 6)
+    node = helper.make_node("Reshape", ["data", "input_ids"], ["y"], name="the.node")
+    target = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b"])
+    graph = helper.make_graph([node], "g", [source], [target], [data])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedModelError, match="computes shapes from the values of input 'input_ids'"):
+        build(rtx, tmp_path / "m.onnx", tmp_path)
+
+
 def test_a_build_that_fails_says_why(rtx: Backend, tmp_path: Path) -> None:
     model = write_graph(tmp_path / "m.onnx", to=1)
     with pytest.raises(BackendError, match=r"can't build an engine: .*[Pp]rofile"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +255,18 @@ def test_polygraphy_reads_the_saved_runs(dense_export: ExportResult) -> None:
     assert {spec.name for spec in dense_export.manifest.inputs} == set(feeds[0])
     results = RunResults.load(str(dense_export.path / OUTPUTS))
     assert [name for name, _ in results] == ["eager PyTorch"]
+
+
+def test_polygraphy_takes_the_tensorrt_that_built_the_engine() -> None:
+    """In a process that has used Polygraphy for something else before."""
+    code = (
+        "from clada_export.verify.saved import _polygraphy; _polygraphy();"
+        "from clada_export.tensorrt_backend import load_backend; from clada_export.targets.tensorrt import polygraphy_runner;"
+        "runner = polygraphy_runner(load_backend('tensorrt_rtx'));"
+        "import polygraphy.backend.trt.runner as module; print(module.trt.ICudaEngine.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("tensorrt_rtx_bindings")
 
 
 @needs_no_gpu
