@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build" / "emulation"
 HEADER = Path("include") / "cuda_runtime_api.h"
 
 
@@ -27,26 +26,31 @@ def missing_tools() -> str | None:
 
 
 @functools.cache
-def emulation_folder() -> Path:
-    """The build folder, up to date. Skips the test where it can't be built."""
+def emulation_folder(sanitize: bool = False) -> Path:
+    """The build folder, up to date. Skips the test where it can't be built.
+
+    Args:
+        sanitize: under the address and undefined-behaviour sanitizers; the plugin and its program only.
+    """
     if (reason := missing_tools()) is not None:
         pytest.skip(reason)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    options = [
-        "-DCLADA_CUDA_EMULATION=ON",
-        "-DCLADA_TESTS=ON",
-        "-DCLADA_BENCHMARKS=ON",
-        "-DCLADA_WERROR=ON",
-        "-DCMAKE_BUILD_TYPE=Release",
-    ]
+    folder = ROOT / "build" / ("emulation-sanitized" if sanitize else "emulation")
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["-DCLADA_CUDA_EMULATION=ON", "-DCLADA_TESTS=ON", "-DCLADA_BENCHMARKS=ON", "-DCLADA_WERROR=ON"]
+    options += ["-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCLADA_SANITIZE=ON"] if sanitize else ["-DCMAKE_BUILD_TYPE=Release"]
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    targets = ["plugin_conformance", "clada_trt", "clada_ort_cuda", "clada_cuda_kernels"]
-    with (FOLDER.parent / "emulation.lock").open("w") as lock:  # tests run in several processes
+    targets = ["plugin_conformance", "clada_trt", *([] if sanitize else ["clada_ort_cuda", "clada_cuda_kernels"])]
+    with folder.with_suffix(".lock").open("w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            ["cmake", "-S", str(ROOT), "-B", str(FOLDER), *generator, *options],
-            ["cmake", "--build", str(FOLDER), "--parallel", "2", "--target", *targets],
+            ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options],
+            ["cmake", "--build", str(folder), "--parallel", "2", "--target", *targets],
         ):
             done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return FOLDER
+    return folder
+
+
+def plugin_program(folder: Path) -> tuple[Path, Path]:
+    """The conformance program and the plugin library of a build folder."""
+    return folder / "tests" / "op" / "native" / "plugin_conformance", folder / "plugins" / "libclada_trt.so"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -46,6 +47,10 @@ class PluginCase:
         inputs = {name: case.input(name) for name in input_names(case.attributes)}
         return cls(case.attributes.to_onnx(), inputs, output_names(case.attributes))
 
+    def with_fields(self, **fields: FieldValue) -> PluginCase:
+        """The same with other fields."""
+        return replace(self, fields={**self.fields, **fields})
+
 
 @dataclass(frozen=True)
 class PluginResult:
@@ -75,7 +80,9 @@ def run_plugin_cases(cases: Sequence[Case | PluginCase], binary: Path, library: 
         folder = Path(name)
         for i, case in enumerate(made):
             (folder / f"{i:05}.case").write_bytes(_pack(case))
-        done = subprocess.run([binary, library, folder], capture_output=True, text=True, check=False)
+        # A program to run it under, such as compute-sanitizer with its options.
+        prefix = shlex.split(os.environ.get("CLADA_CONFORMANCE_PREFIX", ""))
+        done = subprocess.run([*prefix, binary, library, folder], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{binary} ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         return [_unpack((folder / f"{i:05}.result").read_bytes(), case.outputs) for i, case in enumerate(made)]
 
