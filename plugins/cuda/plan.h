@@ -21,6 +21,7 @@ constexpr int kColumns = 8;               // of w_out that a lane adds up at a t
 constexpr int kMaxParts = 64;             // of the sum over neurons
 constexpr int64_t kPanelBytes = 96 << 20;  // scratch of a prompt's panel of rows, about
 constexpr int64_t kPanelRows = 128;        // the fewest rows of a panel
+constexpr int64_t kMostPanelRows = 32768;  // a launch has at most 65535 blocks along an axis
 
 CLADA_ANYWHERE constexpr int64_t CeilDiv(int64_t value, int64_t step) { return (value + step - 1) / step; }
 CLADA_ANYWHERE constexpr int64_t RoundUp(int64_t value, int64_t step) { return CeilDiv(value, step) * step; }
@@ -157,7 +158,7 @@ inline int64_t PlanPrompt(const Problem& problem, int64_t rows, size_t gemm_byte
   const int64_t row_bytes = 4 * ((n + 1) * f + d) + 5 * granules + weight * (f + d) + (shadow ? 5 * RoundUp(d, kShadowWeights) : 0);
   const int64_t fit = kPanelBytes / row_bytes / kPanelRows * kPanelRows;
   Arena arena(base);
-  const int64_t panel = plan->panel = std::min(rows, std::max(fit, kPanelRows));
+  const int64_t panel = plan->panel = std::min({rows, std::max(fit, kPanelRows), kMostPanelRows});
   plan->prior = PlanPrior(problem, &arena);
   if (problem.x_type != problem.weight_type) plan->x = arena.Take<char>(panel * d * weight);
   if (shadow) {

@@ -152,3 +152,11 @@ def test_long_prompts_run_in_panels() -> None:
         call.problem.sequence, call.problem.intermediate_size = rows, 11008
         sizes.append(kernels().workspace([call], torch.device("cpu")).numel())
     assert sizes[0] < sizes[1] == sizes[2] < 256 << 20
+
+
+def test_a_very_long_prompt_of_a_small_layer() -> None:
+    """More rows than a launch has blocks along its second axis: panels are bounded by that too."""
+    case = make_case(SparseFFNAttributes(emit_active=True), shape=(1, 1), d=2, f=2, load=torch.full((1, 1), float("inf")))
+    rows = 70_000 if ON_GPU else 33_000
+    long = replace(case, x=torch.randn(1, rows, 2), load=torch.full((1, rows), float("inf")))
+    assert_close(long, run(long))
