@@ -29,7 +29,7 @@ from clada_export.targets import onnxruntime as target_ort
 from clada_export.targets import tensorrt as target_trt
 from clada_export.targets.common import WEIGHT_TYPES, BuildRequest, BuiltModel, Subject, Target
 from clada_export.targets.options import TensorRTOptions
-from clada_export.trace import trace
+from clada_export.trace import TracedModel, trace
 from clada_export.verify import Verification
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
@@ -136,8 +136,7 @@ def export(
         with stages("trace"):
             traced = trace(target.traceable(source.model, options.dtype), fusions=target.FUSIONS)
         with stages("rewrite and write") as note:
-            limit = _limit(source)
-            built = target.build(BuildRequest(traced, plan, writer.path, options.dtype, limit, options.tensorrt, stages.inner))
+            built = target.build(_build_request(source, traced, plan, writer.path, options, stages))
             del traced
             note(f"matched {len(built.report.ffns)}/{len(ffns.found)} FFNs")
         warnings += [*built.warnings, *(f"{miss.name} is left dense: {miss.reason}" for miss in built.report.misses)]
@@ -237,6 +236,23 @@ def _data(source: SourceModel, options: ExportOptions) -> CalibrationData:
         tokens_file=options.calibration_tokens,
         context=context,
         seed=options.seed,
+    )
+
+
+def _build_request(
+    source: SourceModel, traced: TracedModel, plan: SparsityPlan, folder: Path, options: ExportOptions, stages: Stages
+) -> BuildRequest:
+    # Attention layers of transformers keep the factor of their scores as `scaling`.
+    scales = (getattr(module, "scaling", None) for module in source.model.modules())
+    return BuildRequest(
+        traced,
+        plan,
+        folder,
+        dtype=options.dtype,
+        limit=_limit(source),
+        scales=frozenset(scale for scale in scales if isinstance(scale, float)),
+        settings=options.tensorrt,
+        progress=stages.inner,
     )
 
 

@@ -39,6 +39,7 @@ class BuildRequest:
         out: an existing folder.
         dtype: element type of the FFN weights (`ort`) or of the whole model (`trt`).
         limit: the longest sequence that the model takes, or None if it does not say.
+        scales: of the model's attention layers, as far as it says them.
         settings: what was asked of TensorRT.
     """
 
@@ -47,6 +48,7 @@ class BuildRequest:
     out: Path
     dtype: str = "float32"
     limit: int | None = None
+    scales: frozenset[float] = frozenset()
     settings: TensorRTOptions | None = None
     progress: Step = lambda what, done, total: None
 

@@ -37,9 +37,11 @@ from clada_export.targets.tensorrt_inline import write_inlined
 from clada_export.tensorrt_backend import PLUGIN_VERSION, Backend, find_backend, missing_gpu
 from clada_export.verify import Verification, VerifyOptions
 from clada_export.verify import verify as run_checks
+from clada_export.verify.precision import CONSTANTS_SHARE
 from clada_export.verify.report import Check
 from clada_export.verify.saved import check_saved, save_cases
 from clada_export.verify.widened import write_widened
+from graph_passes.attention_scale import ExactAttentionScale
 from graph_passes.op import DOMAIN, OP_TYPE
 
 FUSIONS: str | None = None
@@ -94,6 +96,7 @@ def build(request: BuildRequest) -> BuiltModel:
     profiles = plan_profiles(settings.max_batch, settings.max_sequence, settings.max_past, request.limit)
     report = rewrite(request)
     graph = request.traced.graph
+    ExactAttentionScale(request.scales)(graph)
     save(graph, request.out)
     inputs = tuple(tensor_spec(value) for value in graph.graph.inputs)
     plugin = None
@@ -191,7 +194,9 @@ def _record(
 def verify(subject: Subject) -> Verification:
     """The graph's numbers through ONNX Runtime, the engine's make-up, and what is left for a machine with a GPU."""
     with graph_engine(subject.folder, subject.manifest) as engine:
-        options = VerifyOptions(limits=subject.limits)
+        # 16-bit values are widened, so only the rounding of the graph's constants is allowed for.
+        dtype = subject.manifest.dtype
+        options = VerifyOptions(limits=subject.limits, computes_in=dtype, rounding_share=CONSTANTS_SHARE)
         result = run_checks(engine, subject.model, subject.ffns.found, subject.text, options, subject.progress)
     result.checks = [replace(check, name=f"ONNX graph, {check.name}") for check in result.checks]
     result.checks += engine_checks(subject.folder, subject.manifest)

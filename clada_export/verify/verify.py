@@ -28,11 +28,13 @@ DRIFT_ROWS, DRIFT_LENGTH = 2, 160
 class VerifyOptions:
     """`limits` is the plan's budget for drift (`ppl_increase`, `kl`); `seed` is that of the random tokens.
 
-    `computes_in` is the type of the engine's activations, which tells what rounding may cost.
+    `computes_in` is the type of the engine's activations, which tells what rounding may cost; `rounding_share` is the part of
+    that which is allowed.
     """
 
     limits: dict[str, float] = field(default_factory=dict)
     computes_in: str = "float32"
+    rounding_share: float = 1.0
     seed: int = 0
     greedy_tokens: int = GREEDY_TOKENS
 
@@ -67,7 +69,9 @@ def verify(
         # Loads of every kind: the still plan, easy and hard text, and a dense step among them.
         loads = rng.uniform(-2, 2, DECODE).astype(np.float32)
         loads[0], loads[DECODE // 2] = 0.0, np.inf
-        allowed = EXACT if rounded is None else rounded.measure(reference, case.rows, loads, wanted)
+        allowed = EXACT
+        if rounded is not None:
+            allowed = rounded.measure(reference, case.rows, loads, wanted).times(options.rounding_share)
         rounding = rounding.worst(allowed)
         result.checks += dense_parity(engine, case, wanted, allowed)
         progress(f"sparse parity, {case.name}")

@@ -120,6 +120,16 @@ def test_a_16_bit_graph_without_the_plugin(model_folder: Folder, kept_traces: No
     _check(export(model_folder("llama"), tmp_path / "out", replace(NO_PLUGIN, dtype="float16")), plugins=0)
 
 
+def test_a_scale_of_attention_that_is_no_power_of_two(kept_traces: None, tmp_path: Path) -> None:
+    """The exporter rounds its root: 8 ** -0.25 is 0.5946, and 0.59375 in bfloat16, which moves logits by 1e-2."""
+    tiny_model("llama", head_dim=8).save_pretrained(tmp_path / "model")
+    result = export(tmp_path / "model", tmp_path / "out", replace(NO_PLUGIN, dtype="bfloat16"))
+    _check(result, plugins=0)
+    assert result.verification is not None
+    checks = [check for check in result.verification.checks if "dense parity, prompt" in check.name]
+    assert len(checks) == 2 and all(check.numbers["max_abs"] < 1e-4 for check in checks)
+
+
 def test_an_embedded_plugin_and_streamed_weights(plugin: Path, model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
     sizes = []
     for embed in (False, True):
