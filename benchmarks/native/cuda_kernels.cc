@@ -19,7 +19,8 @@ CLADA_EXPORT size_t clada_workspace_bytes(const clada::Problem* problem) {
 
 // 0, or 1 with the error's text.
 CLADA_EXPORT int clada_run(const clada::Problem* problem, void* workspace, void* stream, char* error, size_t error_bytes) {
-  const std::string said = clada::cuda::RunSparseFFN(*problem, DefaultGemm(), workspace, static_cast<CUstream_st*>(stream));
+  std::string said = clada::cuda::CheckLimits(*problem);
+  if (said.empty()) said = clada::cuda::RunSparseFFN(*problem, DefaultGemm(), workspace, static_cast<CUstream_st*>(stream));
   std::snprintf(error, error_bytes, "%s", said.c_str());
   return said.empty() ? 0 : 1;
 }

@@ -160,3 +160,22 @@ def test_a_very_long_prompt_of_a_small_layer() -> None:
     rows = 70_000 if ON_GPU else 33_000
     long = replace(case, x=torch.randn(1, rows, 2), load=torch.full((1, rows), float("inf")))
     assert_close(long, run(long))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"hidden_size": 1 << 30}, ("n * hidden_size", "2147483648")),
+        ({"intermediate_size": 1 << 30}, ("n * intermediate_size", "2147483648")),
+        ({"batch": 70_000}, ("batch", "70000", "65535")),
+        ({"batch": 60_000, "sequence": 60_000}, ("batch * sequence", "3600000000")),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(sizes: dict[str, int], said: tuple[str, ...]) -> None:
+    call = make_call(make_case(SparseFFNAttributes(), shape=(1, 1)))
+    for name, value in sizes.items():
+        setattr(call.problem, name, value)
+    with pytest.raises(RuntimeError) as error:
+        kernels().run(call, torch.empty(512, dtype=torch.uint8, device=call.y.device))
+    for part in said:
+        assert part in str(error.value)

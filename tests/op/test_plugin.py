@@ -186,6 +186,18 @@ def test_bad_inputs() -> None:
     expect("configure", "96 neurons", "granule 5", base=PluginCase.of(make_case(SparseFFNAttributes())), granule=5)
 
 
+@pytest.mark.parametrize(("launch", "step"), [(1, "statistic"), (2, "x"), (4, "neurons"), (5, "sum"), (6, "energy")])
+def test_a_failing_device_is_told(launch: int, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error inside of enqueue: no crash, the step and CUDA's name for it in the log."""
+    if conformance_program() is not None:
+        pytest.skip("only the emulated CUDA runtime fails when it is told to")
+    monkeypatch.setenv("CLADA_EMULATION_FAILS_AT", str(launch))
+    (result,) = run_cases(make_case(SparseFFNAttributes(emit_stat=True)))
+    assert result.failed == "enqueue"
+    assert f"{step}: cudaErrorLaunchFailure" in result.log[0], result.log
+    assert NODE in result.log[0]
+
+
 @pytest.mark.parametrize("creator", [("SparseFFM", "1", DOMAIN), (OP_TYPE, "2", DOMAIN), (OP_TYPE, "1", "none")])
 def test_other_creators_are_not_there(creator: tuple[str, str, str]) -> None:
     (result,) = run_cases(replace(PluginCase.of(make_case(SparseFFNAttributes())), creator=creator))

@@ -39,6 +39,7 @@ cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaSuccess                  ? "cudaSuccess"
          : error == cudaErrorMemoryAllocation  ? "cudaErrorMemoryAllocation"
+         : error == cudaErrorLaunchFailure     ? "cudaErrorLaunchFailure"
          : error == cudaErrorInvalidDevice     ? "cudaErrorInvalidDevice"
          : error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
                                                : "cudaErrorUnknown";

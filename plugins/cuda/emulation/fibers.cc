@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -180,6 +181,10 @@ void SyncWarp(void* argument, void (*together)(void* const (&arguments)[32])) {
 }
 
 cudaError_t Run(dim3 grid, dim3 size, const std::function<void()>& kernel) {
+  // A device that fails, for tests: launch number CLADA_EMULATION_FAILS_AT of the process, counted from 1.
+  static const char* const fails_at = std::getenv("CLADA_EMULATION_FAILS_AT");
+  static std::atomic<int> launches{0};
+  if (++launches == (fails_at ? std::atoi(fails_at) : 0)) return cudaErrorLaunchFailure;
   const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
   // What the device itself refuses.
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
