@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -146,25 +147,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("options", nargs="*", help="further options of clada-export, after --")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
-    results = []
+    found: dict[str, Any] = {
+        "tensorrt_rtx": importlib.metadata.version("tensorrt-rtx-cu13"),
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()},
+        "results": [],
+    }
+    if options.json and options.json.is_file():  # goes on where it stood
+        found["results"] = json.loads(options.json.read_text(encoding="utf-8"))["results"]
+    results = found["results"]
+    failures = 0
     for given in options.model:
         name, _, path = given.partition("=")
         for dtype in options.dtypes:
+            if any((item["model"], item["dtype"]) == (name, dtype) for item in results):
+                continue
             try:
                 results.append(measure(name, path, dtype, options.work, options.options))
             except ChildFailedError as error:
                 print(f"{name} {dtype}: {error}", file=sys.stderr)
-                return 1
-    found = {
-        "tensorrt_rtx": importlib.metadata.version("tensorrt-rtx-cu13"),
-        "machine": {"processor": platform.machine(), "python": platform.python_version()},
-        "results": results,
-    }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                failures += 1
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(results))
-    return 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
