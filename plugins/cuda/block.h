@@ -11,16 +11,16 @@
 namespace clada::cuda {
 
 // The sum over the block, for every thread; always in the same order. All threads must come.
-template <class T>
+template <int kBlockWarps = kWarps, class T>
 __device__ __forceinline__ T BlockSum(T value) {
-  __shared__ T sums[kWarps];
+  __shared__ T sums[kBlockWarps];
   T values[1] = {value};
   WarpSum(values);
   __syncthreads();  // an earlier call's sums have been read
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = values[0];
   __syncthreads();
   T total = sums[0];
-  for (int i = 1; i < kWarps; ++i) total += sums[i];
+  for (int i = 1; i < kBlockWarps; ++i) total += sums[i];
   return total;
 }
 

@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kThreads) DownKernel(Problem problem, DecodePl
     const int64_t mine = begin + lane;
     unsigned chosen = Ballot(mine < end && plan.chosen[mine < end ? mine : 0] != 0);
     float sum[kAtOnce][kColumns] = {};
-#pragma unroll 4
+#pragma unroll kRows <= 4 ? 8 : 4
     for (int left = CountBits(chosen); left > 0; --left) {
       const int64_t j = begin + LowestBit(chosen);
       chosen &= chosen - 1u;
@@ -327,25 +327,25 @@ __global__ void __launch_bounds__(kThreads) DownKernel(Problem problem, DecodePl
 
 __device__ __forceinline__ int CountOfThread(const DecodePlan& plan, int64_t rows, int64_t row) {
   int count = 0;
-  for (int64_t b = threadIdx.x; b < plan.blocks; b += kThreads) count += plan.count[b * rows + row];
+  for (int64_t b = threadIdx.x; b < plan.blocks; b += 32 * kReduceWarps) count += plan.count[b * rows + row];
   return count;
 }
 
 // y[r] = the parts in their order, and the bias. A block has 32 columns of one row.
 template <class X>
-__global__ void __launch_bounds__(kThreads) ReduceKernel(Problem problem, DecodePlan plan) {
+__global__ void __launch_bounds__(32 * kReduceWarps) ReduceKernel(Problem problem, DecodePlan plan) {
   __shared__ float sums[kMaxParts][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t row = blockIdx.y, rows = problem.rows(), d = problem.hidden_size, column = blockIdx.x * 32ll + lane;
   const bool by_cell = plan.group == 1;
-  for (int64_t part = warp; part < plan.parts; part += kWarps) {
+  for (int64_t part = warp; part < plan.parts; part += kReduceWarps) {
     float sum = 0.0f;
     if (column < d) {
       const int64_t begin = by_cell ? part * plan.cells() / plan.parts : part;
       const int64_t end = by_cell ? (part + 1) * plan.cells() / plan.parts : part + 1;
       const float* partial = plan.partial + row * d + column;
       sum = partial[begin * rows * d];
-#pragma unroll 4
+#pragma unroll 8
       for (int64_t at = begin + 1; at < end; ++at) sum += partial[at * rows * d];
     }
     sums[part][lane] = sum;
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kThreads) ReduceKernel(Problem problem, Decode
     static_cast<X*>(problem.y)[row * d + column] = FromFloat<X>(padding ? 0.0f : total);
   }
   if (problem.active && blockIdx.x == 0) {
-    const int active = BlockSum(CountOfThread(plan, rows, row));
+    const int active = BlockSum<kReduceWarps>(CountOfThread(plan, rows, row));
     if (threadIdx.x == 0) problem.active[row] = active;
   }
 }
@@ -423,7 +423,8 @@ cudaError_t LaunchSparseFFN(const Problem& problem, const DecodePlan& plan, cuda
 cudaError_t LaunchReduce(const Problem& problem, const DecodePlan& plan, cudaStream_t stream) {
   return WithType(problem.x_type, [&](auto* type) {
     using X = std::remove_pointer_t<decltype(type)>;
-    return Launch(&ReduceKernel<X>, Blocks(CeilDiv(problem.hidden_size, 32), problem.rows()), dim3(kThreads), stream, problem, plan);
+    return Launch(&ReduceKernel<X>, Blocks(CeilDiv(problem.hidden_size, 32), problem.rows()), dim3(32 * kReduceWarps), stream,
+                  problem, plan);
   });
 }
 

@@ -11,8 +11,9 @@
 
 namespace clada::cuda {
 
-constexpr int kThreads = 256;             // of every block
+constexpr int kThreads = 256;             // of nearly every block
 constexpr int kWarps = kThreads / 32;
+constexpr int kReduceWarps = 32;          // of a block that adds up parts: many loads in flight, for there is little else to do
 constexpr int kMaxRange = 32;             // neurons of one block: one bit of a warp's ballot each
 constexpr int kLaneWeights = 8;           // weights that a lane multiplies at a time
 constexpr int kWarpWeights = 32 * kLaneWeights;
