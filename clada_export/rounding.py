@@ -44,6 +44,9 @@ def round_ffn_weights(ffns: Sequence[EagerFFN], dtype: str) -> str:
 def round_all_weights(model: nn.Module, dtype: str) -> str:
     """Round every parameter in place, for engines that compute in `dtype` throughout.
 
+    So are buffers of a single number, such as the scale of Gemma's embeddings, which models use in the type of their weights:
+    the square root of 640 is 25.25 in bfloat16, and Gemma was trained with that. Other buffers (rotary frequencies) stay.
+
     Returns:
         A sentence for the manifest: the type, and the largest relative change of a parameter.
 
@@ -58,6 +61,9 @@ def round_all_weights(model: nn.Module, dtype: str) -> str:
                 raise UnsupportedModelError(f"{name}: a weight of {float(weight.abs().max()):.3g} does not fit {dtype}")
             worst = max(worst, float((rounded - weight).norm() / weight.norm().clamp(min=1e-30)))
             weight.copy_(rounded)
+        for buffer in model.buffers():
+            if buffer.is_floating_point() and buffer.numel() == 1:
+                buffer.copy_(buffer.to(TORCH_TYPES[dtype]))
     return (
         f"the model is stored and computed in {dtype} (largest relative change of a parameter: {worst:.2g}); "
         "parity is against the float32 model with these weights"
