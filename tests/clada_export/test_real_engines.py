@@ -65,7 +65,7 @@ def test_every_ffn_is_a_plugin_layer(fetch: Callable[[Path], Path], ffns: int, t
         out = tmp_path / dtype
         out.mkdir()
         traced = trace(target.traceable(source.model, dtype), fusions=target.FUSIONS)
-        built = target.build(BuildRequest(traced, plan, out, dtype, 2048, TensorRTOptions()))
+        built = target.build(BuildRequest(traced, plan, out, dtype, limit=2048, settings=TensorRTOptions()))
         assert len(built.report.ffns) == ffns
         assert built.engine is not None and built.engine["plugin"]["layers"] == ffns
         (file,) = built.engine["files"]
