@@ -10,8 +10,6 @@ namespace clada::cuda {
 
 enum RowKind : int { kSparseRow = 0, kDenseRow = 1, kPaddingRow = 2 };
 
-__device__ __forceinline__ bool IsInfinite(float value) { return fabsf(value) == INFINITY; }
-
 __device__ __forceinline__ int KindOf(float load) {
   if (load == -INFINITY) return kPaddingRow;
   return load == INFINITY || load != load ? kDenseRow : kSparseRow;

@@ -78,21 +78,29 @@ __device__ void Select(const Problem& problem, const RuleInput& rule, float mult
     mask[e] = !(score[e] < Level(rule, e, multiplier) * best) && Eligible(a, rule, e);
 }
 
+// score [E] of one row: given, or the sums of what `neuron` says of each of a granule's neurons.
+template <class Neuron>
+__device__ __forceinline__ void ScoreGranules(const Problem& problem, int64_t row, float* score, const Neuron& neuron) {
+  const Attributes& a = problem.attributes;
+  for (int64_t e = threadIdx.x; e < problem.granules(); e += kThreads) {
+    float sum = 0.0f;
+    if (a.score == Score::kExternal)
+      sum = External(problem, row, e);
+    else
+      for (int64_t j = e * a.granule; j < (e + 1) * a.granule; ++j) sum += neuron(j);
+    score[e] = sum;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) SelectKernel(Problem problem, DecodePlan plan) {
   const Attributes& a = problem.attributes;
   const int64_t row = blockIdx.x, f = problem.intermediate_size, granules = problem.granules();
   const float load = problem.load[row];
   if (KindOf(load) != kSparseRow) return;
   float* score = plan.granule_score + row * granules;
-  for (int64_t e = threadIdx.x; e < granules; e += kThreads) {
-    float sum = 0.0f;
-    if (a.score == Score::kExternal)
-      sum = External(problem, row, e);
-    else
-      for (int64_t j = e * a.granule; j < (e + 1) * a.granule; ++j)
-        sum += a.score == Score::kPrefix ? PrefixScore(problem, row, j) : plan.score[row * f + j];
-    score[e] = sum;
-  }
+  ScoreGranules(problem, row, score, [&](int64_t j) {
+    return a.score == Score::kPrefix ? PrefixScore(problem, row, j) : plan.score[row * f + j];
+  });
   __syncthreads();
   Select(problem, MakeRuleInput(problem, plan.prior, row), LoadMultiplier(a, load), score, plan.mask + row * granules);
 }
@@ -119,15 +127,8 @@ __global__ void __launch_bounds__(kThreads) PromptHiddenKernel(Problem problem, 
   uint8_t* mask = plan.mask + i * granules;
   if (kind == kSparseRow) {
     float* score = plan.granule_score + i * granules;
-    for (int64_t e = threadIdx.x; e < granules; e += kThreads) {
-      float sum = 0.0f;
-      if (a.score == Score::kExternal)
-        sum = External(problem, row, e);
-      else
-        for (int64_t j = e * a.granule; j < (e + 1) * a.granule; ++j)
-          sum += PromptScore(problem, row, j, pre + j * n, plan.score + i * f);
-      score[e] = sum;
-    }
+    ScoreGranules(problem, row, score,
+                  [&](int64_t j) { return PromptScore(problem, row, j, pre + j * n, plan.score + i * f); });
     __syncthreads();
     Select(problem, MakeRuleInput(problem, plan.prior, row), LoadMultiplier(a, load), score, mask);
     __syncthreads();
