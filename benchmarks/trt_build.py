@@ -26,7 +26,7 @@ from benchmarks.child import ChildFailedError, run_child
 from clada_export.cli import main_export
 from clada_export.ffn import require_ffns
 from clada_export.manifest import TensorSpec, read_manifest
-from clada_export.pipeline import _limit
+from clada_export.pipeline import sequence_limit
 from clada_export.profiles import plan_profiles
 from clada_export.source import load_source
 from clada_export.targets import tensorrt as target
@@ -61,7 +61,7 @@ def build_traced(arguments: Sequence[str]) -> int:
         target.round_weights(source.model, require_ffns(source.model), dtype)
     graph = trace(target.traceable(source.model, dtype), fusions=target.FUSIONS).graph
     inputs = tuple(tensor_spec(value) for value in graph.graph.inputs)
-    profiles = plan_profiles(1, None, None, _limit(source))
+    profiles = plan_profiles(1, None, None, sequence_limit(source))
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         model = Path(scratch) / "model.onnx"
         ir.save(graph, model, external_data="model.onnx.data")

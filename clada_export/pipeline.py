@@ -227,7 +227,7 @@ def _load(model: str, options: ExportOptions) -> SourceModel:
 
 
 def _data(source: SourceModel, options: ExportOptions) -> CalibrationData:
-    limit = _limit(source)
+    limit = sequence_limit(source)
     context = options.calibration_context if limit is None else min(options.calibration_context, limit)
     return load_calibration_data(
         source.tokenizer,
@@ -249,14 +249,14 @@ def _build_request(
         plan,
         folder,
         dtype=options.dtype,
-        limit=_limit(source),
+        limit=sequence_limit(source),
         scales=frozenset(scale for scale in scales if isinstance(scale, float)),
         settings=options.tensorrt,
         progress=stages.inner,
     )
 
 
-def _limit(source: SourceModel) -> int | None:
+def sequence_limit(source: SourceModel) -> int | None:
     """The longest sequence that the model takes, or None if it does not say."""
     config = source.model.config
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
