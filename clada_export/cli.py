@@ -84,9 +84,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, help="the folder to make (default: MODEL's name with -clada-TARGET)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--policy", default="clada", help="which method picks neurons (default: clada)")
-    parser.add_argument("--score", help="the policy's score: shadow, gate, exact (default: the policy's choice)")
+    _policy_arguments(parser)
     goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--budget", default="ppl=2%", help="allowed error, ppl=2%% or kl=0.05 (default: ppl=2%%)")
+    goal.add_argument("--budget", default="ppl=2%", help="allowed error, ppl=2%%, kl=0.05 or cett=0.2 (default: ppl=2%%)")
     goal.add_argument("--sparsity", type=float, help="a mean sparsity instead of a budget, like 0.5")
     goal.add_argument("--plan", type=Path, help="a sparsity plan made before; no calibration")
     parser.add_argument(
@@ -107,6 +107,27 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _tensorrt_arguments(parser.add_argument_group("with --target trt"))
     _hub_arguments(parser)
     _output_arguments(parser)
+
+
+def _policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fields of `PolicySettings`, by their names; what is not given is not in the namespace."""
+
+    def add(name: str, **settings: Any) -> None:
+        parser.add_argument(name, default=argparse.SUPPRESS, **settings)
+
+    add("--score", help="the policy's score: shadow, gate, exact (default: the policy's choice)")
+    add("--allocation", help="how layers share: cett, sparsity, level, sensitivity, fisher (default: the best measured)")
+    add("--no-prior", dest="prior", action="store_false", help="clada: do not weigh thresholds by the prompt statistic")
+    add("--granule", type=int, metavar="N", help="neurons of an expert (default: the policy's)")
+    add("--rank", type=int, metavar="N", help="dejavu: width of the predictor (default: 4%% of the neurons)")
+    add("--rows", type=int, metavar="N", help="token rows that routers are trained on (default: 2048)")
+
+
+def _policy_settings(options: argparse.Namespace) -> Any:
+    from clada_export.policies import PolicySettings
+
+    given = {field.name: getattr(options, field.name) for field in fields(PolicySettings) if hasattr(options, field.name)}
+    return PolicySettings(**given)
 
 
 def _tensorrt_arguments(group: argparse._ArgumentGroup) -> None:
@@ -169,7 +190,7 @@ def _export(options: argparse.Namespace) -> int:
                 target=options.target,
                 tensorrt=_tensorrt_options(options),
                 policy=options.policy,
-                score=options.score,
+                settings=_policy_settings(options),
                 budget=options.budget,
                 sparsity=options.sparsity,
                 plan=options.plan,

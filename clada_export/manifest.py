@@ -255,13 +255,16 @@ class Manifest:
         content = self._content()
         return {**content, "digest": _digest(content)}
 
-    def sparsity_plan(self) -> SparsityPlan:
+    def sparsity_plan(self, folder: Path | None = None) -> SparsityPlan:
         """The plan as an object.
 
+        Args:
+            folder: the export; the plan's arrays (routers, neuron orders) are read from it. None leaves them out.
+
         Raises:
-            UsageError: the plan is not one.
+            UsageError: the plan is not one, or its arrays are missing or another plan's.
         """
-        return SparsityPlan.from_dict(self.plan, origin=f"{MANIFEST_NAME}: plan")
+        return SparsityPlan.from_dict(self.plan, origin=f"{MANIFEST_NAME}: plan", folder=folder)
 
     def with_files(self, files: dict[str, dict[str, Any]]) -> Manifest:
         """The same manifest with other files."""

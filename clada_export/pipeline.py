@@ -21,7 +21,8 @@ from clada_export.errors import UsageError, VerificationError
 from clada_export.ffn import EagerFFNs, require_ffns
 from clada_export.manifest import Manifest, read_manifest
 from clada_export.plan import SparsityPlan
-from clada_export.policies import get_policy
+from clada_export.plan_tensors import save_plan_tensors
+from clada_export.policies import PolicySettings, get_policy
 from clada_export.progress import Progress, Stages
 from clada_export.report import write_model_card, write_report
 from clada_export.source import SourceModel, load_source
@@ -45,7 +46,7 @@ class ExportOptions:
     target: str = "ort"
     tensorrt: TensorRTOptions | None = None
     policy: str = "clada"
-    score: str | None = None
+    settings: PolicySettings = field(default_factory=PolicySettings)
     budget: str = "ppl=2%"
     sparsity: float | None = None
     plan: Path | None = None
@@ -75,6 +76,7 @@ class ExportOptions:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         get_policy(self.policy)
+        self.settings.check()
         Budget.parse(self.budget)
         if self.sparsity is not None:
             parse_sparsity(self.sparsity)
@@ -144,6 +146,7 @@ def export(
         rewritten = {item.name for item in built.report.ffns}
         plan = plan.with_layers(tuple(layer for layer in plan.layers if layer.name in rewritten))
         _write_companions(source, writer.path)
+        save_plan_tensors(writer.path, plan)
         manifest = _manifest(source, plan, built, target, options, warnings)
         writer.draft(manifest)
         verification: Verification | None = None
@@ -286,7 +289,7 @@ def _plan(
     calibration = CalibrationOptions(
         budget=Budget.parse(options.budget),
         sparsity=options.sparsity,
-        score=options.score,
+        settings=options.settings,
         load_response=options.load_response,
         seed=options.seed,
     )

@@ -14,7 +14,9 @@ from typing import Any
 import jsonschema
 
 from clada_export.errors import UsageError
-from graph_passes.op import ACTIVATIONS, RULES, SCORES, SparseFFNAttributes
+from clada_export.plan_tensors import PLAN_TENSORS, LayerTensors, load_tensors, save_plan_tensors, tensors_digest
+from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, SparseFFNAttributes
+from graph_passes.router import HIDDEN_ACTIVATIONS, OUTPUTS, Router
 
 PLAN_VERSION = 1
 
@@ -49,6 +51,24 @@ PLAN_SCHEMA: dict[str, Any] = {
                     "load_slope": _NUMBER,
                     "load_min": {"type": "number", "exclusiveMinimum": 0},
                     "load_max": {"type": "number", "exclusiveMinimum": 0},
+                    "granule": {"type": "integer", "minimum": 1},
+                    "combine": {"enum": list(COMBINES)},
+                    "backbone_min": _NON_NEGATIVE,
+                    "prior_gamma": _NON_NEGATIVE,
+                    "kept_neurons": {"type": ["integer", "null"], "minimum": 1},
+                    "reordered": {"type": "boolean"},
+                    "router": {
+                        "type": ["object", "null"],
+                        "required": ["layers", "hidden", "output", "normalise", "scale"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "layers": {"type": "integer", "minimum": 1},
+                            "hidden": {"enum": list(HIDDEN_ACTIVATIONS)},
+                            "output": {"enum": list(OUTPUTS)},
+                            "normalise": {"type": "boolean"},
+                            "scale": {"type": "number", "exclusiveMinimum": 0},
+                        },
+                    },
                     "expected_sparsity": _SHARE,
                     "expected_cett": _NON_NEGATIVE,
                 },
@@ -80,6 +100,16 @@ PLAN_SCHEMA: dict[str, Any] = {
             "properties": {"weights_digest": {"type": "string"}},
         },
         "calibration": {"type": "object"},
+        "prune": {"type": ["string", "null"]},
+        "tensors": {
+            "type": ["object", "null"],
+            "required": ["file", "sha256"],
+            "additionalProperties": False,
+            "properties": {
+                "file": {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"},
+                "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+            },
+        },
     },
 }
 
@@ -101,11 +131,30 @@ class LoadSignal:
 
 
 @dataclass(frozen=True)
+class RouterForm:
+    """What a `Router` is besides its numbers: how many linear layers, and the functions between and after them."""
+
+    layers: int
+    hidden: str
+    output: str
+    normalise: bool
+    scale: float
+
+    @classmethod
+    def of(cls, router: Router) -> RouterForm:
+        """The form of a router."""
+        return cls(len(router.weights), router.hidden, router.output, router.normalise, router.scale)
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """One FFN. `name` is the module path of its down projection (`model.layers.0.mlp.down_proj`).
 
-    `threshold` holds one value, or one a granule. `expected_sparsity` is the share of neurons skipped and `expected_cett` the
-    relative error of the FFN output (`docs/calibration.md`), both measured on the calibration text at load 0.
+    `threshold` holds one value, or one a granule. `granule`, `combine`, `backbone_min` and `prior_gamma` are the op's
+    attributes. `kept_neurons` counts the neurons that the engine holds, if not all (whole neurons were pruned); `reordered`
+    says that they are stored in another order (experts). `router` is the form of the network that scores the granules.
+    `expected_sparsity` is the share of neurons skipped and `expected_cett` the relative error of the FFN output
+    (`docs/calibration.md`), both measured on the calibration text at load 0.
     """
 
     name: str
@@ -119,11 +168,26 @@ class LayerPlan:
     load_max: float = 4.0
     expected_sparsity: float = 0.0
     expected_cett: float = 0.0
+    granule: int = 1
+    combine: str = "sum"
+    backbone_min: float = 0.0
+    prior_gamma: float = 0.0
+    kept_neurons: int | None = None
+    reordered: bool = False
+    router: RouterForm | None = None
+
+    @property
+    def width(self) -> int:
+        """How many neurons the engine holds."""
+        return self.kept_neurons or self.intermediate_size
 
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """Which neurons every FFN may skip, and how that follows the load."""
+    """Which neurons every FFN may skip, and how that follows the load.
+
+    `prune` says how the weights were pruned before (`docs/pruning.md`). `arrays` holds, by layer, what JSON does not.
+    """
 
     policy: str
     score: str
@@ -132,6 +196,8 @@ class SparsityPlan:
     load: LoadSignal
     source: dict[str, Any]
     calibration: dict[str, Any] = field(default_factory=dict)
+    prune: str | None = None
+    arrays: dict[str, LayerTensors] = field(default_factory=dict, compare=False)
     version: int = PLAN_VERSION
 
     def layer(self, name: str) -> LayerPlan | None:
@@ -140,21 +206,17 @@ class SparsityPlan:
 
     def attributes(self, layer: LayerPlan) -> SparseFFNAttributes:
         """The op's attributes for a layer of this plan; whether there are biases is the model's affair."""
-        return SparseFFNAttributes(
-            activation=layer.activation,
-            gated=layer.gated,
-            score=self.score,
-            rule=self.rule,
-            load_slope=layer.load_slope,
-            load_min=layer.load_min,
-            load_max=layer.load_max,
-        )
+        return layer_attributes(layer, self.score, self.rule)
+
+    def tensors(self, layer: LayerPlan) -> LayerTensors:
+        """The arrays of a layer; none for most policies."""
+        return self.arrays.get(layer.name, LayerTensors())
 
     @property
     def expected_sparsity(self) -> float:
         """Share of all planned neurons that is skipped at load 0."""
-        total = sum(layer.intermediate_size for layer in self.layers)
-        skipped = sum(layer.intermediate_size * layer.expected_sparsity for layer in self.layers)
+        total = sum(layer.width for layer in self.layers)
+        skipped = sum(layer.width * layer.expected_sparsity for layer in self.layers)
         return skipped / total if total else 0.0
 
     def with_layers(self, layers: tuple[LayerPlan, ...]) -> SparsityPlan:
@@ -162,26 +224,28 @@ class SparsityPlan:
         return replace(self, layers=layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        value = asdict(self)
+        """Plain JSON values; `arrays` are stood for by the digest of the file that `save_tensors` writes."""
+        value = asdict(replace(self, arrays={}))
+        del value["arrays"]
         value["layers"] = [{**layer, "threshold": list(layer["threshold"])} for layer in value["layers"]]
+        value["tensors"] = {"file": PLAN_TENSORS, "sha256": tensors_digest(self.arrays)} if self.arrays else None
         return value
 
     @classmethod
-    def from_dict(cls, value: Any, *, origin: str = "plan") -> SparsityPlan:
+    def from_dict(cls, value: Any, *, origin: str = "plan", folder: Path | None = None) -> SparsityPlan:
         """Read a plan.
 
         Args:
             value: parsed JSON.
             origin: the file it came from, for the message.
+            folder: where the file of its arrays is; None leaves them out.
 
         Raises:
-            UsageError: the value does not follow `PLAN_SCHEMA`; says where, what was found and what is allowed.
+            UsageError: the value does not follow `PLAN_SCHEMA`, or the arrays do not belong to it; says where, what was found
+                and what is allowed.
         """
         validate_json(value, PLAN_SCHEMA, origin)
-        layers = tuple(
-            LayerPlan(**{**layer, "threshold": tuple(float(t) for t in layer["threshold"])}) for layer in value["layers"]
-        )
+        layers = tuple(_layer_from(layer) for layer in value["layers"])
         names = [layer.name for layer in layers]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -191,20 +255,69 @@ class SparsityPlan:
                 raise UsageError(
                     f"{origin}: layer {layer.name!r} has load_min {layer.load_min} above load_max {layer.load_max}"
                 )
-        return cls(**{**value, "layers": layers, "load": LoadSignal(**value["load"])})
+            if layer.width % layer.granule:
+                raise UsageError(
+                    f"{origin}: layer {layer.name!r} has {layer.width} neurons, which granules of {layer.granule} do not divide"
+                )
+            if (
+                value["rule"] == "topk"
+                and not 1 <= min(layer.threshold) <= max(layer.threshold) <= layer.width // layer.granule
+            ):
+                raise UsageError(
+                    f"{origin}: layer {layer.name!r} has k = {layer.threshold[0]:g} (the threshold of rule topk); it must "
+                    f"be between 1 and {layer.width // layer.granule}, the number of granules"
+                )
+        tensors = value.get("tensors")
+        known = {key: item for key, item in value.items() if key != "tensors"}
+        plan = cls(**{**known, "layers": layers, "load": LoadSignal(**value["load"])})
+        if tensors is None or folder is None:
+            return plan
+        return replace(plan, arrays=load_tensors(folder / tensors["file"], layers, tensors["sha256"]))
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON, and its arrays, if any, into the file beside it that it names."""
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        save_plan_tensors(path.parent, self)
 
     @classmethod
     def load_file(cls, path: Path) -> SparsityPlan:
-        """Read a plan from a file.
+        """Read a plan, and the arrays beside it.
 
         Raises:
             UsageError: the file can't be read, is not JSON, or is not a plan.
         """
-        return cls.from_dict(read_json(path), origin=str(path))
+        return cls.from_dict(read_json(path), origin=str(path), folder=path.parent)
+
+
+def layer_attributes(layer: LayerPlan, score: str, rule: str) -> SparseFFNAttributes:
+    """The op's attributes for a layer; whether there are biases is the model's affair."""
+    stat = score == "prefix" or layer.backbone_min > 0.0 or layer.prior_gamma > 0.0
+    return SparseFFNAttributes(
+        activation=layer.activation,
+        gated=layer.gated,
+        score=score,
+        rule=rule,
+        granule=layer.granule,
+        combine=layer.combine,
+        load_slope=layer.load_slope,
+        load_min=layer.load_min,
+        load_max=layer.load_max,
+        use_stat=stat,
+        backbone_min=layer.backbone_min,
+        prior_gamma=layer.prior_gamma,
+        emit_stat=stat,
+    )
+
+
+def _layer_from(value: dict[str, Any]) -> LayerPlan:
+    router = value.get("router")
+    return LayerPlan(
+        **{
+            **value,
+            "threshold": tuple(float(t) for t in value["threshold"]),
+            "router": None if router is None else RouterForm(**router),
+        }
+    )
 
 
 def read_json(path: Path) -> Any:

@@ -106,9 +106,9 @@ def _subtitle(plan: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
 def _tiles(report: Mapping[str, Any]) -> str:
     tiles: list[tuple[str, str]] = []
     layers = (report.get("plan") or {}).get("layers") or []
-    neurons = sum(layer["intermediate_size"] for layer in layers)
+    neurons = sum(_width(layer) for layer in layers)
     if neurons:
-        skipped = sum(layer["intermediate_size"] * layer.get("expected_sparsity", 0.0) for layer in layers)
+        skipped = sum(_width(layer) * layer.get("expected_sparsity", 0.0) for layer in layers)
         tiles.append(("neurons skipped at load 0", _percent(skipped / neurons)))
     rewrite = report.get("rewrite") or {}
     if rewrite:
@@ -199,7 +199,7 @@ def _drift(verification: Mapping[str, Any], calibration: Mapping[str, Any]) -> s
         "<h2>Drift from the dense model</h2>"
         + _table(("", "engine, as deployed", "simulated in calibration"), rows, numeric=(1, 2))
         + '<p class="note">As deployed: the prompt runs dense, each later token at the load of the text so far. '
-        "Simulated: every token runs sparse, on the held-out part of the calibration text. KL in nats a token.</p>"
+        "Simulated: the same with masks, on the held-out part of the calibration text. KL in nats a token.</p>"
     )
 
 
@@ -250,10 +250,14 @@ def _round_up(value: float) -> float:
 
 def _search(calibration: Mapping[str, Any]) -> str:
     parts = []
-    allocations = calibration.get("allocations") or {}
-    if allocations:
-        rows = [[escape(str(name)), _percent(item["sparsity"]), _number(item["kl"])] for name, item in allocations.items()]
-        parts.append("<h2>How the layers share</h2>" + _table(("allocation", "sparsity", "KL"), rows, numeric=(1, 2)))
+    compared = calibration.get("compared") or []
+    if compared:
+        rows = [
+            [escape(str(item["variant"])), escape(str(item["allocation"])), _percent(item["sparsity"]), _number(item["kl"])]
+            for item in compared
+        ]
+        head = ("variant", "how the layers share", "sparsity", "KL")
+        parts.append("<h2>What was compared</h2>" + _table(head, rows, numeric=(2, 3)))
     steps = calibration.get("search") or []
     if steps:
         in_percent = str(calibration.get("budget", "")).startswith("ppl")
@@ -526,3 +530,8 @@ def _markdown(text: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("`", "'")
+
+
+def _width(layer: Mapping[str, Any]) -> int:
+    """The neurons that the engine holds of a layer."""
+    return int(layer.get("kept_neurons") or layer["intermediate_size"])

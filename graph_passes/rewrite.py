@@ -28,6 +28,7 @@ from graph_passes.op import (
 )
 from graph_passes.repack import free_unused, repack, sources, weight_key
 from graph_passes.report import RewriteReport, RewrittenFFN
+from graph_passes.router import Router, emit_router
 from graph_passes.rules.common import FFNMatch, rank
 from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
 
@@ -46,11 +47,19 @@ class FFNRewrite:
         make_constants: called, if the score needs constants, with w_in [f, n, d] and w_out [f, d] as float32: the weights
             as they are stored, after a cast to `weight_dtype`, not to be changed. Returns `neuron_scale` float32 [f] and,
             for score `shadow`, `shadow` int8 [f, n, d/2] and `shadow_scale` float16 [f, n, d/32, 2].
+        router: what scores the granules, with score `external`.
+        neurons: int64 [f'], the neurons that the op holds in their order; None keeps all in the model's order.
     """
 
     attributes: SparseFFNAttributes
     threshold: np.ndarray
     make_constants: MakeConstants = lambda w_in, w_out: {}
+    router: Router | None = None
+    neurons: np.ndarray | None = None
+
+    def width(self, intermediate_size: int) -> int:
+        """How many neurons the op holds."""
+        return intermediate_size if self.neurons is None else len(self.neurons)
 
 
 def rewrite_ffns(
@@ -145,13 +154,26 @@ class RewriteFFNs(ir.passes.InPlacePass):
             ContractError: types, sizes, threshold or score that the op does not allow here.
         """
         attributes = settle(match, rewrite.attributes, self.emit_active)
-        if attributes.score == "external":
-            raise ContractError(f"{match.name}: score 'external' needs nodes that compute the score; the pass adds none")
+        width = rewrite.width(match.intermediate_size)
+        if (attributes.score == "external") != (rewrite.router is not None):
+            found = "there is none" if rewrite.router is None else f"the score is {attributes.score!r}"
+            raise ContractError(f"{match.name}: score 'external' and a router belong together; {found}")
+        if rewrite.neurons is not None and not _is_selection(rewrite.neurons, match.intermediate_size):
+            raise ContractError(
+                f"{match.name}: 'neurons' must hold different indices of 0 to {match.intermediate_size - 1}, and at least one"
+            )
         try:
             check_types(match.dtype, self.weight_dtype or match.dtype)
-            shapes = weight_shapes(attributes, match.hidden_size, match.intermediate_size)
+            shapes = weight_shapes(attributes, match.hidden_size, width)
         except ContractError as error:
             raise ContractError(f"{match.name}: {error}") from error
+        if rewrite.router is not None:
+            wanted = (match.hidden_size, width // attributes.granule)
+            if (rewrite.router.hidden_size, rewrite.router.granules) != wanted:
+                raise ContractError(
+                    f"{match.name}: the router takes {rewrite.router.hidden_size} values and scores {rewrite.router.granules} "
+                    f"granules; the layer has {wanted[0]} and {wanted[1]}"
+                )
         allowed = {(1,)} if attributes.rule == "topk" else {(1,), shapes["threshold"]}
         if rewrite.threshold.shape not in allowed or not bool(np.all(rewrite.threshold >= 0)):
             raise ContractError(
@@ -184,7 +206,8 @@ class _Writer:
         graph, nodes_before = self.graph, self.graph.num_nodes()
         attributes = settle(match, wanted.attributes, emit_active)
         node_name = self._node_name(match.name)
-        owner, weights = self._weights(match, node_name)
+        width = wanted.width(match.intermediate_size)
+        owner, weights = self._weights(match, node_name, wanted.neurons)
         constants = self._constants(attributes, wanted, weights, node_name)
         anchor = match.y.producer()
         assert anchor is not None
@@ -192,8 +215,11 @@ class _Writer:
         x = self._three_axes(match, before)
         by_name = {"x": x, LOAD: self.load, **weights, **constants}
         if attributes.use_stat:
-            by_name["past_stat"] = self._stat_value(f"past_stat.{self.stats}", match.intermediate_size)
+            by_name["past_stat"] = self._stat_value(f"past_stat.{self.stats}", width)
             graph.inputs.append(by_name["past_stat"])
+        if wanted.router is not None:
+            nodes, by_name["score"] = emit_router(wanted.router, x, self.load, f"{node_name}.router", self._initializer)
+            before += nodes
         node = ir.node(
             OP_TYPE,
             [by_name[name] for name in input_names(attributes)],
@@ -215,7 +241,7 @@ class _Writer:
         if attributes.emit_stat:
             stat = outputs["stat"]
             stat.name = f"present_stat.{self.stats}"
-            self._describe(stat, ir.DataType.FLOAT, ir.Shape([self._axes()[0], match.intermediate_size]))
+            self._describe(stat, ir.DataType.FLOAT, ir.Shape([self._axes()[0], width]))
             graph.outputs.append(stat)
         self.stats += attributes.use_stat or attributes.emit_stat
         graph.insert_before(anchor, [*before, node, *after])
@@ -298,12 +324,12 @@ class _Writer:
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
-    def _weights(self, match: FFNMatch, prefix: str) -> tuple[str | None, dict[str, ir.Value]]:
+    def _weights(self, match: FFNMatch, prefix: str, neurons: np.ndarray | None) -> tuple[str | None, dict[str, ir.Value]]:
         """(the node whose weights are shared or None, the weights by input name)."""
-        key = weight_key(match)
+        key = (weight_key(match), None if neurons is None else neurons.tobytes())
         if key in self.shared:
             return self.shared[key]
-        arrays = repack(match, self.weight_dtype)
+        arrays = repack(match, self.weight_dtype, neurons)
         weights = {name: self._initializer(f"{prefix}.{name}", array) for name, array in arrays.items()}
         self.shared[key] = (prefix, weights)
         return None, weights
@@ -400,6 +426,11 @@ class _Writer:
         value.shape = None if shape is None else shape.copy()
         if name is not None:
             value.name = name
+
+
+def _is_selection(neurons: np.ndarray, count: int) -> bool:
+    inside = neurons.ndim == 1 and neurons.size > 0 and neurons.min() >= 0 and neurons.max() < count
+    return bool(inside and len(np.unique(neurons)) == len(neurons))
 
 
 def _sizes(w_out: ir.Value) -> tuple[int, int]:

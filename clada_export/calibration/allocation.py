@@ -2,75 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from clada_export.calibration.axis import Axis
 from clada_export.calibration.statistics import LayerTable
-from clada_export.ffn import EagerFFN
+
+Levels = Callable[[float], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What an allocation is made from: for each FFN its table, its width (neurons) and its price (`sensitivity`)."""
+
+    axis: Axis
+    tables: tuple[LayerTable, ...]
+    widths: tuple[int, ...]
+    sensitivity: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A family of per-layer thresholds with one knob; a larger knob never lowers a threshold.
+    """A family of per-layer levels with one knob; a larger knob never lowers a level.
 
-    `name` says how the layers share: `uniform` gives every layer the same relative error (CETT), `sensitivity` the same price
-    in the model's output (`clada_export.calibration.sensitivity`).
+    `name` says how the layers share: see `ALLOCATIONS`.
     """
 
     name: str
-    thresholds_at: Callable[[float], np.ndarray]
+    levels_at: Levels
     knob_max: float
-    tables: tuple[LayerTable, ...]
-    weights: np.ndarray
+    layers: Layers
 
-    def mean_sparsity(self, thresholds: np.ndarray, multiplier: np.ndarray | None = None) -> float:
+    def mean_sparsity(self, levels: np.ndarray, multiplier: np.ndarray | None = None) -> float:
         """The share of all neurons that is skipped.
 
         Args:
-            thresholds: [layers].
+            levels: [layers].
             multiplier: [tokens], m(load) of each token; None is 1.
         """
-        factors = np.ones(1) if multiplier is None else multiplier
-        shares = [
-            float(table.sparsity_at(threshold * factors).mean())
-            for table, threshold in zip(self.tables, thresholds, strict=True)
-        ]
-        return float(np.dot(self.weights, shares))
+        factors = torch.ones(1) if multiplier is None else torch.from_numpy(np.asarray(multiplier, dtype=np.float32))
+        shares = []
+        for table, level in zip(self.layers.tables, levels, strict=True):
+            moved = self.layers.axis.moved(torch.tensor(float(level)), factors)
+            shares.append(float(table.sparsity_at(moved.numpy()).mean()))
+        return float(np.average(shares, weights=self.layers.widths))
 
-    def thresholds_for(self, sparsity: float, multiplier: np.ndarray | None = None) -> np.ndarray:
-        """The thresholds whose mean sparsity (under the multiplier) is `sparsity`, by bisection on the knob."""
+    def levels_for(self, sparsity: float, multiplier: np.ndarray | None = None) -> np.ndarray:
+        """The levels whose mean sparsity (under the multiplier) is `sparsity`, by bisection on the knob."""
         low, high = 0.0, self.knob_max
         for _ in range(60):
             middle = (low + high) / 2
-            if self.mean_sparsity(self.thresholds_at(middle), multiplier) < sparsity:
+            if self.mean_sparsity(self.levels_at(middle), multiplier) < sparsity:
                 low = middle
             else:
                 high = middle
-        return self.thresholds_at((low + high) / 2)
+        return self.levels_at((low + high) / 2)
 
 
-def _weights(ffns: Sequence[EagerFFN]) -> np.ndarray:
-    sizes = np.array([ffn.intermediate_size for ffn in ffns], dtype=np.float64)
-    return np.asarray(sizes / sizes.sum())
+def same_cett(layers: Layers) -> tuple[Levels, float]:
+    """Every layer at the same CETT (arXiv 2402.03804: one target for all layers, one threshold each)."""
+    highest = max(float(table.cett[-1]) for table in layers.tables)
+    return lambda target: np.array([table.level_for_cett(target) for table in layers.tables]), highest
 
 
-def uniform_cett(ffns: Sequence[EagerFFN], tables: Sequence[LayerTable]) -> Allocation:
-    """Every layer at the same CETT (one target for all layers, one threshold each)."""
-
-    def thresholds_at(target: float) -> np.ndarray:
-        return np.array([table.threshold_for_cett(target) for table in tables])
-
-    return Allocation("uniform", thresholds_at, 1.0, tuple(tables), _weights(ffns))
+def same_sparsity(layers: Layers) -> tuple[Levels, float]:
+    """Every layer skips the same share (Griffin's one k, CATS's one percentile)."""
+    return lambda share: np.array([table.level_for(share) for table in layers.tables]), 1.0
 
 
-def by_sensitivity(ffns: Sequence[EagerFFN], tables: Sequence[LayerTable], sensitivity: Sequence[float]) -> Allocation:
-    """A neuron of any layer is dropped below the same price: threshold_l = knob / sensitivity_l."""
-    price = np.maximum(np.array(sensitivity, dtype=np.float64), 1e-30)
-    highest = np.array([table.threshold[-1] for table in tables])
+def same_level(layers: Layers) -> tuple[Levels, float]:
+    """Every layer has the same level: routers whose scores mean the same everywhere (LTE's 0.5)."""
+    highest = max(float(table.level[-1]) for table in layers.tables)
+    return lambda level: np.full(len(layers.tables), level), highest
 
-    def thresholds_at(knob: float) -> np.ndarray:
-        return np.asarray(np.minimum(knob / price, highest))
 
-    return Allocation("sensitivity", thresholds_at, float((highest * price).max()), tuple(tables), _weights(ffns))
+def same_price(layers: Layers) -> tuple[Levels, float]:
+    """A neuron of any layer is dropped below the same price: level = knob / sensitivity. For scores that are the norm of a
+    neuron's output (our own derivation)."""
+    price = np.maximum(np.array(layers.sensitivity, dtype=np.float64), 1e-30)
+    highest = np.array([table.level[-1] for table in layers.tables])
+    return lambda knob: np.asarray(np.minimum(knob / price, highest)), float((highest * price).max())
+
+
+def same_marginal_cost(layers: Layers) -> tuple[Levels, float]:
+    """The next neuron to drop costs the same KL in every layer (our own derivation).
+
+    By `sensitivity`, a layer's error raises KL by 1/2 * sensitivity^2 * E||error||^2. The tables have that as a function of the
+    layer's sparsity; its slope, made to ascend, is the price of one more neuron, and the layers share one.
+    """
+    shares, slopes = [], []
+    for table, width, price in zip(layers.tables, layers.widths, layers.sensitivity, strict=True):
+        share = table.sparsity_at(table.coarse_level)
+        cost = 0.5 * price**2 * table.error
+        slope = np.diff(cost) / np.maximum(np.diff(share) * width, 1e-12)
+        shares.append(np.concatenate(([share[0]], (share[1:] + share[:-1]) / 2, [share[-1]])))
+        slopes.append(np.maximum.accumulate(np.concatenate(([0.0], slope, [slope[-1]]))))
+    # Prices span orders of magnitude, so the knob is their logarithm, shifted to begin at 0.
+    least = min(float(slope[slope > 0].min()) for slope in slopes if (slope > 0).any()) / 10
+    logs = [np.log(np.maximum(slope, least) / least) + np.arange(len(slope)) * 1e-9 for slope in slopes]
+
+    def levels_at(knob: float) -> np.ndarray:
+        chosen = [np.interp(knob, log, share) for log, share in zip(logs, shares, strict=True)]
+        return np.array([table.level_for(float(share)) for table, share in zip(layers.tables, chosen, strict=True)])
+
+    return levels_at, max(float(log[-1]) for log in logs)
+
+
+ALLOCATIONS: dict[str, Callable[[Layers], tuple[Levels, float]]] = {
+    "cett": same_cett,
+    "sparsity": same_sparsity,
+    "level": same_level,
+    "sensitivity": same_price,
+    "fisher": same_marginal_cost,
+}
+
+
+def allocate(name: str, layers: Layers) -> Allocation:
+    """The allocation called `name`."""
+    levels_at, knob_max = ALLOCATIONS[name](layers)
+    return Allocation(name, levels_at, knob_max, layers)

@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from clada_export.calibration.allocation import Allocation, by_sensitivity, uniform_cett
+from clada_export.calibration.allocation import Allocation, Layers, allocate
+from clada_export.calibration.axis import AXES
 from clada_export.calibration.budget import Budget, search_sparsity
+from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.load_response import LOAD_SLOPE, fit_load_response
-from clada_export.calibration.scorer import make_scorer
+from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
-from clada_export.calibration.statistics import CalibrationStatistics, collect_statistics
+from clada_export.calibration.statistics import LayerTable, collect_statistics
 from clada_export.calibration.text import CalibrationData
 from clada_export.ffn import EagerFFN
-from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
-from clada_export.policies import Policy
+from clada_export.method import Method
+from clada_export.plan import LoadSignal, SparsityPlan
+from clada_export.policies import Policy, PolicyContext, PolicySettings
 
 SENSITIVITY_TOKENS = 1024
 SENSITIVITY_LENGTH = 256
 COMPARE_AT = 0.45
-"""The sparsity at which allocations are compared when a budget is given."""
+"""The sparsity at which allocations and variants are compared when a budget is given."""
 LOAD_MIN, LOAD_MAX = 0.25, 4.0
 """Bounds of m(load) in the engine: a load of -4..4 does not reach them at the op's slope, only one from outside does."""
+PROMPT = 128
+"""Tokens of a window that run dense, as a prompt does; a quarter of shorter windows."""
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What the user asked for: a budget, or a fixed mean sparsity."""
+    """What the user asked for: a budget, or a fixed mean sparsity; and of the policy, `settings`."""
 
     budget: Budget = field(default_factory=lambda: Budget("ppl", 0.02))
     sparsity: float | None = None
-    score: str | None = None
+    settings: PolicySettings = field(default_factory=PolicySettings)
     load_response: bool = True
     seed: int = 0
 
@@ -51,6 +56,157 @@ class CalibrationResult:
     details: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A method with its layers' shares settled by an allocation, and its drift at the sparsity of comparison."""
+
+    method: Method
+    layers: tuple[LayerSelector, ...]
+    allocation: Allocation
+    drift: Drift
+
+
+def prompt_length(context: int) -> int:
+    """How many tokens of a window are its prompt."""
+    return max(1, min(PROMPT, context // 4))
+
+
+class Calibrator:
+    """What one model and one text cost once, whatever the policy: sensitivity, and the dense side of every measurement.
+
+    Args:
+        progress: called with (what, done, total).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ffns: Sequence[EagerFFN],
+        data: CalibrationData,
+        *,
+        seed: int = 0,
+        progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        self.model, self.ffns, self.data, self.seed, self.progress = model, tuple(ffns), data, seed, progress
+        self.prompt = prompt_length(int(data.calibration.shape[1]))
+        self.sensitivity = layer_sensitivity(
+            model, ffns, _short_windows(data), seed=seed, progress=lambda done, total: progress("sensitivity", done, total)
+        )
+        self.meter = DriftMeter(model, ffns, data.heldout, self.prompt)
+        self._measured = 0
+
+    def step(self) -> None:
+        """Count a held-out window."""
+        self._measured += 1
+        self.progress("held-out windows", self._measured, 0)
+
+    def calibrate(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
+        """Make a sparsity plan; see the function `calibrate`."""
+        aimed = options.sparsity if options.sparsity is not None else COMPARE_AT
+        context = PolicyContext(
+            self.model,
+            self.ffns,
+            self.data.calibration,
+            sparsity=aimed,
+            prompt=self.prompt,
+            seed=options.seed,
+            settings=options.settings,
+            progress=self.progress,
+        )
+        policy.check(self.ffns, options.settings)
+        methods = policy.methods(context)
+        selectors = Selectors(self.ffns, methods)
+        statistics = collect_statistics(
+            self.model,
+            selectors,
+            self.data.calibration,
+            self.prompt,
+            lambda done, total: self.progress("statistics", done, total),
+        )
+        candidates = self._candidates(selectors, statistics.tables, aimed, options)
+        best = min(candidates, key=lambda candidate: candidate.drift.mean_kl)
+
+        sparsity, levels, drift, history = self._settle(best, aimed, options)
+        signal = statistics.load
+        tried: tuple[dict[str, float | str | bool], ...] = ()
+        if options.load_response and policy.responds:
+            response = fit_load_response(
+                self.meter, best.layers, best.allocation, sparsity, statistics.load, drift, levels, self.step
+            )
+            # A response must not break the budget that was just met.
+            if _keeps(response.drift, options):
+                signal, levels, drift = response.signal, response.levels, response.drift
+            tried = response.tried
+        details = {
+            "text": self.data.origin,
+            "digest": self.data.digest,
+            "calibration_tokens": int(self.data.calibration.numel()),
+            "heldout_tokens": int(self.data.heldout.numel()),
+            "prompt_tokens": self.prompt,
+            "budget": str(options.budget) if options.sparsity is None else f"sparsity={options.sparsity:.4g}",
+            "variant": best.method.label,
+            "allocation": best.allocation.name,
+            "compared": [
+                {
+                    "variant": candidate.method.label,
+                    "allocation": candidate.allocation.name,
+                    "kl": candidate.drift.mean_kl,
+                    "sparsity": candidate.drift.sparsity,
+                }
+                for candidate in candidates
+            ],
+            "search": history,
+            "load_response": list(tried),
+            "drift": drift.summary(),
+            **best.method.details,
+        }
+        plan = _plan(policy, best, levels, signal, source, details)
+        plan = replace(plan, calibration={**details, "relative_bytes": relative_bytes(plan)})
+        return CalibrationResult(plan, drift, {**plan.calibration, "sensitivity": list(self.sensitivity)})
+
+    def _candidates(
+        self, selectors: Selectors, tables: tuple[tuple[LayerTable, ...], ...], aimed: float, options: CalibrationOptions
+    ) -> list[Candidate]:
+        """The plainest method under each of its allocations, then its variants under the best of these."""
+        found: list[Candidate] = []
+        wanted = options.settings.allocation
+        for index, method in enumerate(selectors.methods):
+            layers = Layers(
+                AXES[method.rule], tables[index], tuple(layer.width for layer in method.layers), tuple(self.sensitivity)
+            )
+            names = method.allocations if wanted is None else (wanted,)
+            if index and wanted is None:
+                names = (min(found, key=lambda candidate: candidate.drift.mean_kl).allocation.name,)
+            # A CETT target is by definition the same in all layers.
+            if options.sparsity is None and options.budget.metric == "cett":
+                names = ("cett",)
+            for name in names:
+                allocation = allocate(name, layers)
+                drift = self.meter.measure(selectors.layers[index], allocation.levels_for(aimed), step=self.step)
+                found.append(Candidate(method, selectors.layers[index], allocation, drift))
+        return found
+
+    def _settle(
+        self, best: Candidate, aimed: float, options: CalibrationOptions
+    ) -> tuple[float, np.ndarray, Drift, list[dict[str, float]]]:
+        """(sparsity, levels, drift, the search's history) that the user's goal asks for."""
+        allocation = best.allocation
+        if options.sparsity is not None:
+            return aimed, allocation.levels_for(aimed), best.drift, []
+        if options.budget.metric == "cett":
+            levels = allocation.levels_at(options.budget.limit)
+            return allocation.mean_sparsity(levels), levels, self.meter.measure(best.layers, levels, step=self.step), []
+
+        def measure(wanted: float) -> Drift:
+            if wanted == aimed:
+                return best.drift
+            return self.meter.measure(best.layers, allocation.levels_for(wanted), step=self.step)
+
+        found, steps = search_sparsity(options.budget, measure, first=aimed)
+        history = [{"sparsity": item.sparsity, "cost": item.cost, "kl": item.drift.mean_kl} for item in steps]
+        return found.sparsity, allocation.levels_for(found.sparsity), found.drift, history
+
+
 def calibrate(
     model: nn.Module,
     ffns: Sequence[EagerFFN],
@@ -62,113 +218,58 @@ def calibrate(
 ) -> CalibrationResult:
     """Make a sparsity plan for a model.
 
-    The statistics and the gradient pass read `data.calibration`; every decision (allocation, sparsity, load response) is
-    measured on `data.heldout`.
+    The statistics, the gradient pass and whatever a policy trains read `data.calibration`; every decision (variant, allocation,
+    sparsity, load response) is measured on `data.heldout`, the first tokens of each window dense and the others sparse, as an
+    engine runs them.
 
     Args:
         source: goes into the plan; holds at least `weights_digest`.
         progress: called with (what, done, total).
 
     Raises:
-        UsageError: a score that the FFNs can't carry, activations that are not finite, a budget that nothing meets.
+        UsageError: a policy that the FFNs can't carry, activations that are not finite, a budget that nothing meets.
     """
-    score = policy.score_for(ffns, options.score)
-    scorers = [make_scorer(ffn, score) for ffn in ffns]
-    statistics = collect_statistics(
-        model, ffns, scorers, data.calibration, lambda done, total: progress("statistics", done, total)
-    )
-    sensitivity = layer_sensitivity(
-        model,
-        ffns,
-        _short_windows(data),
-        seed=options.seed,
-        progress=lambda done, total: progress("sensitivity", done, total),
-    )
-    meter = DriftMeter(model, ffns, scorers, data.heldout)
-    measured = 0
-
-    def step() -> None:
-        nonlocal measured
-        measured += 1
-        progress("held-out windows", measured, 0)
-
-    first = options.sparsity if options.sparsity is not None else COMPARE_AT
-    choices: list[tuple[Allocation, Drift]] = []
-    for allocation in (uniform_cett(ffns, statistics.tables), by_sensitivity(ffns, statistics.tables, sensitivity)):
-        choices.append((allocation, meter.measure(allocation.thresholds_for(first), step=step)))
-    allocation, drift = min(choices, key=lambda choice: choice[1].mean_kl)
-
-    history: list[dict[str, float]] = []
-    sparsity = first
-    if options.sparsity is None:
-        known = {first: drift}
-
-        def measure(wanted: float) -> Drift:
-            return known.get(wanted) or meter.measure(allocation.thresholds_for(wanted), step=step)
-
-        found, steps = search_sparsity(options.budget, measure, first=first)
-        sparsity, drift = found.sparsity, found.drift
-        history = [{"sparsity": item.sparsity, "cost": item.cost, "kl": item.drift.mean_kl} for item in steps]
-
-    thresholds = allocation.thresholds_for(sparsity)
-    signal = statistics.load
-    tried: tuple[dict[str, float | str | bool], ...] = ()
-    if options.load_response:
-        context = int(data.heldout.shape[1])
-        response = fit_load_response(meter, allocation, sparsity, statistics.load, drift, thresholds, context, step)
-        # A response must not break the budget that was just met.
-        if options.sparsity is not None or options.budget.cost(response.drift) <= options.budget.limit:
-            signal, thresholds, drift = response.signal, response.thresholds, response.drift
-        tried = response.tried
-
-    details = {
-        "text": data.origin,
-        "digest": data.digest,
-        "calibration_tokens": int(data.calibration.numel()),
-        "heldout_tokens": int(data.heldout.numel()),
-        "budget": str(options.budget) if options.sparsity is None else f"sparsity={options.sparsity:.4g}",
-        "allocation": allocation.name,
-        "allocations": {item.name: {"kl": measure_.mean_kl, "sparsity": measure_.sparsity} for item, measure_ in choices},
-        "search": history,
-        "load_response": list(tried),
-        "drift": drift.summary(),
-    }
-    plan = _plan(ffns, policy, score, statistics, thresholds, signal, source, details)
-    return CalibrationResult(plan, drift, {**details, "sensitivity": list(sensitivity)})
+    policy.check(ffns, options.settings)
+    return Calibrator(model, ffns, data, seed=options.seed, progress=progress).calibrate(policy, source, options)
 
 
-def _short_windows(data: CalibrationData) -> Any:
+def _keeps(drift: Drift, options: CalibrationOptions) -> bool:
+    if options.sparsity is not None or options.budget.metric == "cett":
+        return True
+    return options.budget.cost(drift) <= options.budget.limit
+
+
+def _short_windows(data: CalibrationData) -> Tensor:
     length = min(SENSITIVITY_LENGTH, data.calibration.shape[1])
     return data.calibration[:, :length][: max(1, SENSITIVITY_TOKENS // length)]
 
 
 def _plan(
-    ffns: Sequence[EagerFFN],
     policy: Policy,
-    score: str,
-    statistics: CalibrationStatistics,
-    thresholds: np.ndarray,
+    best: Candidate,
+    levels: np.ndarray,
     signal: LoadSignal,
     source: dict[str, Any],
     details: dict[str, Any],
 ) -> SparsityPlan:
-    layers = []
-    for ffn, table, threshold in zip(ffns, statistics.tables, thresholds, strict=True):
-        # The op compares in float32: plan what it will hold.
-        level = float(np.float32(threshold))
+    layers, axis = [], best.allocation.layers.axis
+    for layer, table, level in zip(best.method.layers, best.allocation.layers.tables, levels, strict=True):
+        threshold = axis.threshold(float(level), layer.width // layer.granule)
         layers.append(
-            LayerPlan(
-                name=ffn.name,
-                activation=ffn.activation,
-                gated=ffn.gated,
-                hidden_size=ffn.hidden_size,
-                intermediate_size=ffn.intermediate_size,
-                threshold=(level,),
+            replace(
+                layer,
+                threshold=(threshold,),
                 load_slope=LOAD_SLOPE,
                 load_min=LOAD_MIN,
                 load_max=LOAD_MAX,
                 expected_sparsity=float(table.sparsity_at(level)),
-                expected_cett=table.cett_at(level),
+                expected_cett=table.cett_at(float(level)),
             )
         )
-    return SparsityPlan(policy.name, score, policy.rule, tuple(layers), signal, source, details)
+    method = best.method
+    return SparsityPlan(
+        policy.name, method.score, method.rule, tuple(layers), signal, source, details, arrays=dict(method.arrays)
+    )
+
+
+__all__ = ["CalibrationOptions", "CalibrationResult", "Calibrator", "calibrate"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clada_export.calibration.scorer import LayerScorer
+from clada_export.calibration.selector import LayerSelector, decide
 from clada_export.calibration.tap import FFNTap
 from clada_export.ffn import EagerFFN
 from clada_export.load_signal import surprisal_entropy
@@ -75,35 +75,53 @@ class Drift:
 
 
 class DriftMeter:
-    """Measures thresholds on held-out windows, int64 [N, context]; the dense side is computed once where memory allows."""
+    """Measures methods on held-out windows as an engine runs them: the prompt dense, every later token sparse.
 
-    def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], scorers: Sequence[LayerScorer], windows: Tensor) -> None:
-        self._model, self._ffns, self._scorers, self._windows = model, ffns, scorers, windows
+    The dense side is computed once where memory allows. Drift is that of the sparse tokens' predictions.
+
+    Args:
+        windows: int64 [N, context].
+        prompt: tokens of every window that run dense, at least 1.
+    """
+
+    def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, prompt: int = 1) -> None:
+        self._model, self._ffns, self._windows = model, ffns, windows
+        self.prompt = prompt
         self._kept: list[Tensor] | None = None
         signals: list[Tensor] = []
         kept: list[Tensor] = []
         with torch.inference_mode():
             for window in windows:
-                logits = self._dense_logits(window)
+                logits = self._logits(window)
                 if logits.nbytes * len(windows) <= KEEP_LIMIT:
-                    kept.append(logits)
+                    kept.append(logits[prompt:].clone())
                 signals.append(torch.stack(surprisal_entropy(logits[:-1], window[1:])))
         if kept:
             self._kept = kept
         self.signals = torch.stack(signals)
         """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""
 
-    def _dense_logits(self, window: Tensor) -> Tensor:
+    @property
+    def context(self) -> int:
+        """Tokens of a window."""
+        return int(self._windows.shape[1])
+
+    def _logits(self, window: Tensor) -> Tensor:
         logits: Tensor = self._model(input_ids=window[None], use_cache=False).logits[0]
         return logits.float()
 
     def measure(
-        self, thresholds: np.ndarray, multiplier: Tensor | None = None, step: Callable[[], None] = lambda: None
+        self,
+        layers: Sequence[LayerSelector],
+        levels: np.ndarray,
+        multiplier: Tensor | None = None,
+        step: Callable[[], None] = lambda: None,
     ) -> Drift:
         """Run the sparse model.
 
         Args:
-            thresholds: [layers].
+            layers: one selector an FFN.
+            levels: [layers].
             multiplier: m(load), float32 [N, context], or None for 1. Token t of a window runs under the load of the step
                 before it: the surprisal of token t and the entropy of the distribution that it came from.
             step: called after every window.
@@ -111,23 +129,29 @@ class DriftMeter:
         parts: list[Tensor] = []
         active = total = 0
         current = 0
+        prompt = self.prompt
 
         def inner(index: int, x: Tensor, h: Tensor) -> Tensor:
             nonlocal active, total
-            level: Tensor | float = float(thresholds[index])
+            selector = layers[index]
+            rows = h.reshape(-1, h.shape[-1])
+            selection = decide(selector, x.reshape(-1, x.shape[-1]), rows, prompt)
+            level: Tensor | float = float(levels[index])
             if multiplier is not None:
-                level = multiplier[current].unsqueeze(-1) * level
-            keep = ~(self._scorers[index](x, h) < level)
-            active += int(keep.sum())
-            total += keep.numel()
-            return torch.where(keep, h, torch.zeros(()))
+                level = selector.axis.moved(torch.tensor(level), multiplier[current, prompt:].unsqueeze(-1))
+            remaining, keep = selector.hidden(rows[prompt:], selection, level)
+            decided = len(rows) - prompt
+            width = selector.layer.granule
+            active += int(keep.sum()) * width * (decided if len(keep) == 1 else 1)
+            total += selector.layer.width * decided
+            return torch.cat((rows[:prompt], remaining)).reshape(h.shape)
 
         with torch.inference_mode():
             for current, window in enumerate(self._windows):
-                dense = self._kept[current] if self._kept is not None else self._dense_logits(window)
+                dense = self._kept[current] if self._kept is not None else self._logits(window)[prompt:]
                 with FFNTap(self._ffns, inner=inner):
-                    sparse = self._dense_logits(window)
-                parts.append(_compare(dense[:-1], sparse[:-1], window[1:], current))
+                    sparse = self._logits(window)[prompt:]
+                parts.append(_compare(dense[:-1], sparse[:-1], window[prompt + 1 :], current))
                 step()
         nll, dense_nll, kl, top1, place = torch.cat(parts, dim=1).double().numpy()
         return Drift(nll, dense_nll, kl, top1, place, 1.0 - active / total)

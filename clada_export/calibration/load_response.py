@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clada_export.calibration.allocation import Allocation
 from clada_export.calibration.drift import Drift, DriftMeter
+from clada_export.calibration.selector import LayerSelector
 from clada_export.load_signal import LOAD_LIMIT, load_from
 from clada_export.plan import LoadSignal
 
@@ -24,10 +25,10 @@ lose (`docs/load-signal.md`)."""
 
 @dataclass(frozen=True)
 class LoadResponse:
-    """The fitted signal, the thresholds that keep the mean sparsity under it, and what was tried."""
+    """The fitted signal, the levels that keep the mean sparsity under it, and what was tried."""
 
     signal: LoadSignal
-    thresholds: np.ndarray
+    levels: np.ndarray
     drift: Drift
     tried: tuple[dict[str, float | str | bool], ...]
 
@@ -47,12 +48,12 @@ def multiplier_of(signal: LoadSignal, signals: Tensor, context: int) -> Tensor:
 
 def fit_load_response(
     meter: DriftMeter,
+    layers: Sequence[LayerSelector],
     allocation: Allocation,
     sparsity: float,
     base: LoadSignal,
     still: Drift,
-    thresholds: np.ndarray,
-    context: int,
+    levels: np.ndarray,
     step: Callable[[], None] = lambda: None,
 ) -> LoadResponse:
     """Try surprisal and entropy with small slopes against no response.
@@ -61,17 +62,18 @@ def fit_load_response(
     the weights of the signal are zero otherwise.
 
     Args:
-        still: the drift without a response, at `thresholds`.
+        still: the drift without a response, at `levels`.
     """
     tried: list[dict[str, float | str | bool]] = []
-    best = LoadResponse(base, thresholds, still, ())
+    best = LoadResponse(base, levels, still, ())
     for name, weights in (("surprisal", (1.0, 0.0)), ("entropy", (0.0, 1.0))):
         for slope in EFFECTIVE_SLOPES:
             scale = slope / LOAD_SLOPE
             signal = replace(base, surprisal_weight=weights[0] * scale, entropy_weight=weights[1] * scale)
-            multiplier = multiplier_of(signal, meter.signals, context)
-            rescaled = allocation.thresholds_for(sparsity, multiplier.flatten()[:: max(1, multiplier.numel() // 512)].numpy())
-            drift = meter.measure(rescaled, multiplier, step)
+            multiplier = multiplier_of(signal, meter.signals, meter.context)
+            decided = multiplier[:, meter.prompt :].flatten()
+            rescaled = allocation.levels_for(sparsity, decided[:: max(1, decided.numel() // 512)].numpy())
+            drift = meter.measure(layers, rescaled, multiplier, step)
             gain = still.window_kl() - drift.window_kl()
             error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
             # More active neurons than the still plan would be an unfair gain.
@@ -93,4 +95,4 @@ def fit_load_response(
                 best = LoadResponse(signal, rescaled, drift, ())
             if gain.mean() > error:
                 break
-    return LoadResponse(best.signal, best.thresholds, best.drift, tuple(tried))
+    return LoadResponse(best.signal, best.levels, best.drift, tuple(tried))

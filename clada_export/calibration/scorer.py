@@ -65,13 +65,23 @@ def layer_attributes(ffn: EagerFFN, score: str, rule: str) -> SparseFFNAttribute
     return SparseFFNAttributes(activation=ffn.activation, gated=ffn.gated, score=score, rule=rule, has_bias=ffn.has_bias)
 
 
-def layer_tensors(ffn: EagerFFN, score: str, threshold: Tensor, *, keep_weights: bool = True) -> SparseFFNTensors:
-    """All constant inputs of the op for an FFN; `keep_weights=False` leaves w_in empty where the score does not read it."""
+def layer_tensors(
+    ffn: EagerFFN, score: str, threshold: Tensor, *, keep_weights: bool = True, neurons: np.ndarray | None = None
+) -> SparseFFNTensors:
+    """All constant inputs of the op for an FFN; `keep_weights=False` leaves w_in empty where the score does not read it.
+
+    Args:
+        neurons: int64 [f'], the neurons that the op holds in their order; None keeps all.
+    """
     w_in, w_out = ffn.w_in(), ffn.w_out()
+    gate_bias, up_bias, down_bias = ffn.biases()
+    if neurons is not None:
+        order = torch.from_numpy(neurons)
+        w_in, w_out = w_in[order], w_out[order]
+        gate_bias, up_bias = (None if bias is None else bias[order] for bias in (gate_bias, up_bias))
     constants = {
         key: torch.from_numpy(value) for key, value in score_constants(score, w_in.numpy(), w_out.contiguous().numpy()).items()
     }
-    gate_bias, up_bias, down_bias = ffn.biases()
     return SparseFFNTensors(
         w_in=w_in if keep_weights else w_in[:0],
         w_out=w_out,

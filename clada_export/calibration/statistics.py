@@ -7,24 +7,23 @@ comes from the first window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clada_export.calibration.scorer import LayerScorer
+from clada_export.calibration.selector import LayerSelector, Selection, Selectors, decide
 from clada_export.calibration.tap import FFNTap
 from clada_export.errors import UsageError
-from clada_export.ffn import EagerFFN
 from clada_export.load_signal import surprisal_entropy
 from clada_export.plan import LoadSignal
 
 GRID = 65
-"""Thresholds a layer is measured at."""
+"""Levels a layer is measured at."""
 CETT_EVERY = 4
-"""Every how many thresholds the error is measured too; it costs one down projection each."""
+"""Every how many levels the error is measured too; it costs one down projection each."""
 CETT_ROWS = 24
 """Rows a window on which the error is measured."""
 HIGHEST_SPARSITY = 0.97
@@ -32,28 +31,34 @@ HIGHEST_SPARSITY = 0.97
 
 @dataclass(frozen=True)
 class LayerTable:
-    """What a threshold does to one FFN, measured on the calibration text.
+    """What a level (`axis`) does to one FFN, measured on the calibration text.
 
-    `threshold`, `sparsity` [GRID] ascending; `cett` [GRID / CETT_EVERY] at `cett_threshold`: the mean over tokens of
-    CETT(x) = ||sum of the dropped neurons' outputs|| / ||FFN(x)|| (arXiv 2402.03804; Sparsing Law, Eq. 3).
+    `level`, `sparsity` [GRID] ascending. At `coarse_level` [GRID / CETT_EVERY]: `cett`, the mean over tokens of
+    CETT(x) = ||FFN(x) - sparse FFN(x)|| / ||FFN(x)|| (arXiv 2402.03804; Sparsing Law, Eq. 3: the norm of the sum of the dropped
+    neurons' outputs), and `error`, the mean of ||FFN(x) - sparse FFN(x)||^2.
     """
 
-    threshold: np.ndarray
+    level: np.ndarray
     sparsity: np.ndarray
-    cett_threshold: np.ndarray
+    coarse_level: np.ndarray
     cett: np.ndarray
+    error: np.ndarray
 
-    def sparsity_at(self, threshold: float | np.ndarray) -> np.ndarray:
-        """The share of neurons below a threshold."""
-        return np.asarray(np.interp(threshold, self.threshold, self.sparsity))
+    def sparsity_at(self, level: float | np.ndarray) -> np.ndarray:
+        """The share of neurons below a level."""
+        return np.asarray(np.interp(level, self.level, self.sparsity))
 
-    def cett_at(self, threshold: float) -> float:
-        """The mean relative error of the FFN output at a threshold."""
-        return float(np.interp(threshold, self.cett_threshold, self.cett))
+    def level_for(self, sparsity: float) -> float:
+        """The level that skips this share of the neurons."""
+        return float(np.interp(sparsity, self.sparsity, self.level))
 
-    def threshold_for_cett(self, target: float) -> float:
-        """The largest threshold whose error stays within `target`, by bisection."""
-        low, high = 0.0, float(self.threshold[-1])
+    def cett_at(self, level: float) -> float:
+        """The mean relative error of the FFN output at a level."""
+        return float(np.interp(level, self.coarse_level, self.cett))
+
+    def level_for_cett(self, target: float) -> float:
+        """The highest level whose error stays within `target`, by bisection."""
+        low, high = 0.0, float(self.level[-1])
         if self.cett_at(high) <= target:
             return high
         for _ in range(50):
@@ -67,71 +72,81 @@ class LayerTable:
 
 @dataclass(frozen=True)
 class CalibrationStatistics:
-    """One table an FFN, and the mean and standard deviation of surprisal and entropy (nats)."""
+    """For each method one table an FFN; the mean and standard deviation of surprisal and entropy (nats)."""
 
-    tables: tuple[LayerTable, ...]
+    tables: tuple[tuple[LayerTable, ...], ...]
     load: LoadSignal
 
 
 class _Accumulator:
-    """The running sums of one FFN."""
+    """The running sums of one FFN under one method."""
 
-    def __init__(self) -> None:
+    def __init__(self, selector: LayerSelector) -> None:
+        self.selector = selector
         self.grid: Tensor | None = None
         self.below = torch.zeros(GRID, dtype=torch.float64)
-        self.scores = 0
-        self.cett = torch.zeros(0, dtype=torch.float64)
+        self.count = 0
+        self.cett = torch.zeros(len(range(0, GRID, CETT_EVERY)), dtype=torch.float64)
+        self.error = torch.zeros_like(self.cett)
         self.rows = 0
 
-    def add(self, score: Tensor, h: Tensor, w_out: Tensor) -> None:
-        score, h = score.reshape(-1, score.shape[-1]), h.reshape(-1, h.shape[-1])
+    def add(self, selection: Selection, h: Tensor, w_out: Tensor) -> None:
+        values = selection.values
         if self.grid is None:
-            levels = torch.linspace(0.0, HIGHEST_SPARSITY, GRID)
-            ordered = score.flatten().sort().values
-            places = (levels * (ordered.numel() - 1)).long()
-            # A score that many neurons share (ReLU: 0) would make the grid stand still; interpolation needs it ascending.
-            grid = ordered[places]
-            step = torch.arange(GRID) * (grid[-1].clamp(min=1e-30) * 1e-6)
-            self.grid = torch.maximum(grid, torch.cummax(grid, 0).values) + step
-            self.cett = torch.zeros(len(self.grid[::CETT_EVERY]), dtype=torch.float64)
-        bins = torch.bucketize(score.flatten(), self.grid, right=True)
-        # A score s is below grid[k] iff its bin (the number of grid values <= s) is at most k.
+            self.grid = self._make_grid(values)
+        bins = torch.bucketize(values.flatten(), self.grid, right=True)
+        # A value v is below grid[k] iff its bin (the number of grid values <= v) is at most k.
         self.below += torch.bincount(bins, minlength=GRID + 1)[:GRID].cumsum(0).double()
-        self.scores += score.numel()
-        rows = torch.linspace(0, len(score) - 1, min(CETT_ROWS, len(score))).long()
-        score, h = score[rows], h[rows]
-        cut = self.grid[::CETT_EVERY]
-        dropped = torch.where(score.unsqueeze(0) < cut.view(-1, 1, 1), h.unsqueeze(0), torch.zeros(()))
+        self.count += values.numel()
+        rows = torch.linspace(0, len(h) - 1, min(CETT_ROWS, len(h))).long()
+        chosen = Selection(
+            values if len(values) == 1 else values[rows],
+            selection.scores if selection.scores is None or len(selection.scores) == 1 else selection.scores[rows],
+        )
+        h = h[rows]
+        remaining = torch.stack([self.selector.hidden(h, chosen, float(level))[0] for level in self.grid[::CETT_EVERY]])
         norm = (h @ w_out).norm(dim=-1)
         usable = norm > 0
-        error = (dropped @ w_out).norm(dim=-1)[:, usable] / norm[usable]
-        self.cett += error.double().sum(-1)
+        error = ((h - remaining) @ w_out).norm(dim=-1)[:, usable]
+        self.cett += (error / norm[usable]).double().sum(-1)
+        self.error += error.double().square().sum(-1)
         self.rows += int(usable.sum())
+
+    def _make_grid(self, values: Tensor) -> Tensor:
+        levels = torch.linspace(0.0, HIGHEST_SPARSITY, GRID)
+        ordered = values.flatten().sort().values.clamp(min=0.0, max=self.selector.axis.highest)
+        grid = ordered[(levels * (ordered.numel() - 1)).long()]
+        # A value that many granules share (ReLU: 0) would make the grid stand still; interpolation needs it ascending.
+        step = torch.arange(GRID) * (grid[-1].clamp(min=1e-30) * 1e-6)
+        return torch.cummax(grid, 0).values + step
 
     def table(self) -> LayerTable:
         assert self.grid is not None
         grid = self.grid.double().numpy()
-        cett = (self.cett / max(self.rows, 1)).numpy()
-        return LayerTable(grid, (self.below / self.scores).numpy(), grid[::CETT_EVERY], np.maximum.accumulate(cett))
+        rows = max(self.rows, 1)
+        cett, error = (np.maximum.accumulate((total / rows).numpy()) for total in (self.cett, self.error))
+        return LayerTable(grid, (self.below / self.count).numpy(), grid[::CETT_EVERY], cett, error)
 
 
 def collect_statistics(
     model: nn.Module,
-    ffns: Sequence[EagerFFN],
-    scorers: Sequence[LayerScorer],
+    selectors: Selectors,
     windows: Tensor,
+    prompt: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationStatistics:
-    """Run the dense model over the windows once.
+    """Run the dense model over the windows once, for all methods.
 
     Args:
         windows: int64 [N, context].
+        prompt: tokens of every window that are its prompt: they give the prompt statistic, and are not measured.
         progress: called with (windows done, windows in all).
 
     Raises:
-        UsageError: an activation is NaN or infinite; names the layer.
+        UsageError: an activation or a score is NaN or infinite; names the layer.
     """
-    sums = [_Accumulator() for _ in ffns]
+    ffns = selectors.ffns
+    sums = [[_Accumulator(selector) for selector in layers] for layers in selectors.layers]
     w_outs = [ffn.w_out() for ffn in ffns]
     moments = torch.zeros(5, dtype=torch.float64)
 
@@ -140,7 +155,13 @@ def collect_statistics(
             raise UsageError(
                 f"{ffns[index].name}: the activations are not finite on the calibration text; the model is broken in float32"
             )
-        sums[index].add(scorers[index](x, h), h, w_outs[index])
+        x, h = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1])
+        known: dict[int, Tensor] = {}
+        for layers, totals in zip(selectors.layers, sums, strict=True):
+            selection = decide(layers[index], x, h, prompt, known)
+            if bool(selection.values.isnan().any()):
+                raise UsageError(f"{ffns[index].name}: a score is NaN on the calibration text; the router is broken")
+            totals[index].add(selection, h[prompt:], w_outs[index])
 
     with torch.inference_mode(), FFNTap(ffns, inner=inner):
         for done, window in enumerate(windows):
@@ -155,4 +176,4 @@ def collect_statistics(
         return max(math.sqrt(max(second / count - (first / count) ** 2, 0.0)), 1e-6)
 
     load = LoadSignal(s1 / count, deviation(s1, s2), e1 / count, deviation(e1, e2), 0.0, 0.0)
-    return CalibrationStatistics(tuple(item.table() for item in sums), load)
+    return CalibrationStatistics(tuple(tuple(item.table() for item in layers) for layers in sums), load)

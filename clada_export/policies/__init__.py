@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from clada_export.errors import UsageError
-from clada_export.policies.base import Policy
+from clada_export.policies.base import Policy, PolicyContext, PolicySettings
+from clada_export.policies.cats import CatsPolicy
 from clada_export.policies.clada import CladaPolicy
+from clada_export.policies.griffin import GriffinPolicy
+from clada_export.policies.tt import ThresholdTruncationPolicy
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (CladaPolicy(),)}
+POLICIES: dict[str, Policy] = {
+    policy.name: policy for policy in (CladaPolicy(), GriffinPolicy(), ThresholdTruncationPolicy(), CatsPolicy())
+}
 
 
 def get_policy(name: str) -> Policy:
@@ -20,4 +25,4 @@ def get_policy(name: str) -> Policy:
     return POLICIES[name]
 
 
-__all__ = ["POLICIES", "Policy", "get_policy"]
+__all__ = ["POLICIES", "Policy", "PolicyContext", "PolicySettings", "get_policy"]

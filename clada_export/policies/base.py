@@ -2,10 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from torch import Tensor, nn
+
+from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
+from clada_export.method import Method
+
+Progress = Callable[[str, int, int], None]
+
+ALLOCATION_NAMES = ("cett", "sparsity", "level", "sensitivity", "fisher")
+"""How layers can share a sparsity: `clada_export.calibration.allocation`."""
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What a user may ask of a policy; None is the policy's own choice.
+
+    Attributes:
+        score: one of the policy's scores.
+        allocation: how layers share (`clada_export.calibration.allocation.ALLOCATIONS`).
+        prior: whether the prompt statistic may weigh the thresholds (`clada` only).
+        granule: neurons of an expert.
+        rank: width of a predictor.
+        rows: token rows that routers are trained on.
+    """
+
+    score: str | None = None
+    allocation: str | None = None
+    prior: bool = True
+    granule: int | None = None
+    rank: int | None = None
+    rows: int = 2048
+
+    def check(self) -> None:
+        """Refuse numbers that no policy can use.
+
+        Raises:
+            UsageError: names the option.
+        """
+        for name in ("granule", "rank", "rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value} is out of range: it must be at least 1")
+        if self.allocation is not None and self.allocation not in ALLOCATION_NAMES:
+            raise UsageError(f"--allocation {self.allocation!r} is unknown; known: {', '.join(ALLOCATION_NAMES)}")
+
+
+@dataclass(frozen=True)
+class PolicyContext:
+    """What a policy sees of the model.
+
+    Attributes:
+        windows: int64 [N, context], the calibration text.
+        sparsity: the mean sparsity that is aimed at first; methods trained for a sparsity are trained for this one.
+        prompt: tokens of a window that are its prompt.
+        seed: of everything random.
+        progress: called with (what, done, total).
+    """
+
+    model: nn.Module
+    ffns: Sequence[EagerFFN]
+    windows: Tensor
+    sparsity: float
+    prompt: int
+    seed: int = 0
+    settings: PolicySettings = field(default_factory=PolicySettings)
+    progress: Progress = lambda what, done, total: None
 
 
 class Policy(Protocol):
@@ -17,8 +83,13 @@ class Policy(Protocol):
         ...
 
     @property
-    def rule(self) -> str:
-        """The op's rule."""
+    def trained(self) -> bool:
+        """Whether it trains routers on the calibration text."""
+        ...
+
+    @property
+    def responds(self) -> bool:
+        """Whether a response to the load is fitted. Any engine can be run under a load of the user's choice."""
         ...
 
     @property
@@ -26,10 +97,53 @@ class Policy(Protocol):
         """The op's scores that it can use, the default first."""
         ...
 
-    def score_for(self, ffns: Sequence[EagerFFN], wanted: str | None) -> str:
-        """The score to use for these FFNs.
+    def check(self, ffns: Sequence[EagerFFN], settings: PolicySettings) -> None:
+        """Refuse, before any work, a model that can't carry the policy.
 
         Raises:
-            UsageError: `wanted` is not one of the policy's scores, or the FFNs can't carry it.
+            UsageError: names the layer and the reason.
         """
         ...
+
+    def methods(self, context: PolicyContext) -> tuple[Method, ...]:
+        """The variants to measure, the plainest first.
+
+        Raises:
+            UsageError: as `check`.
+        """
+        ...
+
+
+def check_score(name: str, scores: Sequence[str], settings: PolicySettings) -> None:
+    """Refuse a score that the policy does not have.
+
+    Raises:
+        UsageError: lists those it has.
+    """
+    if settings.score is not None and settings.score not in scores:
+        raise UsageError(f"policy {name!r} has no score {settings.score!r}; its scores: {', '.join(scores)}")
+
+
+def check_gated(name: str, ffns: Sequence[EagerFFN]) -> None:
+    """Refuse FFNs without a gate.
+
+    Raises:
+        UsageError: names the first.
+    """
+    plain = next((ffn for ffn in ffns if not ffn.gated), None)
+    if plain is not None:
+        raise UsageError(f"policy {name!r} reads the gate, and {plain.name} has none; use --policy clada or tt")
+
+
+def check_granule(name: str, ffns: Sequence[EagerFFN], granule: int) -> None:
+    """Refuse experts that do not divide an FFN.
+
+    Raises:
+        UsageError: names the layer, its width and the granule.
+    """
+    misfit = next((ffn for ffn in ffns if granule < 1 or ffn.intermediate_size % granule), None)
+    if misfit is not None:
+        raise UsageError(
+            f"policy {name!r}: {misfit.name} has {misfit.intermediate_size} neurons, which experts of {granule} do not divide; "
+            "choose another --granule"
+        )

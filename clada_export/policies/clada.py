@@ -1,10 +1,17 @@
-"""CLADA: skip neurons whose estimated contribution is below a threshold, and let the load move the threshold.
+"""CLADA: skip neurons whose estimated contribution is below a threshold; the prompt and the load move the threshold.
 
-Our realisation of the idea of CLADA (arXiv 2502.19078), not the paper's equations: the base threshold comes from offline error
-control (CETT, arXiv 2402.03804), and surprisal and entropy of the token just emitted multiply it. The score is
+Our realisation of the idea of CLADA (arXiv 2502.19078), not the paper's equations. Three parts, each of which can be left out:
+
+* the baseline threshold, from offline error control (CETT, arXiv 2402.03804);
+* the backbone: with r_j the prompt statistic of neuron j over its mean (row-normalised, as Griffin, arXiv 2404.01365), the
+  threshold of neuron j is multiplied by r_j ^ -gamma, so that neurons which the prompt used stay active longer;
+* the load: surprisal and entropy of the token just emitted multiply all thresholds (`clada_export.load_signal`).
+
+The score is
 
 * `shadow`: |h_j| * ||W_d[:, j]|| with h estimated from 4-bit copies of gate and up, or
-* `gate`: |act(W_g x)_j| (CATS, arXiv 2404.08763), for hidden sizes that the shadow can't block.
+* `gate`: |act(W_g x)_j| (CATS, arXiv 2404.08763), for hidden sizes that the shadow can't block, or
+* `exact`: |h_j| * ||W_d[:, j]||, the yardstick.
 """
 
 from __future__ import annotations
@@ -14,7 +21,12 @@ from dataclasses import dataclass
 
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
+from clada_export.method import Method, draft_layers
+from clada_export.policies.base import PolicyContext, PolicySettings, check_score
 from graph_passes.op import SHADOW_BLOCK
+
+GAMMAS = (0.25, 0.5)
+"""Exponents of the prompt statistic that are tried beside none."""
 
 
 @dataclass(frozen=True)
@@ -22,21 +34,31 @@ class CladaPolicy:
     """Score `shadow`, `gate` or `exact`, rule `threshold`."""
 
     name: str = "clada"
-    rule: str = "threshold"
+    trained: bool = False
+    responds: bool = True
     scores: tuple[str, ...] = ("shadow", "gate", "exact")
 
-    def score_for(self, ffns: Sequence[EagerFFN], wanted: str | None) -> str:
-        """`wanted`, or `shadow` where every hidden size is a multiple of 32, else `gate`.
-
-        Raises:
-            UsageError: `wanted` is none of the policy's scores, or a hidden size does not fit the shadow.
-        """
-        if wanted is not None and wanted not in self.scores:
-            raise UsageError(f"policy {self.name!r} has no score {wanted!r}; its scores: {', '.join(self.scores)}")
-        misfit = next((ffn for ffn in ffns if ffn.hidden_size % SHADOW_BLOCK), None)
-        if wanted == "shadow" and misfit is not None:
+    def check(self, ffns: Sequence[EagerFFN], settings: PolicySettings) -> None:
+        """Refuse an unknown score, or a hidden size that the shadow does not fit."""
+        check_score(self.name, self.scores, settings)
+        misfit = _misfit(ffns)
+        if settings.score == "shadow" and misfit is not None:
             raise UsageError(
                 f"score 'shadow' needs a hidden size divisible by {SHADOW_BLOCK}; {misfit.name} has {misfit.hidden_size}. "
                 "Use --score gate"
             )
-        return wanted or ("gate" if misfit is not None else "shadow")
+
+    def methods(self, context: PolicyContext) -> tuple[Method, ...]:
+        """Without the prompt, and with it at several weights; `shadow` where every hidden size is a multiple of 32."""
+        self.check(context.ffns, context.settings)
+        score = context.settings.score or ("gate" if _misfit(context.ffns) is not None else "shadow")
+        allocations = ("cett", "fisher") if score == "gate" else ("cett", "sensitivity", "fisher")
+        methods = [Method("no prior", score, "threshold", draft_layers(context.ffns), allocations=allocations)]
+        for gamma in GAMMAS if context.settings.prior else ():
+            layers = draft_layers(context.ffns, prior_gamma=gamma)
+            methods.append(Method(f"prior {gamma:g}", score, "threshold", layers, allocations=allocations))
+        return tuple(methods)
+
+
+def _misfit(ffns: Sequence[EagerFFN]) -> EagerFFN | None:
+    return next((ffn for ffn in ffns if ffn.hidden_size % SHADOW_BLOCK), None)

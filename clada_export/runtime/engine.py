@@ -105,7 +105,7 @@ class Engine:
     @cached_property
     def sparse_neurons(self) -> int:
         """The neurons of all sparse layers together: how many the op decides on for each token."""
-        return sum(layer["intermediate_size"] for layer in self.manifest.plan["layers"])
+        return sum(layer.get("kept_neurons") or layer["intermediate_size"] for layer in self.manifest.plan["layers"])
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:

@@ -160,7 +160,9 @@ def save(model: ir.Model, out: Path) -> None:
 
 def _rewrite(plan: SparsityPlan, layer: LayerPlan) -> FFNRewrite:
     threshold = np.asarray(layer.threshold, dtype=np.float32)
-    return FFNRewrite(plan.attributes(layer), threshold, partial(score_constants, plan.score))
+    tensors = plan.tensors(layer)
+    constants = partial(score_constants, plan.score)
+    return FFNRewrite(plan.attributes(layer), threshold, constants, tensors.router, tensors.neurons)
 
 
 def tensor_spec(value: ir.Value) -> TensorSpec:
@@ -175,7 +177,7 @@ def _numpy_name(dtype: ir.DataType) -> str:
 
 
 def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
-    """Pair `past_key_values.{i}.key` with `present.{i}.key`.
+    """Pair `past_key_values.{i}.key` with `present.{i}.key`, and `past_stat.{i}` with `present_stat.{i}`.
 
     Raises:
         UnsupportedModelError: an input of the cache that the graph does not return.
@@ -184,10 +186,14 @@ def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
     found = []
     for value in model.graph.inputs:
         name = value.name or ""
-        if not name.startswith("past_key_values."):
+        if name.startswith("past_key_values."):
+            _, layer, role = name.split(".")
+            present = f"present.{layer}.{role}"
+        elif name.startswith("past_stat."):
+            layer, role = name.split(".")[1], "stat"
+            present = f"present_stat.{layer}"
+        else:
             continue
-        _, layer, role = name.split(".")
-        present = f"present.{layer}.{role}"
         if present not in outputs:
             raise UnsupportedModelError(f"the graph takes {name} and does not return {present}")
         spec = tensor_spec(value)

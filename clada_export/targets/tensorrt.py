@@ -201,7 +201,7 @@ def verify(subject: Subject) -> Verification:
     result.checks = [replace(check, name=f"ONNX graph, {check.name}") for check in result.checks]
     result.checks += engine_checks(subject.folder, subject.manifest)
     subject.progress("inputs and outputs for a GPU")
-    plan = subject.manifest.sparsity_plan()
+    plan = subject.manifest.sparsity_plan(subject.folder)
     profiles = engine_profiles(subject.manifest)
     save_cases(subject.folder, subject.manifest, subject.model, subject.ffns.found, plan, _tokens(subject), profiles)
     result.checks += _saved_checks_by_cpu(subject.folder, subject.manifest)

@@ -14,16 +14,19 @@ from clada_export.calibration.scorer import layer_tensors
 from clada_export.calibration.tap import FFNTap
 from clada_export.ffn import EagerFFN
 from clada_export.plan import LayerPlan, SparsityPlan
-from clada_export.reference import SparseFFNTensors, dequantize_shadow, sparse_ffn
+from clada_export.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
+from clada_export.router import RouterModule
 from graph_passes.op import SparseFFNAttributes
 
 
 @dataclass(frozen=True)
 class SparseRun:
-    """Logits [T, V] float32 of one row, and how many neurons each layer ran, int32 [layers, T]."""
+    """Logits [T, V] float32 of one row, how many neurons each layer ran, int32 [layers, T], and the prompt statistic of every
+    layer that keeps one, float32 [1, f'], in the order of the layers."""
 
     logits: npt.NDArray[np.float32]
     active: npt.NDArray[np.int32]
+    stats: tuple[npt.NDArray[np.float32], ...]
 
 
 def dense_logits(model: nn.Module, row: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -73,28 +76,64 @@ class ReferenceModel:
 
     def run(self, row: Sequence[int], load: npt.NDArray[np.float32]) -> SparseRun:
         """Run one row alone; `load` float32 [T] is the load of every token."""
-        loads = torch.from_numpy(np.asarray(load, dtype=np.float32))[None]
+        loads = torch.from_numpy(np.asarray(load, dtype=np.float32))
         active = torch.zeros(len(self._layers), len(row), dtype=torch.int32)
+        stats: dict[int, npt.NDArray[np.float32]] = {}
 
         def replace(index: int, x: Tensor) -> Tensor:
-            attributes, tensors, shadow = self._layers[index]
-            shaped = x.reshape(1, len(row), -1)
-            # The tensors are float32 whatever the model's type is: only what is between the layers is rounded.
-            result = sparse_ffn(shaped.float(), loads, tensors, attributes, shadow_weight=shadow)
-            active[index] = result.active[0]
-            return result.y.to(x.dtype).reshape(x.shape)
+            y, active[index], stat = self._layers[index].run(x.reshape(len(row), -1), loads)
+            if stat is not None:
+                stats[index] = stat.numpy()
+            return y.to(x.dtype).reshape(x.shape)
 
         with torch.inference_mode(), FFNTap(self._ffns, replace=replace):
             logits: Tensor = self._model(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()
-        return SparseRun(logits.numpy(), active.numpy())
+        return SparseRun(logits.numpy(), active.numpy(), tuple(stats[index] for index in sorted(stats)))
 
 
-def _reference_layer(
-    ffn: EagerFFN, layer: LayerPlan, plan: SparsityPlan
-) -> tuple[SparseFFNAttributes, SparseFFNTensors, Tensor | None]:
+@dataclass(frozen=True)
+class _ReferenceLayer:
+    attributes: SparseFFNAttributes
+    tensors: SparseFFNTensors
+    shadow: Tensor | None
+    router: RouterModule | None
+
+    def run(self, x: Tensor, load: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(y [T, d] float32, active [T], the statistic [1, f'] after them) of the tokens of one sequence.
+
+        Token t sees the statistic of the rows before it.
+        """
+        # The tensors are float32 whatever the model's type is: only what is between the layers is rounded.
+        x = x.float()
+        score = past = stat = None
+        if self.router is not None:
+            dense = (load.isnan() | (load == float("inf"))).unsqueeze(-1)
+            score = torch.where(dense, torch.ones(()), self.router(x)).unsqueeze(1)
+        if self.attributes.use_stat:
+            hidden, _ = neuron_outputs(x, self.tensors.w_in, self.tensors, self.attributes)
+            prompt = (load == float("inf")).unsqueeze(-1)
+            shares = torch.where(prompt, prompt_shares(hidden, self.attributes), torch.zeros(()))
+            sums = shares.cumsum(0)
+            past, stat = torch.cat((torch.zeros_like(shares[:1]), sums[:-1])), sums[-1:]
+        # Every token is a sequence of its own, so that each has its own statistic.
+        result = sparse_ffn(
+            x.unsqueeze(1),
+            load.unsqueeze(1),
+            self.tensors,
+            self.attributes,
+            score=score,
+            past_stat=past,
+            shadow_weight=self.shadow,
+        )
+        return result.y.squeeze(1), result.active.squeeze(1), stat
+
+
+def _reference_layer(ffn: EagerFFN, layer: LayerPlan, plan: SparsityPlan) -> _ReferenceLayer:
     attributes = replace(plan.attributes(layer), has_bias=ffn.has_bias)
-    tensors = layer_tensors(ffn, plan.score, torch.tensor(layer.threshold, dtype=torch.float32))
+    arrays = plan.tensors(layer)
+    threshold = torch.tensor(layer.threshold, dtype=torch.float32)
+    tensors = layer_tensors(ffn, plan.score, threshold, neurons=arrays.neurons)
     shadow = None
     if tensors.shadow is not None and tensors.shadow_scale is not None:
         shadow = dequantize_shadow(tensors.shadow, tensors.shadow_scale)
-    return attributes, tensors, shadow
+    return _ReferenceLayer(attributes, tensors, shadow, None if arrays.router is None else RouterModule(arrays.router))

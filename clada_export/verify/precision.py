@@ -64,7 +64,7 @@ class RoundedModel:
         self._dtype = dtype
         self._model = in_dtype(model, dtype)
         self._reference = ReferenceModel(self._model, require_ffns(self._model).found, plan)
-        self._neurons = sum(layer.intermediate_size for layer in plan.layers)
+        self._neurons = sum(layer.width for layer in plan.layers)
 
     def measure(
         self,

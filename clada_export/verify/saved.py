@@ -80,15 +80,15 @@ def save_cases(
     rounding = EXACT
     if manifest.dtype != "float32":
         rounding = RoundedModel(model, plan, manifest.dtype).measure(reference, [row], loads, [dense])
-    past = _eager_cache(model, row[:prompt], manifest.cache)
+    past = _eager_cache(model, row[:prompt], manifest.cache, reference)
     empty = {tensor.past: torch.zeros(_empty(tensor), dtype=getattr(torch, tensor.dtype)) for tensor in manifest.cache}
     feeds = [
         _feeds(manifest, row[:prompt], 0, np.inf, empty),
         _feeds(manifest, row[prompt:], prompt, np.inf, past),
         _feeds(manifest, row[prompt:], prompt, SPARSE_LOAD, past),
     ]
-    neurons = sum(layer.intermediate_size for layer in plan.layers)
-    every = np.array([[[layer.intermediate_size] for layer in plan.layers]], np.int32)
+    neurons = sum(layer.width for layer in plan.layers)
+    every = np.array([[[layer.width] for layer in plan.layers]], np.int32)
     outputs = [
         {"logits": dense[None, :prompt], "active_neurons": every.repeat(prompt, axis=2)},
         {"logits": dense[None, prompt:], "active_neurons": every},
@@ -168,14 +168,16 @@ def _empty(tensor: CacheTensor) -> tuple[int, ...]:
     return (1, *(0 if isinstance(axis, str) else axis for axis in tensor.shape[1:]))
 
 
-def _eager_cache(model: nn.Module, tokens: Sequence[int], tensors: Sequence[CacheTensor]) -> dict[str, torch.Tensor]:
+def _eager_cache(
+    model: nn.Module, tokens: Sequence[int], tensors: Sequence[CacheTensor], reference: ReferenceModel
+) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         cache = model(input_ids=torch.tensor([list(tokens)]), use_cache=True).past_key_values
-    parts = {"key": "keys", "value": "values"}
-    return {
-        tensor.past: getattr(cache.layers[tensor.layer], parts[tensor.role]).to(getattr(torch, tensor.dtype)).contiguous()
-        for tensor in tensors
-    }
+    found = {"key": [layer.keys for layer in cache.layers], "value": [layer.values for layer in cache.layers]}
+    if any(tensor.role == "stat" for tensor in tensors):
+        stats = reference.run(tokens, np.full(len(tokens), np.inf, np.float32)).stats
+        found["stat"] = [torch.from_numpy(stat) for stat in stats]
+    return {tensor.past: found[tensor.role][tensor.layer].to(getattr(torch, tensor.dtype)).contiguous() for tensor in tensors}
 
 
 def _float32(value: Any) -> npt.NDArray[np.float32]:

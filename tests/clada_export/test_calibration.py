@@ -12,17 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clada_export.calibration import Budget, CalibrationOptions, calibrate, load_calibration_data
-from clada_export.calibration.allocation import by_sensitivity, uniform_cett
+from clada_export.calibration.allocation import ALLOCATIONS, Layers, allocate
+from clada_export.calibration.axis import AXES
 from clada_export.calibration.budget import HIGHEST, LOWEST, search_sparsity
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.scorer import make_scorer
+from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.calibration.statistics import collect_statistics
 from clada_export.calibration.tap import FFNTap
 from clada_export.calibration.text import default_text, make_windows, read_text, read_tokens
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN, find_eager_ffns
-from clada_export.policies import get_policy
+from clada_export.method import Method, draft_layers
+from clada_export.plan import SparsityPlan
+from clada_export.policies import POLICIES, PolicySettings, get_policy
 from clada_export.reference import sparse_ffn
 from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
@@ -92,16 +96,20 @@ def test_the_default_text_is_prose() -> None:
 # --- statistics ---
 
 
+def selectors_of(ffns: tuple[EagerFFN, ...], score: str = "gate") -> Selectors:
+    return Selectors(ffns, (Method("test", score, "threshold", draft_layers(ffns)),))
+
+
 @pytest.mark.parametrize(("kind", "score"), [("llama", "shadow"), ("llama", "gate"), ("gpt2", "exact"), ("opt", "gate")])
 def test_tables_equal_brute_force(kind: str, score: str) -> None:
     model = tiny_model(kind, 0)
     ffns = find_eager_ffns(model).found
     scorers = [make_scorer(ffn, score) for ffn in ffns]
     data = windows(3)
-    statistics = collect_statistics(model, ffns, scorers, data)
+    tables = collect_statistics(model, selectors_of(ffns, score), data).tables[0]
     scores: list[list[torch.Tensor]] = [[] for _ in ffns]
     errors: list[list[float]] = [[] for _ in ffns]
-    middle = [float(table.cett_threshold[len(table.cett_threshold) // 2]) for table in statistics.tables]
+    middle = [float(table.coarse_level[len(table.coarse_level) // 2]) for table in tables]
 
     def inner(index: int, x: torch.Tensor, h: torch.Tensor) -> None:
         score = scorers[index](x, h).reshape(-1, h.shape[-1])
@@ -115,23 +123,23 @@ def test_tables_equal_brute_force(kind: str, score: str) -> None:
     with torch.inference_mode(), FFNTap(ffns, inner=inner):
         for window in data:
             model(input_ids=window[None], use_cache=False)
-    for index, table in enumerate(statistics.tables):
+    for index, table in enumerate(tables):
         everything = torch.cat(scores[index])
         for place in (3, 20, 50):
-            share = float((everything.double() < table.threshold[place]).double().mean())
+            share = float((everything.double() < table.level[place]).double().mean())
             assert table.sparsity[place] == pytest.approx(share, abs=2e-3)
         assert table.cett_at(middle[index]) == pytest.approx(np.mean(errors[index]), rel=1e-4)
-        assert bool((np.diff(table.threshold) > 0).all())
+        assert bool((np.diff(table.level) > 0).all())
         assert bool((np.diff(table.cett) >= 0).all())
         target = float(table.cett[-1]) / 2
-        assert table.cett_at(table.threshold_for_cett(target)) <= target * (1 + 1e-9)
+        assert table.cett_at(table.level_for_cett(target)) <= target * (1 + 1e-9)
 
 
 def test_the_load_statistics_are_those_of_the_text() -> None:
     model = tiny_model("llama", 0)
     ffns = find_eager_ffns(model).found
     data = windows(2)
-    load = collect_statistics(model, ffns, [make_scorer(ffn, "gate") for ffn in ffns], data).load
+    load = collect_statistics(model, selectors_of(ffns), data).load
     surprisals = []
     with torch.no_grad():
         for window in data:
@@ -144,11 +152,11 @@ def test_the_load_statistics_are_those_of_the_text() -> None:
 def test_nan_activations_name_the_layer() -> None:
     model = tiny_model("llama", 0)
     ffns = find_eager_ffns(model).found
-    scorers = [make_scorer(ffn, "gate") for ffn in ffns]
+    selectors = selectors_of(ffns)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj: the activations are not finite"):
-        collect_statistics(model, ffns, scorers, windows(1))
+        collect_statistics(model, selectors, windows(1))
 
 
 def test_sensitivity_predicts_kl() -> None:
@@ -181,23 +189,56 @@ def test_sensitivity_predicts_kl() -> None:
 # --- allocation ---
 
 
-def _statistics(model: torch.nn.Module, ffns: tuple[EagerFFN, ...]) -> tuple:  # type: ignore[type-arg]
-    return collect_statistics(model, ffns, [make_scorer(ffn, "shadow") for ffn in ffns], windows(2)).tables
+METHODS = [
+    ("shadow", "threshold", 1),
+    ("exact", "relative", 1),
+    ("gate", "topk", 1),
+    ("prefix", "topk", 4),
+    ("prefix", "relative", 1),
+]
 
 
-@pytest.mark.parametrize("wanted", [0.1, 0.45, 0.8])
-def test_allocations_meet_the_mean_sparsity(wanted: float) -> None:
+def _layers(score: str, rule: str, granule: int) -> Layers:
     model = tiny_model("llama", 0)
     ffns = find_eager_ffns(model).found
-    tables = _statistics(model, ffns)
-    multiplier = np.exp(np.linspace(-0.5, 0.5, 11))
-    for allocation in (uniform_cett(ffns, tables), by_sensitivity(ffns, tables, (2.0, 0.5))):
-        thresholds = allocation.thresholds_for(wanted)
-        assert allocation.mean_sparsity(thresholds) == pytest.approx(wanted, abs=0.01)
-        moved = allocation.thresholds_for(wanted, multiplier)
-        assert allocation.mean_sparsity(moved, multiplier) == pytest.approx(wanted, abs=0.01)
-    cheap = by_sensitivity(ffns, tables, (2.0, 0.5)).thresholds_for(wanted)
-    assert cheap[0] < cheap[1]
+    method = Method("test", score, rule, draft_layers(ffns, granule=granule))
+    tables = collect_statistics(model, Selectors(ffns, (method,)), windows(2), prompt=8).tables[0]
+    return Layers(AXES[rule], tables, tuple(ffn.intermediate_size for ffn in ffns), (2.0, 0.5))
+
+
+@pytest.mark.parametrize(("score", "rule", "granule"), METHODS)
+@pytest.mark.parametrize("wanted", [0.1, 0.45, 0.8])
+def test_allocations_meet_the_mean_sparsity(wanted: float, score: str, rule: str, granule: int) -> None:
+    layers = _layers(score, rule, granule)
+    multiplier = np.exp(np.linspace(-0.2, 0.2, 11))
+    for name in ALLOCATIONS:
+        allocation = allocate(name, layers)
+        levels = allocation.levels_for(wanted)
+        assert allocation.mean_sparsity(levels) == pytest.approx(wanted, abs=0.02), name
+        if score != "prefix":
+            moved = allocation.levels_for(wanted, multiplier)
+            assert allocation.mean_sparsity(moved, multiplier) == pytest.approx(wanted, abs=0.03), name
+
+
+def test_a_dear_layer_is_skipped_less() -> None:
+    layers = _layers("shadow", "threshold", 1)
+    for name in ("sensitivity", "fisher"):
+        levels = allocate(name, layers).levels_for(0.4)
+        shares = [float(table.sparsity_at(level)) for table, level in zip(layers.tables, levels, strict=True)]
+        assert shares[0] < shares[1], name
+
+
+@given(st.integers(1, 64), st.floats(0, 1))
+def test_a_level_of_topk_keeps_at_least_one_and_at_most_all(granules: int, level: float) -> None:
+    k = AXES["topk"].threshold(level, granules)
+    assert 1 <= k <= granules and k == round(k)
+    assert abs(k - (1 - level) * granules) <= 1
+
+
+def test_ties_of_topk_go_to_the_lowest_index() -> None:
+    values = AXES["topk"].values(torch.tensor([[1.0, 3.0, 3.0, float("nan"), float("-inf")]]))
+    assert values.tolist()[0][:4] == pytest.approx([0.2, 0.6, 0.4, 0.8])
+    assert values[0, 4] == float("-inf")
 
 
 # --- budget ---
@@ -205,7 +246,13 @@ def test_allocations_meet_the_mean_sparsity(wanted: float) -> None:
 
 @pytest.mark.parametrize(
     ("text", "metric", "limit"),
-    [("ppl=2%", "ppl", 0.02), (" kl = 0.05 ", "kl", 0.05), ("ppl=0.5%", "ppl", 0.005), ("kl=1e-3", "kl", 1e-3)],
+    [
+        ("ppl=2%", "ppl", 0.02),
+        (" kl = 0.05 ", "kl", 0.05),
+        ("ppl=0.5%", "ppl", 0.005),
+        ("kl=1e-3", "kl", 1e-3),
+        ("cett=0.2", "cett", 0.2),
+    ],
 )
 def test_budgets(text: str, metric: str, limit: float) -> None:
     budget = Budget.parse(text)
@@ -214,7 +261,22 @@ def test_budgets(text: str, metric: str, limit: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["ppl=0%", "ppl=200%", "ppl=100%", "ppl=2", "kl=0", "kl=5%", "kl=-1", "", "accuracy=1%", "ppl=nan%", "kl=3"]
+    "text",
+    [
+        "ppl=0%",
+        "ppl=200%",
+        "ppl=100%",
+        "ppl=2",
+        "kl=0",
+        "kl=5%",
+        "kl=-1",
+        "",
+        "accuracy=1%",
+        "ppl=nan%",
+        "kl=3",
+        "cett=1",
+        "cett=20%",
+    ],
 )
 def test_budgets_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="--budget"):
@@ -253,23 +315,43 @@ def test_a_budget_that_nothing_meets_says_what_the_least_costs() -> None:
 # --- drift and plan ---
 
 
-def test_masks_and_reference_modules_agree() -> None:
-    """What calibration simulates is what the op means."""
+def simulated(ffns: tuple[EagerFFN, ...], plan: SparsityPlan) -> list[LayerSelector]:
+    method = Method("plan", plan.score, plan.rule, plan.layers, plan.arrays)
+    return list(Selectors(ffns, (method,)).layers[0])
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_masks_and_reference_modules_agree(policy: str) -> None:
+    """What calibration simulates is what the op means, for every policy."""
     model = tiny_model("llama", 0)
     ffns = find_eager_ffns(model).found
     data = windows(1)
     result = calibrate(
-        model, ffns, get_policy("clada"), load_calibration_data(None, 256, context=CONTEXT), {"weights_digest": "0"},
-        CalibrationOptions(sparsity=0.5, load_response=False),
+        model, ffns, get_policy(policy), load_calibration_data(None, 256, context=CONTEXT), {"weights_digest": "0"},
+        CalibrationOptions(sparsity=0.5, load_response=False, settings=PolicySettings(granule=8, rows=200)),
     )  # fmt: skip
-    scorers = [make_scorer(ffn, "shadow") for ffn in ffns]
-    thresholds = np.array([layer.threshold[0] for layer in result.plan.layers])
-    drift = DriftMeter(model, ffns, scorers, data).measure(thresholds)
-    run = ReferenceModel(model, ffns, result.plan).run(data[0].tolist(), np.zeros(CONTEXT, np.float32))
-    log_p = torch.from_numpy(run.logits).log_softmax(-1)[:-1]
-    nll = -log_p.gather(1, data[0, 1:, None]).flatten()
+    plan = result.plan
+    prompt = 8
+    axis = AXES[plan.rule]
+    # The level of a k is half a place below it: the op compares ranks, the axis shares.
+    levels = np.array(
+        [
+            layer.threshold[0] if plan.rule != "topk" else 1 - (layer.threshold[0] + 0.5) / (layer.width // layer.granule)
+            for layer in plan.layers
+        ]
+    )
+    assert axis is not None
+    drift = DriftMeter(model, ffns, data, prompt).measure(simulated(ffns, plan), levels)
+    loads = np.zeros(CONTEXT, np.float32)
+    loads[:prompt] = np.inf
+    run = ReferenceModel(model, ffns, plan).run(data[0].tolist(), loads)
+    log_p = torch.from_numpy(run.logits).log_softmax(-1)[prompt:-1]
+    nll = -log_p.gather(1, data[0, prompt + 1 :, None]).flatten()
     np.testing.assert_allclose(drift.nll, nll, rtol=1e-4, atol=1e-4)
-    assert drift.sparsity == pytest.approx(1 - run.active.mean() / 96, abs=1e-3)
+    widths = np.array([layer.width for layer in plan.layers])
+    assert drift.sparsity == pytest.approx(1 - run.active[:, prompt:].sum() / widths.sum() / (CONTEXT - prompt), abs=1e-3)
+    assert plan.expected_sparsity == pytest.approx(0.5, abs=0.1)
+    assert SparsityPlan.from_dict(plan.to_dict()).to_dict()["layers"] == plan.to_dict()["layers"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
@@ -286,6 +368,7 @@ def test_a_plan_by_budget_keeps_it(kind: str) -> None:
     assert 0.0 < result.plan.expected_sparsity < 1.0
     assert set(seen) >= {"statistics", "sensitivity", "held-out windows"}
     assert 2 <= len(result.details["load_response"]) <= 4
+    assert 0.0 < result.plan.calibration["relative_bytes"] < 1.2
     signal = result.plan.load
     better = [row for row in result.details["load_response"] if row["better"]]
     assert (signal.surprisal_weight != 0 or signal.entropy_weight != 0) == bool(better)
@@ -293,12 +376,16 @@ def test_a_plan_by_budget_keeps_it(kind: str) -> None:
 
 def test_scores_that_do_not_fit_are_refused() -> None:
     ffns = find_eager_ffns(tiny_model("llama", 0)).found
-    policy = get_policy("clada")
-    assert policy.score_for(ffns, None) == "shadow"
     with pytest.raises(UsageError, match="has no score 'prefix'"):
-        policy.score_for(ffns, "prefix")
-    with pytest.raises(UsageError, match="unknown policy 'magic'; known: clada"):
+        get_policy("clada").check(ffns, PolicySettings(score="prefix"))
+    with pytest.raises(UsageError, match="unknown policy 'magic'; known: "):
         get_policy("magic")
+
+
+def test_a_policy_that_needs_a_gate_names_the_layer_without() -> None:
+    ffns = find_eager_ffns(tiny_model("gpt2", 0)).found
+    with pytest.raises(UsageError, match=r"'cats' reads the gate, and transformer\.h\.0\.mlp\.c_proj has none"):
+        get_policy("cats").check(ffns, PolicySettings())
 
 
 def test_the_shadow_scorer_is_the_op(seed: int = 0) -> None:

@@ -21,6 +21,7 @@ from clada_export.errors import BackendError, CladaError, UnsupportedModelError,
 from clada_export.manifest import read_manifest
 from clada_export.pipeline import ExportOptions, export, verify_folder
 from clada_export.plan import SparsityPlan
+from clada_export.policies import PolicySettings
 from clada_export.runtime import load_engine
 from tests.processes import start
 from tests.tiny_models import KINDS, ffn_names, tiny_model
@@ -79,7 +80,7 @@ def test_reduced_weights(dtype: str, model_folder: Folder, kept_traces: None, tm
 
 @pytest.mark.parametrize("score", ["gate", "exact"])
 def test_other_scores(score: str, model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
-    result = export(model_folder("qwen2"), tmp_path / "out", replace(OPTIONS, score=score))
+    result = export(model_folder("qwen2"), tmp_path / "out", replace(OPTIONS, settings=PolicySettings(score=score)))
     assert result.plan.score == score
     assert result.verification is not None and result.verification.passed
 

@@ -1,0 +1,53 @@
+"""How many weight bytes an FFN reads for one decoded token: the cost model that policies are compared by.
+
+Decoding one sequence is bound by memory, so time follows bytes (methods of this kind are compared so in `docs/policies.md`).
+All formulas are our own count of what the op's kernels read, relative to the dense FFN of the same weight type.
+"""
+
+from __future__ import annotations
+
+from clada_export.plan import LayerPlan, SparsityPlan
+from graph_passes.op import SHADOW_BLOCK
+
+SHADOW_BYTES = 0.5 + 4 / SHADOW_BLOCK
+"""Bytes of one shadow weight: four bits, and its share of a block's float16 scale and offset."""
+ROUTER_ITEM = 4
+
+
+def dense_bytes(layer: LayerPlan, item: int = 4) -> float:
+    """Bytes of a dense FFN's weights: n + 1 rows of d values for each of f neurons.
+
+    Args:
+        item: bytes of one weight.
+    """
+    return float(layer.intermediate_size * _rows(layer) * layer.hidden_size * item)
+
+
+def read_bytes(layer: LayerPlan, score: str, active: float, item: int = 4, router_parameters: int = 0) -> float:
+    """Bytes read for one token when the share `active` of the layer's neurons runs.
+
+    `gate` reads the gate row of every neuron (a plain FFN's only input row), `exact` all input rows, `shadow` the 4-bit copies
+    of all input rows, `prefix` and `external` nothing before they decide; a router reads itself.
+    """
+    rows = _rows(layer)
+    inputs = rows - 1
+    scored = {"gate": 1, "exact": inputs}.get(score, 0)
+    neuron = (scored + (rows - scored) * active) * layer.hidden_size * item
+    if score == "shadow":
+        neuron += inputs * layer.hidden_size * SHADOW_BYTES
+    return layer.width * neuron + router_parameters * ROUTER_ITEM
+
+
+def relative_bytes(plan: SparsityPlan, item: int = 4) -> float:
+    """Bytes that the plan's FFNs read for one token at load 0, relative to the dense model's FFNs (1 = dense)."""
+    read = total = 0.0
+    for layer in plan.layers:
+        router = plan.tensors(layer).router
+        parameters = 0 if router is None else router.parameters
+        read += read_bytes(layer, plan.score, 1.0 - layer.expected_sparsity, item, parameters)
+        total += dense_bytes(layer, item)
+    return read / total if total else 1.0
+
+
+def _rows(layer: LayerPlan) -> int:
+    return 3 if layer.gated else 2

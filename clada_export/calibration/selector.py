@@ -1,0 +1,148 @@
+"""Which neurons of an eager FFN would run under a method: the op's decision, simulated with masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clada_export.calibration.axis import AXES, Axis
+from clada_export.calibration.scorer import LayerScorer, make_scorer
+from clada_export.ffn import EagerFFN
+from clada_export.method import Method
+from clada_export.plan import LayerPlan, layer_attributes
+from clada_export.plan_tensors import LayerTensors
+from clada_export.reference import granule_prior, per_granule, prompt_shares
+from clada_export.router import RouterModule
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a layer decided for some rows: `values` [rows or 1, E] (see `axis`), `scores` likewise if h is weighted by them."""
+
+    values: Tensor
+    scores: Tensor | None
+
+
+class LayerSelector:
+    """Simulates one FFN of a method on rows of one sequence. Masks and hidden activations are in the model's neuron order.
+
+    Args:
+        scorer: the neurons' scores, shared between methods that differ in other things; None if they come from elsewhere.
+    """
+
+    def __init__(
+        self, ffn: EagerFFN, layer: LayerPlan, score: str, rule: str, tensors: LayerTensors, scorer: LayerScorer | None
+    ) -> None:
+        self.axis: Axis = AXES[rule]
+        self.layer = layer
+        self.scorer = scorer
+        self._attributes = layer_attributes(layer, score, rule)
+        self._order = None if tensors.neurons is None else torch.from_numpy(tensors.neurons)
+        self._router = None if tensors.router is None else RouterModule(tensors.router)
+        self.granules = layer.width // layer.granule
+
+    @property
+    def needs_stat(self) -> bool:
+        """Whether the prompt decides."""
+        return self._attributes.use_stat
+
+    def stat(self, h: Tensor) -> Tensor:
+        """The prompt statistic [1, f'] of a prompt's hidden activations [rows, f]."""
+        return prompt_shares(self._ordered(h), self._attributes).sum(0, keepdim=True)
+
+    def decide(self, x: Tensor, neuron_scores: Tensor | None, stat: Tensor | None) -> Selection:
+        """The values of every granule.
+
+        Args:
+            x: FFN inputs [rows, d].
+            neuron_scores: of `self.scorer`, [rows, f].
+            stat: [1, f'], with `needs_stat` only.
+        """
+        attributes = self._attributes
+        if self._router is not None:
+            scores = self._router(x)
+        elif attributes.score == "prefix":
+            assert stat is not None
+            scores = per_granule(stat.sqrt(), attributes.granule)
+        else:
+            assert neuron_scores is not None
+            scores = per_granule(self._ordered(neuron_scores), attributes.granule)
+        allowed = scores
+        if attributes.prior_gamma > 0.0 or attributes.backbone_min > 0.0:
+            assert stat is not None
+            prior = granule_prior(stat, attributes.granule)[:, 0]
+            if attributes.prior_gamma > 0.0:
+                allowed = allowed * prior.pow(attributes.prior_gamma)
+            allowed = torch.where(prior >= attributes.backbone_min, allowed, torch.tensor(float("-inf")))
+        return Selection(self.axis.values(allowed), scores if attributes.combine == "weighted" else None)
+
+    def hidden(self, h: Tensor, selection: Selection, level: Tensor | float) -> tuple[Tensor, Tensor]:
+        """(what remains of h [rows, f], the active granules [rows or 1, E]).
+
+        Args:
+            level: a number, or [rows, 1].
+        """
+        active = ~(selection.values < level)
+        factor = active if selection.scores is None else torch.where(active, selection.scores, torch.zeros(()))
+        factor = factor.repeat_interleave(self.layer.granule, dim=-1) if self.layer.granule > 1 else factor
+        if self._order is not None:
+            whole = torch.zeros(*factor.shape[:-1], h.shape[-1], dtype=factor.dtype)
+            whole[..., self._order] = factor
+            factor = whole
+        return (torch.where(factor, h, torch.zeros(())) if factor.dtype == torch.bool else h * factor), active
+
+    def _ordered(self, values: Tensor) -> Tensor:
+        return values if self._order is None else values[..., self._order]
+
+
+class Selectors:
+    """All layers of several methods over one model; methods with the same score share their scorers.
+
+    Args:
+        methods: their layers are those of `ffns`, in the same order.
+    """
+
+    def __init__(self, ffns: Sequence[EagerFFN], methods: Sequence[Method]) -> None:
+        self.ffns = tuple(ffns)
+        self.methods = tuple(methods)
+        scores = {method.score for method in methods} - {"prefix", "external"}
+        scorers = {score: [make_scorer(ffn, score) for ffn in ffns] for score in scores}
+        self.layers = tuple(
+            tuple(
+                LayerSelector(
+                    ffn,
+                    layer,
+                    method.score,
+                    method.rule,
+                    method.arrays.get(layer.name, LayerTensors()),
+                    scorers[method.score][index] if method.score in scorers else None,
+                )
+                for index, (ffn, layer) in enumerate(zip(ffns, method.layers, strict=True))
+            )
+            for method in methods
+        )
+
+    def of(self, method: Method) -> tuple[LayerSelector, ...]:
+        """The selectors of one method."""
+        return self.layers[self.methods.index(method)]
+
+
+def decide(selector: LayerSelector, x: Tensor, h: Tensor, prompt: int, known: dict[int, Tensor] | None = None) -> Selection:
+    """Decide for the rows of one sequence that come after its prompt.
+
+    Args:
+        x, h: FFN inputs [rows, d] and hidden activations [rows, f] of the whole sequence.
+        prompt: how many rows are the prompt.
+        known: neuron scores by scorer, so that methods which share one compute them once.
+    """
+    stat = selector.stat(h[:prompt]) if selector.needs_stat else None
+    scores = None
+    if selector.scorer is not None:
+        memo = {} if known is None else known
+        if id(selector.scorer) not in memo:
+            memo[id(selector.scorer)] = selector.scorer(x[prompt:], h[prompt:])
+        scores = memo[id(selector.scorer)]
+    return selector.decide(x[prompt:], scores, stat)

@@ -1,0 +1,119 @@
+"""The arrays of a sparsity plan (routers, neuron orders), which JSON does not hold: a safetensors file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from clada_export.errors import UsageError
+from graph_passes.router import Router
+
+if TYPE_CHECKING:
+    from clada_export.plan import LayerPlan, SparsityPlan
+
+PLAN_TENSORS = "plan.safetensors"
+"""Beside a plan or an export's manifest: routers and neuron orders, if the plan has any."""
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """The arrays of one FFN's plan: its router, and the neurons that the engine holds in their new order, int64 [f']."""
+
+    router: Router | None = None
+    neurons: np.ndarray | None = None
+
+
+def _named_arrays(arrays: dict[str, LayerTensors]) -> dict[str, np.ndarray]:
+    named: dict[str, np.ndarray] = {}
+    for name, tensors in sorted(arrays.items()):
+        if tensors.neurons is not None:
+            named[f"{name}.neurons"] = np.ascontiguousarray(tensors.neurons, dtype=np.int64)
+        if tensors.router is not None:
+            for index, (weight, bias) in enumerate(zip(tensors.router.weights, tensors.router.biases, strict=True)):
+                named[f"{name}.router.{index}.weight"] = np.ascontiguousarray(weight, dtype=np.float32)
+                if bias is not None:
+                    named[f"{name}.router.{index}.bias"] = np.ascontiguousarray(bias, dtype=np.float32)
+    return named
+
+
+def tensors_digest(arrays: dict[str, LayerTensors]) -> str:
+    """The sha256 of the arrays: names, types, shapes and bytes, in the order of the names."""
+    return _digest(_named_arrays(arrays))
+
+
+def _digest(named: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(named.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def save_plan_tensors(folder: Path, plan: SparsityPlan) -> None:
+    """Write the arrays of a plan, if it has any, into a folder as `PLAN_TENSORS`, with the model's weights digest."""
+    if plan.arrays:
+        metadata = {"weights_digest": str(plan.source.get("weights_digest", ""))}
+        save_file(_named_arrays(plan.arrays), folder / PLAN_TENSORS, metadata=metadata)
+
+
+def load_tensors(path: Path, layers: Sequence[LayerPlan], digest: str) -> dict[str, LayerTensors]:
+    """Read the arrays that `layers` ask for.
+
+    Args:
+        digest: `tensors_digest` of what was written.
+
+    Raises:
+        UsageError: no such file, a damaged one, one of another plan or model, or arrays that do not fit their layers.
+    """
+    try:
+        named = load_file(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: the plan's routers are in this file, and it is missing; copy it beside the plan") from None
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: not a readable safetensors file: {error}") from error
+    if (found := _digest(named)) != digest:
+        raise UsageError(
+            f"{path}: its arrays have digest {found[:16]}..., and the plan says {digest[:16]}...: they belong to another plan"
+        )
+    arrays = {}
+    for layer in layers:
+        tensors = _layer_tensors(path, layer, named)
+        if tensors.router is not None or tensors.neurons is not None:
+            arrays[layer.name] = tensors
+    return arrays
+
+
+def _layer_tensors(path: Path, layer: LayerPlan, named: dict[str, np.ndarray]) -> LayerTensors:
+    neurons = named.get(f"{layer.name}.neurons")
+    if neurons is None and (layer.reordered or layer.kept_neurons is not None):
+        raise UsageError(f"{path}: holds no order of neurons for {layer.name!r}; it belongs to another model")
+    if neurons is not None:
+        inside = neurons.size and neurons.min() >= 0 and neurons.max() < layer.intermediate_size
+        if neurons.shape != (layer.width,) or not inside or len(np.unique(neurons)) != len(neurons):
+            raise UsageError(
+                f"{path}: {layer.name!r}: the order of neurons has shape {list(neurons.shape)}; wanted {layer.width} different "
+                f"ones of 0 to {layer.intermediate_size - 1}"
+            )
+    if layer.router is None:
+        return LayerTensors(None, neurons)
+    form = layer.router
+    weights = [named.get(f"{layer.name}.router.{index}.weight") for index in range(form.layers)]
+    biases = [named.get(f"{layer.name}.router.{index}.bias") for index in range(form.layers)]
+    present = [weight for weight in weights if weight is not None]
+    if len(present) != form.layers:
+        raise UsageError(f"{path}: holds no router for {layer.name!r}; it belongs to another model")
+    router = Router(tuple(present), tuple(biases), form.hidden, form.output, form.normalise, form.scale)
+    wanted = (layer.hidden_size, layer.width // layer.granule)
+    if (router.hidden_size, router.granules) != wanted:
+        raise UsageError(
+            f"{path}: the router of {layer.name!r} takes {router.hidden_size} values and scores {router.granules} granules; "
+            f"this layer has {wanted[0]} and {wanted[1]}. It was made for another model"
+        )
+    return LayerTensors(router, neurons)

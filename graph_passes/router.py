@@ -1,0 +1,128 @@
+"""A router: the small network that scores an FFN's granules before the op runs (score `external`).
+
+`Router` is plain data. `emit_router` writes it as standard ONNX nodes; `clada_export.router` evaluates it in PyTorch, and the
+two give the same numbers. Predictors (DejaVu), experts' routers (MoEfication, LTE, D2DMoE, LLaMA-MoE) are all of this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.op import ContractError
+
+HIDDEN_ACTIVATIONS = ("identity", "relu", "tanh")
+OUTPUTS = ("sigmoid", "softmax", "abs", "relu")
+
+
+@dataclass(frozen=True)
+class Router:
+    """score = scale * output(W_k(.. hidden(W_1 x + b_1) ..) + b_k), one number a granule, never negative.
+
+    Attributes:
+        weights: float32 [out, in] of every linear layer; the first takes d values, the last gives E.
+        biases: float32 [out] of every linear layer, or None.
+        hidden: between the linear layers: identity, relu or tanh.
+        output: of the last: sigmoid, softmax (over the granules), abs or relu.
+        normalise: divide x by its L2 norm first (MoEfication).
+        scale: multiplies the result.
+
+    Raises:
+        ContractError: an unknown function, or layers that do not fit together; says which.
+    """
+
+    weights: tuple[np.ndarray, ...]
+    biases: tuple[np.ndarray | None, ...]
+    hidden: str = "identity"
+    output: str = "sigmoid"
+    normalise: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.hidden not in HIDDEN_ACTIVATIONS or self.output not in OUTPUTS:
+            raise ContractError(
+                f"router: hidden is {self.hidden!r} and output is {self.output!r}; allowed: {', '.join(HIDDEN_ACTIVATIONS)} "
+                f"and {', '.join(OUTPUTS)}"
+            )
+        if not self.weights or len(self.weights) != len(self.biases):
+            raise ContractError(
+                f"router: {len(self.weights)} weights and {len(self.biases)} biases; one of each a layer is wanted"
+            )
+        width = self.hidden_size
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if weight.ndim != 2 or weight.shape[1] != width:
+                raise ContractError(f"router: weight {index} has shape {list(weight.shape)}; wanted [.., {width}]")
+            width = weight.shape[0]
+            if bias is not None and bias.shape != (width,):
+                raise ContractError(f"router: bias {index} has shape {list(bias.shape)}; wanted [{width}]")
+            if not (np.isfinite(weight).all() and (bias is None or np.isfinite(bias).all())):
+                raise ContractError(f"router: layer {index} has a value that is not finite")
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of x."""
+        return int(self.weights[0].shape[1])
+
+    @property
+    def granules(self) -> int:
+        """E, how many scores it gives."""
+        return int(self.weights[-1].shape[0])
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(weight.size for weight in self.weights) + sum(bias.size for bias in self.biases if bias is not None)
+
+
+Initializer = Callable[[str, np.ndarray], ir.Value]
+"""Registers a constant of the graph under a name."""
+
+
+def emit_router(
+    router: Router, x: ir.Value, load: ir.Value, name: str, initializer: Initializer
+) -> tuple[list[ir.Node], ir.Value]:
+    """The nodes that compute a layer's scores, float32 [.., E].
+
+    A row that runs dense (load = +inf or NaN) has score 1 everywhere, so that `combine = weighted` leaves its sum alone.
+
+    Args:
+        x: the FFN input [.., d]; cast to float32 if it is not.
+        load: float32 [..].
+        name: prefix of the nodes' and constants' names.
+
+    Returns:
+        The nodes in order, and the scores.
+    """
+    nodes: list[ir.Node] = []
+
+    def op(op_type: str, *inputs: ir.Value, **attributes: float | int | list[int]) -> ir.Value:
+        node = ir.node(op_type, list(inputs), attributes, name=f"{name}.{len(nodes)}.{op_type}")
+        nodes.append(node)
+        node.outputs[0].name = f"{node.name}.out"
+        return node.outputs[0]
+
+    value = x if x.dtype == ir.DataType.FLOAT else op("Cast", x, to=int(ir.DataType.FLOAT))
+    if router.normalise:
+        # LpNormalization keeps a row of zeros at zero, as PyTorch's normalize does.
+        value = op("LpNormalization", value, axis=-1, p=2)
+    last = len(router.weights) - 1
+    for index, (weight, bias) in enumerate(zip(router.weights, router.biases, strict=True)):
+        value = op("MatMul", value, initializer(f"{name}.{index}.weight", np.ascontiguousarray(weight.T, dtype=np.float32)))
+        if bias is not None:
+            value = op("Add", value, initializer(f"{name}.{index}.bias", bias.astype(np.float32)))
+        if index < last and router.hidden != "identity":
+            value = op({"relu": "Relu", "tanh": "Tanh"}[router.hidden], value)
+    match router.output:
+        case "softmax":
+            value = op("Softmax", value, axis=-1)
+        case output:
+            value = op({"sigmoid": "Sigmoid", "abs": "Abs", "relu": "Relu"}[output], value)
+    if router.scale != 1.0:
+        value = op("Mul", value, initializer(f"{name}.scale", np.array(router.scale, dtype=np.float32)))
+    axis = initializer("router.last_axis", np.array([-1], dtype=np.int64))
+    dense = op("Or", op("IsNaN", load), op("IsInf", load, detect_negative=0, detect_positive=1))
+    one = initializer("router.one", np.array(1.0, dtype=np.float32))
+    return nodes, op("Where", op("Unsqueeze", dense, axis), one, value)
