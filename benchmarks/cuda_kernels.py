@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, SparseFFNAttributes
+from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS, SparseFFNAttributes
 
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -35,6 +35,7 @@ class _Attributes(ctypes.Structure):
         ("backbone_min", ctypes.c_float),
         ("prior_gamma", ctypes.c_float),
         ("emit_stat", ctypes.c_bool),
+        ("stat_norm", ctypes.c_int),
         ("emit_active", ctypes.c_bool),
         ("has_bias", ctypes.c_bool),
     )
@@ -135,6 +136,7 @@ class CudaKernels:
                 backbone_min=a.backbone_min,
                 prior_gamma=a.prior_gamma,
                 emit_stat=a.emit_stat,
+                stat_norm=STAT_NORMS.index(a.stat_norm),
                 emit_active=a.emit_active,
                 has_bias=a.has_bias,
             ),

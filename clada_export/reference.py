@@ -275,11 +275,13 @@ def sparse_ffn(
 
     stat = None
     if attributes.emit_stat:
-        prompt = (load == float("inf")).unsqueeze(-1)
-        energy = hidden.square()
-        total = energy.sum(-1, keepdim=True)
-        share = torch.where(prompt & (total > 0), energy / total, torch.zeros_like(energy))
-        stat = share.sum(1)
+        counted = (load == float("inf")).unsqueeze(-1)
+        share = hidden.square()
+        if attributes.stat_norm == "row":
+            total = share.sum(-1, keepdim=True)
+            counted = counted & (total > 0)
+            share = share / total
+        stat = torch.where(counted, share, torch.zeros_like(share)).sum(1)
         if past_stat is not None:
             stat = past_stat.float() + stat
     return SparseFFNResult(y=y.to(x.dtype), stat=stat, active=mask.sum(-1, dtype=torch.int32), mask=mask)

@@ -48,6 +48,7 @@ def variant_name(
     parts += [f"g{attributes.granule}", attributes.combine, weight_type.name.lower()]
     parts += [] if x_type == ir.DataType.FLOAT else [f"x_{x_type.name.lower()}"]
     parts += [name for name in ("use_stat", "emit_stat", "emit_active", "has_bias") if getattr(attributes, name)]
+    parts += [f"stat_{attributes.stat_norm}"] if attributes.emit_stat and attributes.stat_norm != "row" else []
     return "_".join(parts)
 
 
@@ -359,10 +360,13 @@ class _Body:
     # State
 
     def stat(self, hidden: ir.Value, prompt: ir.Value) -> ir.Value:
-        """past_stat + the sum over prompt rows of h^2 / norm(h)^2: [B, f]."""
-        energy = self.op("Mul", hidden, hidden)
-        total = self.op("ReduceSum", energy, self.ints(-1), keepdims=1)
-        counted = self.op("And", self.op("Unsqueeze", prompt, self.ints(-1)), self.op("Greater", total, self.floats(0.0)))
-        share = self.op("Where", counted, self.op("Div", energy, total), self.floats(0.0))
+        """past_stat + the sum over prompt rows of h^2 / norm(h)^2, or of h^2 with `stat_norm` none: [B, f]."""
+        share = self.op("Mul", hidden, hidden)
+        counted = self.op("Unsqueeze", prompt, self.ints(-1))
+        if self.attributes.stat_norm == "row":
+            total = self.op("ReduceSum", share, self.ints(-1), keepdims=1)
+            counted = self.op("And", counted, self.op("Greater", total, self.floats(0.0)))
+            share = self.op("Div", share, total)
+        share = self.op("Where", counted, share, self.floats(0.0))
         stat = self.op("ReduceSum", share, self.ints(1), keepdims=0)
         return self.op("Add", self.inputs["past_stat"], stat) if self.attributes.use_stat else stat

@@ -20,6 +20,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 SCORES = ("gate", "exact", "shadow", "prefix", "external")
 RULES = ("threshold", "relative", "topk")
 COMBINES = ("sum", "weighted")
+STAT_NORMS = ("row", "none")
 WEIGHT_FORMATS = ("plain",)
 WEIGHT_TYPES = ("float32", "float16", "bfloat16")
 
@@ -37,6 +38,10 @@ class SparseFFNAttributes:
 
     `load_slope`, `load_min` and `load_max` give the multiplier of the threshold,
     `m(load) = clip(exp(-load_slope * load), load_min, load_max)`; a slope of 0 switches the load response off.
+
+    `stat_norm` says how a prompt row's hidden values h enter the statistic that `emit_stat` asks for. `row`: h^2 / norm(h)^2,
+    so that each row weighs the same (Griffin, arXiv 2404.01365). `none`: h^2, so that sqrt(stat) is a neuron's L2 magnitude
+    over the prompt (TDA, arXiv 2408.11393; the formula is our own derivation, from descriptions of the method).
 
     Raises:
         ContractError: a value outside the contract, with the value found and the values allowed.
@@ -56,6 +61,7 @@ class SparseFFNAttributes:
     backbone_min: float = 0.0
     prior_gamma: float = 0.0
     emit_stat: bool = False
+    stat_norm: str = "row"
     emit_active: bool = False
     has_bias: bool = False
 
@@ -66,6 +72,7 @@ class SparseFFNAttributes:
             ("score", SCORES),
             ("rule", RULES),
             ("combine", COMBINES),
+            ("stat_norm", STAT_NORMS),
         ):
             value = getattr(self, name)
             if value not in allowed:

@@ -14,6 +14,7 @@ constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "re
 constexpr const char* kScores[] = {"gate", "exact", "shadow", "prefix", "external"};
 constexpr const char* kRules[] = {"threshold", "relative", "topk"};
 constexpr const char* kCombines[] = {"sum", "weighted"};
+constexpr const char* kStatNorms[] = {"row", "none"};
 constexpr const char* kFormats[] = {"plain"};
 
 std::string Text(const Shape& shape) {
@@ -141,6 +142,7 @@ Attributes ReadAttributes(const std::string& node, const AttributeReader& reader
   a.backbone_min = Number(node, reader, "backbone_min", a.backbone_min);
   a.prior_gamma = Number(node, reader, "prior_gamma", a.prior_gamma);
   a.emit_stat = Flag(node, reader, "emit_stat", a.emit_stat);
+  a.stat_norm = Choice(node, reader, "stat_norm", kStatNorms, a.stat_norm);
   a.emit_active = Flag(node, reader, "emit_active", a.emit_active);
   a.has_bias = Flag(node, reader, "has_bias", a.has_bias);
   if (!(a.load_min > 0.0f && a.load_min <= a.load_max))
@@ -171,6 +173,7 @@ void WriteAttributes(const Attributes& a, AttributeWriter& writer) {
   writer.Float("backbone_min", a.backbone_min);
   writer.Float("prior_gamma", a.prior_gamma);
   writer.Int("emit_stat", a.emit_stat);
+  writer.String("stat_norm", kStatNorms[static_cast<int>(a.stat_norm)]);
   writer.Int("emit_active", a.emit_active);
   writer.Int("has_bias", a.has_bias);
 }

@@ -216,7 +216,8 @@ class Direct {
     if (problem_.active) problem_.active[row] = active;
     if (a_.emit_stat && problem_.load[row] == HUGE_VALF) {
       const float* hidden = plan_.hidden + i * f_;
-      AddShare(hidden, f_, Energy(hidden, f_), problem_.stat + Sequence(i) * f_);
+      const float total = a_.stat_norm == StatNorm::kRow ? Energy(hidden, f_) : 1.0f;
+      AddShare(hidden, f_, total, problem_.stat + Sequence(i) * f_);
     }
   }
 

@@ -64,7 +64,7 @@ struct Plan {
   float* weights = nullptr;    // [panel_neurons, n d] of float16 or bfloat16 weights
   float* part_y = nullptr;     // [panel_rows, d], one panel's share of y
   float* bias = nullptr;       // [f, n], the biases as w_in orders them
-  float* energy = nullptr;     // [max(block_rows, panel_rows)]
+  float* energy = nullptr;     // [panel_rows] what a row's h^2 is divided by; 0: the row is not counted
 };
 
 // x and y inside the kernels, where they are float32 (RunSparseFFN widens 16-bit rows first).
@@ -89,8 +89,9 @@ void RunDirect(const Problem& problem, const Host& host, const Plan& plan, const
 // prompt.cc: `count` dense rows through the GEMM.
 void RunPrompt(const Problem& problem, const Host& host, const Plan& plan, const int32_t* rows, int64_t count);
 
-// stat[b] += energy share of hidden [f] for one row; `total` is the sum of hidden^2.
+// The sum of hidden^2.
 float Energy(const float* hidden, int64_t count);
+// stat += hidden^2 / total; nothing if total is 0. With stat_norm `none` total is 1.
 void AddShare(const float* hidden, int64_t count, float total, float* stat);
 
 // Runs body(i) for i in [0, count) on the host's threads.

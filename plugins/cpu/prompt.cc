@@ -82,10 +82,13 @@ void RunPrompt(const Problem& problem, const Host& host, const Plan& plan, const
   if (a.emit_stat) {
     const auto panel = [&](int64_t j) { return j / plan.panel_neurons * plan.panel_neurons; };
     Parallel(host, count, [&](int64_t i) {
-      float total = 0.0f;
-      for (int64_t first = 0; first < f; first += plan.panel_neurons) {
-        const int64_t size = std::min(plan.panel_neurons, f - first);
-        total += Energy(plan.act + count * first + i * size, size);
+      float total = 1.0f;
+      if (a.stat_norm == StatNorm::kRow) {
+        total = 0.0f;
+        for (int64_t first = 0; first < f; first += plan.panel_neurons) {
+          const int64_t size = std::min(plan.panel_neurons, f - first);
+          total += Energy(plan.act + count * first + i * size, size);
+        }
       }
       plan.energy[i] = problem.load[rows[i]] == HUGE_VALF ? total : 0.0f;  // NaN loads are dense, but no prompt
     });

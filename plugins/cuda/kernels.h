@@ -19,7 +19,7 @@ cudaError_t LaunchConvertX(const Problem& problem, int64_t first, int64_t rows, 
 cudaError_t LaunchPrior(const Problem& problem, const Prior& prior, cudaStream_t stream);
 // stat := past_stat, or 0.
 cudaError_t LaunchStartStat(const Problem& problem, cudaStream_t stream);
-// energy [rows] of hidden [rows, f], for rows of the prompt.
+// energy [rows] of hidden [rows, f], for rows of the prompt: what the statistic divides h^2 by (1 with stat_norm `none`).
 cudaError_t LaunchEnergy(const Problem& problem, int64_t first, int64_t rows, const float* hidden, float* energy,
                          cudaStream_t stream);
 // stat += the prompt rows' shares, from hidden [rows, f], or null and the products pre [rows, f, n].

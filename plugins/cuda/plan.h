@@ -82,7 +82,7 @@ struct DecodePlan {
   float* known = nullptr;      // [rows, f] gates or hidden values that the scores brought along, when not local
   uint8_t* mask = nullptr;     // [rows, E], when not local
   float* hidden = nullptr;     // [rows, f], with emit_stat
-  float* energy = nullptr;     // [rows], with emit_stat
+  float* energy = nullptr;     // [rows] what a row's h^2 is divided by, with emit_stat; 0: the row is not counted
   float* contribution = nullptr;  // [group, f] hidden values of chosen neurons, several rows; 0 where a row does not need it
   uint8_t* chosen = nullptr;   // [f]: some row needs the neuron; several rows
   float* partial = nullptr;    // [cells, d], one row; [parts, rows, d], several
@@ -102,7 +102,7 @@ struct PromptPlan {
   float* granule_score = nullptr;  // [panel, E]
   uint8_t* mask = nullptr;     // [panel, E]
   void* hidden = nullptr;      // [panel, f] in the weights' type
-  float* energy = nullptr;     // [panel]
+  float* energy = nullptr;     // [panel], as above; without meaning where load is not +inf
   float* out = nullptr;        // [panel, d]
   void* gemm = nullptr;
 };

@@ -63,6 +63,10 @@ __global__ void StartStatKernel(const float* past, int64_t count, float* stat) {
 __global__ void __launch_bounds__(kThreads) EnergyKernel(Problem problem, int64_t first, const float* hidden, float* energy) {
   const int64_t f = problem.intermediate_size, row = blockIdx.x;
   const bool prompt = problem.load[first + row] == INFINITY;
+  if (problem.attributes.stat_norm == StatNorm::kNone) {
+    if (threadIdx.x == 0) energy[row] = prompt ? 1.0f : 0.0f;
+    return;
+  }
   float sum = 0.0f;
   if (prompt)
     for (int64_t j = threadIdx.x; j < f; j += kThreads) sum += hidden[row * f + j] * hidden[row * f + j];

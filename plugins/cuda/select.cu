@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kThreads) PromptHiddenKernel(Problem problem, 
   }
   if (a.emit_stat) {
     const float total = BlockSum(energy);
-    if (threadIdx.x == 0) plan.energy[i] = total;  // is used for rows with load = +inf, where every neuron counts
+    // Is used for rows with load = +inf, where every neuron counts.
+    if (threadIdx.x == 0) plan.energy[i] = a.stat_norm == StatNorm::kRow ? total : 1.0f;
   }
   if (problem.active) {
     const int total = BlockSum(active);

@@ -16,8 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from clada_export.reference import SparseFFNResult, SparseFFNTensors, quantize_shadow, sparse_ffn
-from graph_passes.function_body import make_function
-from graph_passes.op import ACTIVATIONS, RULES, SCORES, ContractError, SparseFFNAttributes
+from graph_passes.function_body import make_function, variant_name
+from graph_passes.op import ACTIVATIONS, RULES, SCORES, STAT_NORMS, ContractError, SparseFFNAttributes
 
 INF = float("inf")
 
@@ -41,6 +41,7 @@ def attribute_sets(draw: st.DrawFn) -> SparseFFNAttributes:
         backbone_min=draw(st.sampled_from([0.0, 0.6])) if use_stat else 0.0,
         prior_gamma=draw(st.sampled_from([0.0, 0.7])) if use_stat else 0.0,
         emit_stat=draw(st.booleans()),
+        stat_norm=draw(st.sampled_from(STAT_NORMS)),
         emit_active=draw(st.booleans()),
         has_bias=draw(st.booleans()),
     )
@@ -229,6 +230,15 @@ def test_one_function_serves_layers_that_differ_in_numbers() -> None:
     first = SparseFFNAttributes(load_slope=0.1, load_min=0.5, load_max=2.0)
     second = replace(first, load_slope=0.3, load_min=0.2, load_max=3.0)
     assert ir.to_proto(make_function(first)) == ir.to_proto(make_function(second))
+
+
+def test_the_norm_of_the_statistic_is_part_of_the_variant() -> None:
+    rows, magnitudes = (SparseFFNAttributes(emit_stat=True, stat_norm=norm) for norm in STAT_NORMS)
+    assert variant_name(rows) != variant_name(magnitudes)
+    assert ir.to_proto(make_function(rows)) != ir.to_proto(make_function(magnitudes))
+    # Without the output there is nothing that it changes.
+    rows, magnitudes = (replace(each, emit_stat=False) for each in (rows, magnitudes))
+    assert ir.to_proto(make_function(rows)) == ir.to_proto(make_function(magnitudes))
 
 
 @pytest.mark.parametrize("opset", [18, 19, 21, 22])

@@ -91,11 +91,13 @@ def make_case(
     threshold: Tensor | None = None,
     seed: int = 0,
     per_sequence: bool = False,
+    zero_row: tuple[int, ...] | None = None,
 ) -> Case:
     """A random case, drawn again until its choices are clear.
 
     Args:
         dtype: of the weights; x_dtype: of x and y, float32 or as the weights.
+        zero_row: the index of a row of x that is 0.
     """
     a, n, g = attributes, 2 if attributes.gated else 1, attributes.granule
     for attempt in range(200):
@@ -124,10 +126,13 @@ def make_case(
             rows = int(np.prod(shape)) if shape else 1
             loads = special[torch.arange(rows) % len(special)].reshape(shape)
         score_shape = (shape[0], f // g) if per_sequence else (*shape, f // g)
+        x = normal(*shape, d).to(x_dtype)
+        if zero_row is not None:
+            x[zero_row] = 0.0
         case = Case(
             a,
             tensors,
-            normal(*shape, d).to(x_dtype),
+            x,
             loads,
             torch.rand(*score_shape, generator=generator) if a.score == "external" else None,
             torch.rand(shape[0], f, generator=generator).square() if a.use_stat else None,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from op_shells import SHELLS, assert_same, make_case
 
-from graph_passes.op import ACTIVATIONS, RULES, SCORES, SparseFFNAttributes
+from graph_passes.op import ACTIVATIONS, RULES, SCORES, STAT_NORMS, SparseFFNAttributes
 
 # Of x and the weights.
 TYPES = {
@@ -89,6 +90,44 @@ def test_prompts(shell: str, types: str) -> None:
             check(shell, attributes=attributes("gate", "threshold", **changes), load=load, **same)
     weighted = attributes("external", "threshold", combine="weighted", granule=4)
     check(shell, attributes=weighted, load=mixed, per_sequence=True, **same)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("stat_norm", STAT_NORMS)
+def test_statistic(shell: str, stat_norm: str, types: str) -> None:
+    """One row, few rows and prompts, the rows that count among rows of zeros, sparse rows, padding and NaN loads."""
+    x_dtype, dtype = TYPES[types]
+    inf = float("inf")
+    mixed = torch.full((2, 30), inf)
+    mixed[0, :7], mixed[1, 10:14], mixed[1, 14] = -inf, 0.4, float("nan")
+    few = torch.tensor([[inf, 0.3, -inf, inf], [-inf, inf, inf, float("nan")]])
+    same = {"x_dtype": x_dtype, "dtype": dtype}
+    for changes in ({}, {"gated": False}, {"use_stat": True}, {"has_bias": True}):
+        wanted = attributes("gate", "threshold", stat_norm=stat_norm, **changes)
+        for value in (inf, 0.3):
+            check(shell, attributes=wanted, shape=(1, 1), load=torch.full((1, 1), value), **same)
+        check(shell, attributes=wanted, shape=(1, 1), load=torch.full((1, 1), inf), zero_row=(0, 0), **same)
+        check(shell, attributes=wanted, shape=(2, 4), load=few, zero_row=(0, 3), **same)
+        check(shell, attributes=wanted, shape=(2, 30), load=mixed, zero_row=(0, 9), **same)
+    for score, rule in (("exact", "relative"), ("shadow", "topk"), ("prefix", "threshold")):
+        check(shell, attributes=attributes(score, rule, stat_norm=stat_norm), shape=(2, 4), load=few, **same)
+    # The weights of experts do not enter it.
+    weighted = attributes("external", "topk", stat_norm=stat_norm, combine="weighted", granule=4)
+    for shape, load in (((2, 4), few), ((2, 30), mixed)):
+        check(shell, attributes=weighted, shape=shape, load=load, **same)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_statistic_of_magnitudes(shell: str) -> None:
+    """Without a norm, the root of the statistic is each neuron's L2 norm over the prompt; rows count by their size."""
+    wanted = SparseFFNAttributes(gated=False, activation="identity", emit_stat=True, stat_norm="none")
+    for rows in (1, 6, 40):
+        same = {"attributes": wanted, "shape": (1, rows), "load": torch.full((1, rows), float("inf"))}
+        case = make_case(**same)
+        hidden = case.x[0].double() @ case.tensors.w_in[:, 0].double().T
+        np.testing.assert_allclose(np.sqrt(case.reference()["stat"][0]), hidden.norm(dim=0).numpy(), rtol=1e-5, atol=1e-6)
+        check(shell, **same)
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -202,6 +202,7 @@ def test_bad_inputs() -> None:
         ({"score": "magic"}, ("'score'", "'magic'", "gate, exact")),
         ({"rule": "best"}, ("'rule'", "'best'", "threshold, relative, topk")),
         ({"combine": "weighted"}, ("weighted", "external", "gate")),
+        ({"stat_norm": "column"}, ("'stat_norm'", "'column'", "row, none")),
         ({"weight_format": "int4"}, ("'weight_format'", "'int4'", "plain")),
         ({"gated": 2}, ("'gated'", "2", "0, 1")),
         ({"granule": 0}, ("'granule'", "0", "at least 1")),

@@ -137,6 +137,7 @@ def expect(step: str, *parts: str, base: PluginCase, inputs: dict[str, torch.Ten
     [
         ({"activation": "swish"}, ("'activation'", "'swish'", "silu, gelu")),
         ({"score": "magic"}, ("'score'", "'magic'", "gate, exact")),
+        ({"stat_norm": "column"}, ("'stat_norm'", "'column'", "row, none")),
         ({"weight_format": "int4"}, ("'weight_format'", "'int4'", "plain")),
         ({"gated": 2}, ("'gated'", "2", "0, 1")),
         ({"gated": [1, 1]}, ("'gated'", "2 values", "1")),

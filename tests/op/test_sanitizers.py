@@ -12,7 +12,7 @@ from emulation import emulation_folder, plugin_program
 from op_shells import Case, make_case
 from plugin_harness import PluginCase, run_plugin_cases
 
-from graph_passes.op import RULES, SCORES, SparseFFNAttributes
+from graph_passes.op import RULES, SCORES, STAT_NORMS, SparseFFNAttributes
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def test_cuda_kernels_under_sanitizers() -> None:
     for i, (score, rule) in enumerate((score, rule) for score in SCORES for rule in RULES):
         wanted = SparseFFNAttributes(
             score=score, rule=rule, granule=1 + i % 3, gated=i % 2 == 0, use_stat=True, emit_stat=True, emit_active=True,
-            has_bias=True, backbone_min=0.3, prior_gamma=0.2,
+            stat_norm=STAT_NORMS[i // 2 % 2], has_bias=True, backbone_min=0.3, prior_gamma=0.2,
         )  # fmt: skip
         dtype = (torch.float32, torch.float16, torch.bfloat16)[i % 3]
         shape = ((1, 1), (2, 5), (1, 19))[i // 3 % 3]

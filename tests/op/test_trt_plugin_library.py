@@ -85,14 +85,15 @@ def build(
 def test_engines_hold_the_plugin(score: str, types: str) -> None:
     x_dtype, dtype = TYPES[types]
     stat = {"use_stat": True} if score == "prefix" else {}
-    wanted = SparseFFNAttributes(score=score, has_bias=True, emit_stat=True, emit_active=True, **stat)
+    wanted = SparseFFNAttributes(score=score, has_bias=True, emit_stat=True, stat_norm="none", emit_active=True, **stat)
     found = build(make_case(wanted, x_dtype=x_dtype, dtype=dtype))
     assert found.plan is not None, found.errors
     assert found.layers.count("PLUGIN_V3") == 1
     assert found.outputs == {"y": (TRT_TYPES[x_dtype], 3), "stat": (trt.float32, 2), "active": (trt.int32, 2)}
     assert tuple(found.outputs) == output_names(wanted)
     # The node's name is kept for messages, and every attribute by its name.
-    assert b"layer7/ffn" in found.plan and b"prior_gamma" in found.plan and score.encode() in found.plan
+    for text in ("layer7/ffn", "prior_gamma", "stat_norm", score):
+        assert text.encode() in found.plan
 
 
 def test_a_node_with_a_function_becomes_the_plugin() -> None:
@@ -112,6 +113,7 @@ def test_the_library_can_be_part_of_the_engine() -> None:
     ("attributes", "parts"),
     [
         ({"score": "magic"}, ("'score'", "'magic'", "gate, exact")),
+        ({"stat_norm": "column"}, ("'stat_norm'", "'column'", "row, none")),
         ({"granule": 1.5}, ("'granule'", "a float32", "an int32")),
         ({"granule": 5}, ("96 neurons", "granule 5")),
         ({"gated": 0}, ("'w_in'", "[96, 2, 64]", "[f, 1, d]")),

@@ -26,6 +26,7 @@ enum class Activation { kSilu = 0, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity };
 enum class Score { kGate = 0, kExact, kShadow, kPrefix, kExternal };
 enum class Rule { kThreshold = 0, kRelative, kTopk };
 enum class Combine { kSum = 0, kWeighted };
+enum class StatNorm { kRow = 0, kNone };
 
 struct Attributes {
   Activation activation = Activation::kSilu;
@@ -41,6 +42,7 @@ struct Attributes {
   float backbone_min = 0.0f;
   float prior_gamma = 0.0f;
   bool emit_stat = false;
+  StatNorm stat_norm = StatNorm::kRow;
   bool emit_active = false;
   bool has_bias = false;
 };

@@ -93,6 +93,7 @@ int Run(int number) {
   a.use_stat = a.score == Score::kPrefix || Pick(0, 3) == 0;
   if (a.use_stat && Pick(0, 1)) a.backbone_min = 0.3f, a.prior_gamma = 0.2f;
   a.emit_stat = Pick(0, 1) == 1;
+  a.stat_norm = static_cast<StatNorm>(Pick(0, 1));
   a.emit_active = Pick(0, 1) == 1;
   a.has_bias = Pick(0, 1) == 1;
   p.batch = Pick(1, 3);
