@@ -85,6 +85,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--policy", default="clada", help="which method picks neurons (default: clada)")
     _policy_arguments(parser)
+    parser.add_argument(
+        "--prune", metavar="SPEC", help="prune weights first: wanda=0.5, sparsegpt=2:4, wanda=neurons:0.25, ..."
+    )
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--budget", default="ppl=2%", help="allowed error, ppl=2%%, kl=0.05 or cett=0.2 (default: ppl=2%%)")
     goal.add_argument("--sparsity", type=float, help="a mean sparsity instead of a budget, like 0.5")
@@ -120,6 +123,7 @@ def _policy_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-prior", dest="prior", action="store_false", help="clada: do not weigh thresholds by the prompt statistic")
     add("--granule", type=int, metavar="N", help="neurons of an expert (default: the policy's)")
     add("--rank", type=int, metavar="N", help="dejavu: width of the predictor (default: 4%% of the neurons)")
+    add("--pattern", help="wanda, sparsegpt: unstructured (default), n:m like 2:4, or neurons")
     add("--rows", type=int, metavar="N", help="token rows that routers are trained on (default: 2048)")
 
 
@@ -193,6 +197,7 @@ def _export(options: argparse.Namespace) -> int:
                 settings=_policy_settings(options),
                 budget=options.budget,
                 sparsity=options.sparsity,
+                prune=options.prune,
                 plan=options.plan,
                 calibration_data=options.calibration_data,
                 calibration_tokens=options.calibration_tokens,
@@ -249,6 +254,9 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         help="where the source model is (default: what was saved at export, or else the Hub id in the manifest)",
     )
+    parser.add_argument(
+        "--calibration-data", type=Path, metavar="FILE", help="the export's calibration text; needed if weights were pruned"
+    )
     _hub_arguments(parser)
     _output_arguments(parser)
 
@@ -260,7 +268,9 @@ def _verify(options: argparse.Namespace) -> int:
     progress = ConsoleProgress(quiet=options.quiet)
     hub = {name: value for name, value in _hub_options(options).items() if value}
     try:
-        result = verify_folder(options.folder, options.source, progress=progress, **hub)
+        result = verify_folder(
+            options.folder, options.source, calibration_data=options.calibration_data, progress=progress, **hub
+        )
     finally:
         progress.stop()
     if options.json:

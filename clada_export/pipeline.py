@@ -6,6 +6,7 @@ import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from clada_export import __version__
 from clada_export.artifact import ArtifactWriter
 from clada_export.calibration import Budget, CalibrationData, CalibrationOptions, calibrate, load_calibration_data
 from clada_export.calibration.budget import parse_sparsity
+from clada_export.calibration.weights import FFNWeights
 from clada_export.errors import UsageError, VerificationError
 from clada_export.ffn import EagerFFNs, require_ffns
 from clada_export.manifest import Manifest, read_manifest
@@ -24,6 +26,7 @@ from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import save_plan_tensors
 from clada_export.policies import PolicySettings, get_policy
 from clada_export.progress import Progress, Stages
+from clada_export.pruning import PruneSpec
 from clada_export.report import write_model_card, write_report
 from clada_export.source import SourceModel, load_source
 from clada_export.targets import onnxruntime as target_ort
@@ -49,6 +52,7 @@ class ExportOptions:
     settings: PolicySettings = field(default_factory=PolicySettings)
     budget: str = "ppl=2%"
     sparsity: float | None = None
+    prune: str | None = None
     plan: Path | None = None
     calibration_data: Path | None = None
     calibration_tokens: Path | None = None
@@ -77,6 +81,10 @@ class ExportOptions:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         get_policy(self.policy)
         self.settings.check()
+        if self.prune is not None:
+            PruneSpec.parse(self.prune)
+            if self.plan is not None:
+                raise UsageError("--prune and --plan exclude each other; a plan says how its weights are pruned")
         Budget.parse(self.budget)
         if self.sparsity is not None:
             parse_sparsity(self.sparsity)
@@ -133,7 +141,7 @@ def export(
         data = _data(source, options)
         warnings += data.warnings
         with stages("calibrate") as note:
-            plan, details = _plan(source, ffns, data, given, options, stages.inner)
+            plan, details = _plan(source, ffns, data, given, options, target, stages.inner)
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
         with stages("trace"):
             traced = trace(target.traceable(source.model, options.dtype), fusions=target.FUSIONS)
@@ -177,13 +185,19 @@ def export(
 
 
 def verify_folder(
-    folder: str | Path, source: str | None = None, *, progress: Progress | None = None, **source_options: Any
+    folder: str | Path,
+    source: str | None = None,
+    *,
+    calibration_data: Path | None = None,
+    progress: Progress | None = None,
+    **source_options: Any,
 ) -> Verification:
     """Verify an engine folder again: against its source model, or, where the export keeps some, against saved outputs.
 
     Args:
         folder: what `export` wrote.
         source: where the source model is; by default the Hub id in the manifest, if nothing was saved.
+        calibration_data: the text that the export was calibrated with; needed again only if its weights were pruned.
         source_options: of `clada_export.source.load_source`.
 
     Raises:
@@ -211,7 +225,10 @@ def verify_folder(
         ffns = require_ffns(loaded.model)
         if manifest.dtype != "float32":
             target.round_weights(loaded.model, ffns, manifest.dtype)
-    data = load_calibration_data(loaded.tokenizer, loaded.model.config.vocab_size)
+    plan = manifest.sparsity_plan(Path(folder))
+    context = int(plan.calibration.get("context", ExportOptions.calibration_context))
+    data = load_calibration_data(loaded.tokenizer, loaded.model.config.vocab_size, text_file=calibration_data, context=context)
+    _prune_again(plan, loaded, ffns, data, partial(_round, target, loaded, ffns, manifest.dtype), str(folder))
     with stages("verify"):
         return target.verify_deployed(_subject(Path(folder), manifest, loaded, ffns, data, stages))
 
@@ -272,8 +289,10 @@ def _plan(
     data: CalibrationData,
     given: SparsityPlan | None,
     options: ExportOptions,
+    target: Target,
     progress: Callable[[str, int, int], None],
 ) -> tuple[SparsityPlan, dict[str, Any]]:
+    rounded = partial(_round, target, source, ffns, options.dtype)
     if given is not None:
         if given.source.get("weights_digest") != source.weights_digest:
             made_for = str(given.source.get("weights_digest"))[:16]
@@ -285,17 +304,45 @@ def _plan(
         missing = [layer.name for layer in given.layers if layer.name not in known]
         if missing:
             raise UsageError(f"{options.plan}: layer {missing[0]!r} is not in this model")
+        _prune_again(given, source, ffns, data, rounded, str(options.plan))
         return given, given.calibration
     calibration = CalibrationOptions(
         budget=Budget.parse(options.budget),
         sparsity=options.sparsity,
         settings=options.settings,
+        prune=None if options.prune is None else PruneSpec.parse(options.prune),
         load_response=options.load_response,
         seed=options.seed,
     )
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
-    result = calibrate(source.model, ffns.found, get_policy(options.policy), data, origin, calibration, progress)
+    policy = get_policy(options.policy)
+    result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded)
     return result.plan, result.details
+
+
+def _round(target: Target, source: SourceModel, ffns: EagerFFNs, dtype: str) -> None:
+    if dtype != "float32":
+        target.round_weights(source.model, ffns, dtype)
+
+
+def _prune_again(
+    plan: SparsityPlan, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, rounded: Callable[[], None], origin: str
+) -> None:
+    """Prune as a plan was pruned: the same method on the same text gives the same weights.
+
+    Raises:
+        UsageError: the text is another one.
+    """
+    if plan.prune is None:
+        return
+    made_with = plan.calibration.get("pruning", {}).get("text_digest")
+    if made_with != data.digest:
+        raise UsageError(
+            f"{origin}: its weights were pruned ({plan.prune}) with the text {plan.calibration.get('text')!r} in windows of "
+            f"{data.calibration.shape[1]} tokens or others, and the text here is another one; give the same --calibration-data "
+            "and --calibration-context"
+        )
+    FFNWeights(source.model, ffns.found, data.calibration, rounded).use(PruneSpec.parse(plan.prune))
 
 
 def _manifest(

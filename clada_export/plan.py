@@ -15,7 +15,7 @@ import jsonschema
 
 from clada_export.errors import UsageError
 from clada_export.plan_tensors import PLAN_TENSORS, LayerTensors, load_tensors, save_plan_tensors, tensors_digest
-from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, SparseFFNAttributes
+from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS, SparseFFNAttributes
 from graph_passes.router import HIDDEN_ACTIVATIONS, OUTPUTS, Router
 
 PLAN_VERSION = 1
@@ -55,6 +55,7 @@ PLAN_SCHEMA: dict[str, Any] = {
                     "combine": {"enum": list(COMBINES)},
                     "backbone_min": _NON_NEGATIVE,
                     "prior_gamma": _NON_NEGATIVE,
+                    "stat_norm": {"enum": list(STAT_NORMS)},
                     "kept_neurons": {"type": ["integer", "null"], "minimum": 1},
                     "reordered": {"type": "boolean"},
                     "router": {
@@ -150,10 +151,10 @@ class RouterForm:
 class LayerPlan:
     """One FFN. `name` is the module path of its down projection (`model.layers.0.mlp.down_proj`).
 
-    `threshold` holds one value, or one a granule. `granule`, `combine`, `backbone_min` and `prior_gamma` are the op's
-    attributes. `kept_neurons` counts the neurons that the engine holds, if not all (whole neurons were pruned); `reordered`
-    says that they are stored in another order (experts). `router` is the form of the network that scores the granules.
-    `expected_sparsity` is the share of neurons skipped and `expected_cett` the relative error of the FFN output
+    `threshold` holds one value, or one a granule. `granule`, `combine`, `backbone_min`, `prior_gamma` and `stat_norm` are the
+    op's attributes. `kept_neurons` counts the neurons that the engine holds, if not all (whole neurons were pruned);
+    `reordered` says that they are stored in another order (experts). `router` is the form of the network that scores the
+    granules. `expected_sparsity` is the share of neurons skipped and `expected_cett` the relative error of the FFN output
     (`docs/calibration.md`), both measured on the calibration text at load 0.
     """
 
@@ -172,6 +173,7 @@ class LayerPlan:
     combine: str = "sum"
     backbone_min: float = 0.0
     prior_gamma: float = 0.0
+    stat_norm: str = "row"
     kept_neurons: int | None = None
     reordered: bool = False
     router: RouterForm | None = None
@@ -306,6 +308,7 @@ def layer_attributes(layer: LayerPlan, score: str, rule: str) -> SparseFFNAttrib
         backbone_min=layer.backbone_min,
         prior_gamma=layer.prior_gamma,
         emit_stat=stat,
+        stat_norm=layer.stat_norm,
     )
 
 

@@ -167,16 +167,29 @@ def neuron_scores(
     raise ContractError(f"SparseFFN: score {attributes.score!r} is not computed from x")
 
 
-def _per_granule(value: Tensor, granule: int) -> Tensor:
+def per_granule(value: Tensor, granule: int) -> Tensor:
+    """The sum over the neurons of each granule: [..., f] to [..., E]."""
     return value if granule == 1 else value.reshape(*value.shape[:-1], -1, granule).sum(-1)
 
 
-def _prior(past_stat: Tensor, granule: int) -> Tensor:
+def prompt_shares(hidden: Tensor, attributes: SparseFFNAttributes) -> Tensor:
+    """What each row would add to the prompt statistic: h^2 / norm(h)^2, float32 [..., f]; a row of zeros adds nothing.
+
+    With `stat_norm` none it is h^2 itself (TDA, arXiv 2408.11393; the formula is our own derivation).
+    """
+    energy = hidden.float().square()
+    if attributes.stat_norm == "none":
+        return energy
+    total = energy.sum(-1, keepdim=True)
+    return torch.where(total > 0, energy / total, torch.zeros(()))
+
+
+def granule_prior(past_stat: Tensor, granule: int) -> Tensor:
     """r [B, 1, E]: a granule's mean of s_j / mean(s), s = sqrt(past_stat); 1 while no prompt has been seen."""
     s = past_stat.float().sqrt()
     mean = s.mean(-1, keepdim=True)
     ratio = torch.where(mean > 0, s / mean, torch.ones_like(s))
-    return (_per_granule(ratio, granule) / granule).unsqueeze(1)
+    return (per_granule(ratio, granule) / granule).unsqueeze(1)
 
 
 def select_granules(
@@ -258,8 +271,8 @@ def sparse_ffn(
             granule_score = granule_score.unsqueeze(1)
         granule_score = granule_score.expand(*x.shape[:-1], hidden.shape[-1] // granule)
     else:
-        granule_score = _per_granule(neuron_scores(x, hidden, gate, tensors, attributes, past_stat, shadow_weight), granule)
-    prior = _prior(past_stat, granule) if past_stat is not None else None
+        granule_score = per_granule(neuron_scores(x, hidden, gate, tensors, attributes, past_stat, shadow_weight), granule)
+    prior = granule_prior(past_stat, granule) if past_stat is not None else None
     active = select_granules(granule_score, tensors.threshold, load_multiplier(load, attributes), attributes, prior)
     active = (active | dense.unsqueeze(-1)) & ~padding.unsqueeze(-1)
     mask = active.repeat_interleave(granule, dim=-1) if granule > 1 else active
@@ -275,13 +288,8 @@ def sparse_ffn(
 
     stat = None
     if attributes.emit_stat:
-        counted = (load == float("inf")).unsqueeze(-1)
-        share = hidden.square()
-        if attributes.stat_norm == "row":
-            total = share.sum(-1, keepdim=True)
-            counted = counted & (total > 0)
-            share = share / total
-        stat = torch.where(counted, share, torch.zeros_like(share)).sum(1)
+        prompt = (load == float("inf")).unsqueeze(-1)
+        stat = torch.where(prompt, prompt_shares(hidden, attributes), torch.zeros(())).sum(1)
         if past_stat is not None:
             stat = past_stat.float() + stat
     return SparseFFNResult(y=y.to(x.dtype), stat=stat, active=mask.sum(-1, dtype=torch.int32), mask=mask)

@@ -79,6 +79,11 @@ def same_level(layers: Layers) -> tuple[Levels, float]:
     return lambda level: np.full(len(layers.tables), level), highest
 
 
+def all_dense(layers: Layers) -> tuple[Levels, float]:
+    """Nothing is skipped: static pruning alone."""
+    return lambda knob: np.zeros(len(layers.tables)), 1.0
+
+
 def same_price(layers: Layers) -> tuple[Levels, float]:
     """A neuron of any layer is dropped below the same price: level = knob / sensitivity. For scores that are the norm of a
     neuron's output (our own derivation)."""
@@ -117,6 +122,7 @@ ALLOCATIONS: dict[str, Callable[[Layers], tuple[Levels, float]]] = {
     "level": same_level,
     "sensitivity": same_price,
     "fisher": same_marginal_cost,
+    "dense": all_dense,
 }
 
 

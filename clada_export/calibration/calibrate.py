@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
 from clada_export.calibration.budget import Budget, search_sparsity
+from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.load_response import LOAD_SLOPE, fit_load_response
@@ -19,10 +20,14 @@ from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.calibration.statistics import LayerTable, collect_statistics
 from clada_export.calibration.text import CalibrationData
+from clada_export.calibration.weights import FFNWeights
+from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
 from clada_export.method import Method
 from clada_export.plan import LoadSignal, SparsityPlan
+from clada_export.plan_tensors import LayerTensors
 from clada_export.policies import Policy, PolicyContext, PolicySettings
+from clada_export.pruning import PruneSpec
 
 SENSITIVITY_TOKENS = 1024
 SENSITIVITY_LENGTH = 256
@@ -38,13 +43,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What the user asked for: a budget, or a fixed mean sparsity; and of the policy, `settings`."""
+    """What the user asked for: a budget, or a fixed mean sparsity; of the policy, `settings`; and how weights are pruned
+    before, whatever the policy. `item` is the bytes of one weight in the engine."""
 
     budget: Budget = field(default_factory=lambda: Budget("ppl", 0.02))
     sparsity: float | None = None
     settings: PolicySettings = field(default_factory=PolicySettings)
+    prune: PruneSpec | None = None
     load_response: bool = True
     seed: int = 0
+    item: int = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,11 @@ def prompt_length(context: int) -> int:
 class Calibrator:
     """What one model and one text cost once, whatever the policy: sensitivity, and the dense side of every measurement.
 
+    Drift is from the model as it is given here, also where weights are pruned after.
+
     Args:
+        rounded: called after weights were pruned; puts them back on the grid of the engine's type.
+        cache: keeps what can be kept for the next time.
         progress: called with (what, done, total).
     """
 
@@ -85,14 +97,20 @@ class Calibrator:
         data: CalibrationData,
         *,
         seed: int = 0,
+        rounded: Callable[[], None] = lambda: None,
+        cache: CalibrationCache | None = None,
         progress: Progress = lambda what, done, total: None,
     ) -> None:
         self.model, self.ffns, self.data, self.seed, self.progress = model, tuple(ffns), data, seed, progress
+        self.cache = cache or CalibrationCache()
         self.prompt = prompt_length(int(data.calibration.shape[1]))
-        self.sensitivity = layer_sensitivity(
-            model, ffns, _short_windows(data), seed=seed, progress=lambda done, total: progress("sensitivity", done, total)
+        self.sensitivity = self.cache.sensitivity(
+            lambda: layer_sensitivity(
+                model, ffns, _short_windows(data), seed=seed, progress=lambda done, total: progress("sensitivity", done, total)
+            )
         )
         self.meter = DriftMeter(model, ffns, data.heldout, self.prompt)
+        self.weights = FFNWeights(model, ffns, data.calibration, rounded)
         self._measured = 0
 
     def step(self) -> None:
@@ -101,7 +119,54 @@ class Calibrator:
         self.progress("held-out windows", self._measured, 0)
 
     def calibrate(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
-        """Make a sparsity plan; see the function `calibrate`."""
+        """Make a sparsity plan; see the function `calibrate`. The model's weights are left pruned as the plan says."""
+        policy.check(self.ffns, options.settings)
+        if policy.prune_at(0.5, PolicySettings()) is not None:
+            return self._static(policy, source, options)
+        return self._dynamic(policy, source, options, options.prune)
+
+    def _static(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
+        """A plan that only prunes: the search, if there is a budget, is over how much."""
+        if options.prune is not None:
+            raise UsageError(f"--policy {policy.name} prunes by itself; leave --prune out")
+        settings = options.settings
+        group = settings.pattern is not None and ":" in settings.pattern
+        if options.sparsity is not None or group:
+            sparsity = (
+                options.sparsity
+                if options.sparsity is not None
+                else PruneSpec.parse(f"{policy.name}={settings.pattern}").sparsity
+            )
+            fixed = replace(options, sparsity=sparsity)
+            result = self._dynamic(policy, source, fixed, policy.prune_at(sparsity, settings))
+            if options.sparsity is None and not _keeps(result.drift, options):
+                raise UsageError(
+                    f"--pattern {settings.pattern} costs {options.budget.cost(result.drift):.4g} on the held-out text, and the "
+                    f"budget is {options.budget}. Give a larger --budget, or another --pattern"
+                )
+            return result
+        if options.budget.metric == "cett":
+            raise UsageError(f"--policy {policy.name} has no CETT budget; give ppl=..., kl=... or --sparsity")
+        results: dict[float, CalibrationResult] = {}
+
+        def measure(sparsity: float) -> Drift:
+            fixed = replace(options, sparsity=sparsity)
+            results[sparsity] = self._dynamic(policy, source, fixed, policy.prune_at(sparsity, settings))
+            return results[sparsity].drift
+
+        found, steps = search_sparsity(options.budget, measure, first=COMPARE_AT)
+        self.weights.use(policy.prune_at(found.sparsity, settings))
+        history = [{"sparsity": item.sparsity, "cost": item.cost, "kl": item.drift.mean_kl} for item in steps]
+        result = results[found.sparsity]
+        details = {**result.plan.calibration, "search": history, "budget": str(options.budget)}
+        return replace(result, plan=replace(result.plan, calibration=details), details={**result.details, **details})
+
+    def _dynamic(
+        self, policy: Policy, source: dict[str, Any], options: CalibrationOptions, prune: PruneSpec | None
+    ) -> CalibrationResult:
+        self.weights.use(prune, lambda done, total: self.progress("pruning", done, total))
+        report = self.weights.report
+        kept = {} if report is None else dict(report.kept)
         aimed = options.sparsity if options.sparsity is not None else COMPARE_AT
         context = PolicyContext(
             self.model,
@@ -109,19 +174,24 @@ class Calibrator:
             self.data.calibration,
             sparsity=aimed,
             prompt=self.prompt,
+            kept=kept,
             seed=options.seed,
             settings=options.settings,
             progress=self.progress,
         )
-        policy.check(self.ffns, options.settings)
-        methods = policy.methods(context)
+        cache = self.cache if prune is None else self.cache.of_weights(self.model)
+        methods = tuple(_without_pruned(method, kept) for method in cache.methods(policy, context))
         selectors = Selectors(self.ffns, methods)
-        statistics = collect_statistics(
-            self.model,
+        statistics = cache.statistics(
             selectors,
-            self.data.calibration,
             self.prompt,
-            lambda done, total: self.progress("statistics", done, total),
+            lambda missing: collect_statistics(
+                self.model,
+                missing,
+                self.data.calibration,
+                self.prompt,
+                lambda done, total: self.progress("statistics", done, total),
+            ),
         )
         candidates = self._candidates(selectors, statistics.tables, aimed, options)
         best = min(candidates, key=lambda candidate: candidate.drift.mean_kl)
@@ -141,6 +211,7 @@ class Calibrator:
             "text": self.data.origin,
             "digest": self.data.digest,
             "calibration_tokens": int(self.data.calibration.numel()),
+            "context": int(self.data.calibration.shape[1]),
             "heldout_tokens": int(self.data.heldout.numel()),
             "prompt_tokens": self.prompt,
             "budget": str(options.budget) if options.sparsity is None else f"sparsity={options.sparsity:.4g}",
@@ -160,8 +231,10 @@ class Calibrator:
             "drift": drift.summary(),
             **best.method.details,
         }
-        plan = _plan(policy, best, levels, signal, source, details)
-        plan = replace(plan, calibration={**details, "relative_bytes": relative_bytes(plan)})
+        if report is not None:
+            details["pruning"] = {**report.to_dict(), "text_digest": self.data.digest}
+        plan = replace(_plan(policy, best, levels, signal, source, details), prune=None if prune is None else str(prune))
+        plan = replace(plan, calibration={**details, "relative_bytes": relative_bytes(plan, options.item)})
         return CalibrationResult(plan, drift, {**plan.calibration, "sensitivity": list(self.sensitivity)})
 
     def _candidates(
@@ -215,6 +288,9 @@ def calibrate(
     source: dict[str, Any],
     options: CalibrationOptions,
     progress: Progress = lambda what, done, total: None,
+    *,
+    rounded: Callable[[], None] = lambda: None,
+    cache: CalibrationCache | None = None,
 ) -> CalibrationResult:
     """Make a sparsity plan for a model.
 
@@ -225,18 +301,34 @@ def calibrate(
     Args:
         source: goes into the plan; holds at least `weights_digest`.
         progress: called with (what, done, total).
+        rounded: called after weights were pruned; puts them back on the grid of the engine's type.
+        cache: keeps what can be kept for the next time.
 
     Raises:
         UsageError: a policy that the FFNs can't carry, activations that are not finite, a budget that nothing meets.
     """
     policy.check(ffns, options.settings)
-    return Calibrator(model, ffns, data, seed=options.seed, progress=progress).calibrate(policy, source, options)
+    return Calibrator(model, ffns, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress).calibrate(
+        policy, source, options
+    )
 
 
 def _keeps(drift: Drift, options: CalibrationOptions) -> bool:
     if options.sparsity is not None or options.budget.metric == "cett":
         return True
     return options.budget.cost(drift) <= options.budget.limit
+
+
+def _without_pruned(method: Method, kept: dict[str, np.ndarray]) -> Method:
+    """The method with the neurons that pruning removed left out of the engine, where it does not order them itself."""
+    layers, arrays = [], dict(method.arrays)
+    for layer in method.layers:
+        tensors = arrays.get(layer.name, LayerTensors())
+        if layer.name in kept and tensors.neurons is None:
+            arrays[layer.name] = replace(tensors, neurons=kept[layer.name])
+            layer = replace(layer, kept_neurons=len(kept[layer.name]))
+        layers.append(layer)
+    return replace(method, layers=tuple(layers), arrays=arrays)
 
 
 def _short_windows(data: CalibrationData) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.selector import LayerSelector, decide
-from clada_export.calibration.tap import FFNTap
 from clada_export.ffn import EagerFFN
 from clada_export.load_signal import surprisal_entropy
+from clada_export.tap import FFNTap
 
 KEEP_LIMIT = 640 * 2**20
-"""Bytes of dense logits that are kept between measurements; beyond it they are computed again each time."""
+"""Bytes of dense logits that are kept in memory between measurements; beyond it they are in a temporary file."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Drift:
 class DriftMeter:
     """Measures methods on held-out windows as an engine runs them: the prompt dense, every later token sparse.
 
-    The dense side is computed once where memory allows. Drift is that of the sparse tokens' predictions.
+    The dense side is computed once, from the model as it is then. Drift is that of the sparse tokens' predictions.
 
     Args:
         windows: int64 [N, context].
@@ -87,17 +88,14 @@ class DriftMeter:
     def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, prompt: int = 1) -> None:
         self._model, self._ffns, self._windows = model, ffns, windows
         self.prompt = prompt
-        self._kept: list[Tensor] | None = None
+        self._dense: list[Tensor] = []
         signals: list[Tensor] = []
-        kept: list[Tensor] = []
         with torch.inference_mode():
             for window in windows:
                 logits = self._logits(window)
-                if logits.nbytes * len(windows) <= KEEP_LIMIT:
-                    kept.append(logits[prompt:].clone())
+                size = logits[prompt:].nbytes * len(windows)
+                self._dense.append(logits[prompt:].clone() if size <= KEEP_LIMIT else _on_disk(logits[prompt:]))
                 signals.append(torch.stack(surprisal_entropy(logits[:-1], window[1:])))
-        if kept:
-            self._kept = kept
         self.signals = torch.stack(signals)
         """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""
 
@@ -148,13 +146,21 @@ class DriftMeter:
 
         with torch.inference_mode():
             for current, window in enumerate(self._windows):
-                dense = self._kept[current] if self._kept is not None else self._logits(window)[prompt:]
+                dense = self._dense[current]
                 with FFNTap(self._ffns, inner=inner):
                     sparse = self._logits(window)[prompt:]
                 parts.append(_compare(dense[:-1], sparse[:-1], window[prompt + 1 :], current))
                 step()
         nll, dense_nll, kl, top1, place = torch.cat(parts, dim=1).double().numpy()
         return Drift(nll, dense_nll, kl, top1, place, 1.0 - active / total)
+
+
+def _on_disk(values: Tensor) -> Tensor:
+    """The same values in a file that goes away with them."""
+    with tempfile.TemporaryFile() as stream:
+        mapped = np.memmap(stream, dtype=np.float32, mode="w+", shape=tuple(values.shape))
+    mapped[:] = values.numpy()
+    return torch.from_numpy(mapped)
 
 
 def _compare(dense: Tensor, sparse: Tensor, targets: Tensor, window: int) -> Tensor:

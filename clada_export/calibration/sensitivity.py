@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from clada_export.calibration.tap import FFNTap
 from clada_export.ffn import EagerFFN
+from clada_export.tap import FFNTap
 
 
 def layer_sensitivity(

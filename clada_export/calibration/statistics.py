@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.selector import LayerSelector, Selection, Selectors, decide
-from clada_export.calibration.tap import FFNTap
 from clada_export.errors import UsageError
 from clada_export.load_signal import surprisal_entropy
 from clada_export.plan import LoadSignal
+from clada_export.tap import FFNTap
 
 GRID = 65
 """Levels a layer is measured at."""

@@ -7,10 +7,21 @@ from clada_export.policies.base import Policy, PolicyContext, PolicySettings
 from clada_export.policies.cats import CatsPolicy
 from clada_export.policies.clada import CladaPolicy
 from clada_export.policies.griffin import GriffinPolicy
+from clada_export.policies.static import StaticPolicy
+from clada_export.policies.tda import TDAPolicy
 from clada_export.policies.tt import ThresholdTruncationPolicy
 
 POLICIES: dict[str, Policy] = {
-    policy.name: policy for policy in (CladaPolicy(), GriffinPolicy(), ThresholdTruncationPolicy(), CatsPolicy())
+    policy.name: policy
+    for policy in (
+        CladaPolicy(),
+        GriffinPolicy(),
+        TDAPolicy(),
+        ThresholdTruncationPolicy(),
+        CatsPolicy(),
+        StaticPolicy("wanda"),
+        StaticPolicy("sparsegpt"),
+    )
 }
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
 from clada_export.method import Method
+from clada_export.pruning import PruneSpec
 
 Progress = Callable[[str, int, int], None]
 
-ALLOCATION_NAMES = ("cett", "sparsity", "level", "sensitivity", "fisher")
+ALLOCATION_NAMES = ("cett", "sparsity", "level", "sensitivity", "fisher", "dense")
 """How layers can share a sparsity: `clada_export.calibration.allocation`."""
 
 
@@ -29,6 +31,7 @@ class PolicySettings:
         granule: neurons of an expert.
         rank: width of a predictor.
         rows: token rows that routers are trained on.
+        pattern: of static pruning: `unstructured`, `n:m` or `neurons`.
     """
 
     score: str | None = None
@@ -37,6 +40,7 @@ class PolicySettings:
     granule: int | None = None
     rank: int | None = None
     rows: int = 2048
+    pattern: str | None = None
 
     def check(self) -> None:
         """Refuse numbers that no policy can use.
@@ -60,6 +64,7 @@ class PolicyContext:
         windows: int64 [N, context], the calibration text.
         sparsity: the mean sparsity that is aimed at first; methods trained for a sparsity are trained for this one.
         prompt: tokens of a window that are its prompt.
+        kept: the neurons that pruning left of each FFN, int64 ascending, by name; FFNs that are not in it are whole.
         seed: of everything random.
         progress: called with (what, done, total).
     """
@@ -69,6 +74,7 @@ class PolicyContext:
     windows: Tensor
     sparsity: float
     prompt: int
+    kept: Mapping[str, np.ndarray] = field(default_factory=dict)
     seed: int = 0
     settings: PolicySettings = field(default_factory=PolicySettings)
     progress: Progress = lambda what, done, total: None
@@ -105,6 +111,14 @@ class Policy(Protocol):
         """
         ...
 
+    def prune_at(self, sparsity: float, settings: PolicySettings) -> PruneSpec | None:
+        """How the weights are pruned before a method of this sparsity is measured; None for a dynamic policy.
+
+        Raises:
+            UsageError: settings that do not fit.
+        """
+        ...
+
     def methods(self, context: PolicyContext) -> tuple[Method, ...]:
         """The variants to measure, the plainest first.
 
@@ -112,6 +126,14 @@ class Policy(Protocol):
             UsageError: as `check`.
         """
         ...
+
+
+class Dynamic:
+    """What policies share that do not touch the weights."""
+
+    def prune_at(self, sparsity: float, settings: PolicySettings) -> PruneSpec | None:
+        """Nothing is pruned."""
+        return None
 
 
 def check_score(name: str, scores: Sequence[str], settings: PolicySettings) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
 from clada_export.method import Method, draft_layers
-from clada_export.policies.base import PolicyContext, PolicySettings, check_score
+from clada_export.policies.base import Dynamic, PolicyContext, PolicySettings, check_score
 from graph_passes.op import SHADOW_BLOCK
 
 GAMMAS = (0.25, 0.5)
@@ -30,7 +30,7 @@ GAMMAS = (0.25, 0.5)
 
 
 @dataclass(frozen=True)
-class CladaPolicy:
+class CladaPolicy(Dynamic):
     """Score `shadow`, `gate` or `exact`, rule `threshold`."""
 
     name: str = "clada"

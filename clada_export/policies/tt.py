@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from clada_export.ffn import EagerFFN
 from clada_export.method import Method, draft_layers
-from clada_export.policies.base import PolicyContext, PolicySettings, check_score
+from clada_export.policies.base import Dynamic, PolicyContext, PolicySettings, check_score
 
 
 @dataclass(frozen=True)
-class ThresholdTruncationPolicy:
+class ThresholdTruncationPolicy(Dynamic):
     """Score `exact`, rule `threshold`."""
 
     name: str = "tt"

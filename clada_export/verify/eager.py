@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.scorer import layer_tensors
-from clada_export.calibration.tap import FFNTap
 from clada_export.ffn import EagerFFN
 from clada_export.plan import LayerPlan, SparsityPlan
 from clada_export.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
 from clada_export.router import RouterModule
+from clada_export.tap import FFNTap
 from graph_passes.op import SparseFFNAttributes
 
 

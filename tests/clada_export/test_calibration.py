@@ -20,7 +20,6 @@ from clada_export.calibration.scorer import make_scorer
 from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.calibration.statistics import collect_statistics
-from clada_export.calibration.tap import FFNTap
 from clada_export.calibration.text import default_text, make_windows, read_text, read_tokens
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN, find_eager_ffns
@@ -28,6 +27,7 @@ from clada_export.method import Method, draft_layers
 from clada_export.plan import SparsityPlan
 from clada_export.policies import POLICIES, PolicySettings, get_policy
 from clada_export.reference import sparse_ffn
+from clada_export.tap import FFNTap
 from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 
@@ -211,7 +211,7 @@ def _layers(score: str, rule: str, granule: int) -> Layers:
 def test_allocations_meet_the_mean_sparsity(wanted: float, score: str, rule: str, granule: int) -> None:
     layers = _layers(score, rule, granule)
     multiplier = np.exp(np.linspace(-0.2, 0.2, 11))
-    for name in ALLOCATIONS:
+    for name in set(ALLOCATIONS) - {"dense"}:
         allocation = allocate(name, layers)
         levels = allocation.levels_for(wanted)
         assert allocation.mean_sparsity(levels) == pytest.approx(wanted, abs=0.02), name
@@ -320,7 +320,7 @@ def simulated(ffns: tuple[EagerFFN, ...], plan: SparsityPlan) -> list[LayerSelec
     return list(Selectors(ffns, (method,)).layers[0])
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"wanda", "sparsegpt"}))
 def test_masks_and_reference_modules_agree(policy: str) -> None:
     """What calibration simulates is what the op means, for every policy."""
     model = tiny_model("llama", 0)

@@ -1,0 +1,59 @@
+"""The FFN weights of the eager model while it is calibrated: pruned for one plan, restored for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clada_export.ffn import EagerFFN
+from clada_export.pruning import PruneReport, PruneSpec, prune
+
+
+class FFNWeights:
+    """Prunes and restores.
+
+    Args:
+        windows: int64 [N, context], the calibration text.
+        rounded: called after the weights have changed; puts them back on the grid of the engine's type.
+    """
+
+    def __init__(
+        self, model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, rounded: Callable[[], None] = lambda: None
+    ) -> None:
+        self._model, self._ffns, self._windows, self._rounded = model, tuple(ffns), windows, rounded
+        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        self.report: PruneReport | None = None
+
+    @property
+    def spec(self) -> PruneSpec | None:
+        """How the weights are pruned now."""
+        return None if self.report is None else self.report.spec
+
+    def use(self, spec: PruneSpec | None, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Bring the weights into the state `spec` (None: as they were).
+
+        Raises:
+            UsageError: as `clada_export.pruning.prune`.
+        """
+        if spec == self.spec:
+            return
+        self._restore()
+        if spec is not None:
+            self._keep()
+            self.report = prune(self._model, self._ffns, self._windows, spec, progress)
+            self._rounded()
+
+    def _keep(self) -> None:
+        if not self._originals:
+            modules = {id(module): module for ffn in self._ffns for module in (*ffn.inputs, ffn.down)}
+            parameters = {id(item): item for module in modules.values() for item in module.parameters(recurse=False)}
+            self._originals = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+
+    def _restore(self) -> None:
+        if self.report is not None:
+            with torch.no_grad():
+                for parameter, original in self._originals:
+                    parameter.copy_(original)
+        self.report = None
