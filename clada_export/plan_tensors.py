@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,8 @@ class LayerTensors:
     neurons: np.ndarray | None = None
 
 
-def _named_arrays(arrays: dict[str, LayerTensors]) -> dict[str, np.ndarray]:
+def named_arrays(arrays: Mapping[str, LayerTensors]) -> dict[str, np.ndarray]:
+    """The arrays by the names that they have in a file: `LAYER.neurons`, `LAYER.router.0.weight`, ..."""
     named: dict[str, np.ndarray] = {}
     for name, tensors in sorted(arrays.items()):
         if tensors.neurons is not None:
@@ -45,10 +46,11 @@ def _named_arrays(arrays: dict[str, LayerTensors]) -> dict[str, np.ndarray]:
 
 def tensors_digest(arrays: dict[str, LayerTensors]) -> str:
     """The sha256 of the arrays: names, types, shapes and bytes, in the order of the names."""
-    return _digest(_named_arrays(arrays))
+    return arrays_digest(named_arrays(arrays))
 
 
-def _digest(named: dict[str, np.ndarray]) -> str:
+def arrays_digest(named: Mapping[str, np.ndarray]) -> str:
+    """The sha256 of arrays by name, as `tensors_digest`."""
     digest = hashlib.sha256()
     for name, array in sorted(named.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -60,7 +62,7 @@ def save_plan_tensors(folder: Path, plan: SparsityPlan) -> None:
     """Write the arrays of a plan, if it has any, into a folder as `PLAN_TENSORS`, with the model's weights digest."""
     if plan.arrays:
         metadata = {"weights_digest": str(plan.source.get("weights_digest", ""))}
-        save_file(_named_arrays(plan.arrays), folder / PLAN_TENSORS, metadata=metadata)
+        save_file(named_arrays(plan.arrays), folder / PLAN_TENSORS, metadata=metadata)
 
 
 def load_tensors(path: Path, layers: Sequence[LayerPlan], digest: str) -> dict[str, LayerTensors]:
@@ -78,19 +80,27 @@ def load_tensors(path: Path, layers: Sequence[LayerPlan], digest: str) -> dict[s
         raise UsageError(f"{path}: the plan's routers are in this file, and it is missing; copy it beside the plan") from None
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: not a readable safetensors file: {error}") from error
-    if (found := _digest(named)) != digest:
+    if (found := arrays_digest(named)) != digest:
         raise UsageError(
             f"{path}: its arrays have digest {found[:16]}..., and the plan says {digest[:16]}...: they belong to another plan"
         )
     arrays = {}
     for layer in layers:
-        tensors = _layer_tensors(path, layer, named)
+        tensors = layer_tensors(str(path), layer, named)
         if tensors.router is not None or tensors.neurons is not None:
             arrays[layer.name] = tensors
     return arrays
 
 
-def _layer_tensors(path: Path, layer: LayerPlan, named: dict[str, np.ndarray]) -> LayerTensors:
+def layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> LayerTensors:
+    """The arrays of one layer, from `named_arrays`.
+
+    Args:
+        path: where they come from, for the message.
+
+    Raises:
+        UsageError: arrays that are missing, or do not fit the layer.
+    """
     neurons = named.get(f"{layer.name}.neurons")
     if neurons is None and (layer.reordered or layer.kept_neurons is not None):
         raise UsageError(f"{path}: holds no order of neurons for {layer.name!r}; it belongs to another model")
