@@ -99,6 +99,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-tokens", type=Path, metavar="FILE", help="token ids as .npy, for models without a tokenizer"
     )
     parser.add_argument("--calibration-context", type=int, default=512, metavar="N", help="tokens a window (default: 512)")
+    parser.add_argument(
+        "--calibration-cache",
+        metavar="DIR",
+        help="where calibration keeps what it computed, none for nowhere (default: ~/.cache/clada-export)",
+    )
     parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
     parser.add_argument(
         "--dtype",
@@ -182,6 +187,7 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from clada_export.calibration.cache import parse_cache_folder
     from clada_export.pipeline import ExportOptions, export
 
     output = options.output or Path(f"{Path(options.model.rstrip('/')).stem}-clada-{options.target}")
@@ -202,6 +208,7 @@ def _export(options: argparse.Namespace) -> int:
                 calibration_data=options.calibration_data,
                 calibration_tokens=options.calibration_tokens,
                 calibration_context=options.calibration_context,
+                calibration_cache=parse_cache_folder(options.calibration_cache),
                 dtype=options.dtype,
                 load_response=not options.no_load_response,
                 verify=not options.no_verify,

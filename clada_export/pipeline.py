@@ -18,6 +18,7 @@ from clada_export import __version__
 from clada_export.artifact import ArtifactWriter
 from clada_export.calibration import Budget, CalibrationData, CalibrationOptions, calibrate, load_calibration_data
 from clada_export.calibration.budget import parse_sparsity
+from clada_export.calibration.cache import CalibrationCache, default_cache_folder
 from clada_export.calibration.weights import FFNWeights
 from clada_export.errors import UsageError, VerificationError
 from clada_export.ffn import EagerFFNs, require_ffns
@@ -57,6 +58,7 @@ class ExportOptions:
     calibration_data: Path | None = None
     calibration_tokens: Path | None = None
     calibration_context: int = 512
+    calibration_cache: Path | None = field(default_factory=default_cache_folder)
     dtype: str = "float32"
     load_response: bool = True
     verify: bool = True
@@ -141,7 +143,7 @@ def export(
         data = _data(source, options)
         warnings += data.warnings
         with stages("calibrate") as note:
-            plan, details = _plan(source, ffns, data, given, options, target, stages.inner)
+            plan, details = _plan(source, ffns, data, given, options, target, stages.inner, note)
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
         with stages("trace"):
             traced = trace(target.traceable(source.model, options.dtype), fusions=target.FUSIONS)
@@ -291,6 +293,7 @@ def _plan(
     options: ExportOptions,
     target: Target,
     progress: Callable[[str, int, int], None],
+    note: Callable[[str], None],
 ) -> tuple[SparsityPlan, dict[str, Any]]:
     rounded = partial(_round, target, source, ffns, options.dtype)
     if given is not None:
@@ -313,10 +316,12 @@ def _plan(
         prune=None if options.prune is None else PruneSpec.parse(options.prune),
         load_response=options.load_response,
         seed=options.seed,
+        item=getattr(torch, options.dtype).itemsize,
     )
+    cache = CalibrationCache.of(options.calibration_cache, source.model, data.calibration, options.seed, note)
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
     policy = get_policy(options.policy)
-    result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded)
+    result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
     return result.plan, result.details
 
 

@@ -305,18 +305,20 @@ def _unpack_statistics(piece: Piece) -> CalibrationStatistics:
 
 
 def _pack_methods(methods: Sequence[Method]) -> Piece:
-    arrays = {
-        f"{index}.{name}": array for index, method in enumerate(methods) for name, array in named_arrays(method.arrays).items()
-    }
-    return Piece(arrays, [asdict(replace(method, arrays={})) for method in methods])
+    # Variants of a policy often share their routers, which are the large part.
+    digests = [tensors_digest(method.arrays) for method in methods]
+    sources = [digests.index(digest) for digest in digests]
+    arrays = {f"{index}.{name}": array for index in set(sources) for name, array in named_arrays(methods[index].arrays).items()}
+    described = [asdict(replace(method, arrays={})) for method in methods]
+    return Piece(arrays, [{"method": item, "arrays": source} for item, source in zip(described, sources, strict=True)])
 
 
 def _unpack_methods(piece: Piece) -> tuple[Method, ...]:
-    return tuple(_unpack_method(piece, index, value) for index, value in enumerate(piece.value))
+    return tuple(_unpack_method(piece, value["method"], value["arrays"]) for value in piece.value)
 
 
-def _unpack_method(piece: Piece, index: int, value: Mapping[str, Any]) -> Method:
-    prefix = f"{index}."
+def _unpack_method(piece: Piece, value: Mapping[str, Any], source: int) -> Method:
+    prefix = f"{source}."
     named = {name.removeprefix(prefix): array for name, array in piece.arrays.items() if name.startswith(prefix)}
     layers = tuple(_unpack_layer(layer) for layer in value["layers"])
     arrays = {}
