@@ -16,7 +16,7 @@ import jsonschema
 from clada_export.errors import UsageError
 from clada_export.plan_tensors import PLAN_TENSORS, LayerTensors, load_tensors, save_plan_tensors, tensors_digest
 from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS, SparseFFNAttributes
-from graph_passes.router import HIDDEN_ACTIVATIONS, OUTPUTS, Router
+from graph_passes.router import DENSE_ROWS, HIDDEN_ACTIVATIONS, OUTPUTS, Router
 
 PLAN_VERSION = 1
 
@@ -68,6 +68,8 @@ PLAN_SCHEMA: dict[str, Any] = {
                             "output": {"enum": list(OUTPUTS)},
                             "normalise": {"type": "boolean"},
                             "scale": {"type": "number", "exclusiveMinimum": 0},
+                            "k": {"type": ["integer", "null"], "minimum": 1},
+                            "dense_rows": {"enum": list(DENSE_ROWS)},
                         },
                     },
                     "expected_sparsity": _SHARE,
@@ -133,18 +135,23 @@ class LoadSignal:
 
 @dataclass(frozen=True)
 class RouterForm:
-    """What a `Router` is besides its numbers: how many linear layers, and the functions between and after them."""
+    """What a `Router` is besides its numbers: how many linear layers, the functions between and after them, how many granules
+    share a softmax (`k`), and what rows that run dense score (`dense_rows`)."""
 
     layers: int
     hidden: str
     output: str
     normalise: bool
     scale: float
+    k: int | None = None
+    dense_rows: str = "ones"
 
     @classmethod
     def of(cls, router: Router) -> RouterForm:
         """The form of a router."""
-        return cls(len(router.weights), router.hidden, router.output, router.normalise, router.scale)
+        return cls(
+            len(router.weights), router.hidden, router.output, router.normalise, router.scale, router.k, router.dense_rows
+        )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from clada_export.errors import UsageError
+from graph_passes.op import ContractError
 from graph_passes.router import Router
 
 if TYPE_CHECKING:
@@ -119,7 +120,12 @@ def layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) 
     present = [weight for weight in weights if weight is not None]
     if len(present) != form.layers:
         raise UsageError(f"{path}: holds no router for {layer.name!r}; it belongs to another model")
-    router = Router(tuple(present), tuple(biases), form.hidden, form.output, form.normalise, form.scale)
+    try:
+        router = Router(
+            tuple(present), tuple(biases), form.hidden, form.output, form.normalise, form.scale, form.k, form.dense_rows
+        )
+    except ContractError as error:
+        raise UsageError(f"{path}: {layer.name!r}: {error}") from error
     wanted = (layer.hidden_size, layer.width // layer.granule)
     if (router.hidden_size, router.granules) != wanted:
         raise UsageError(

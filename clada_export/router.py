@@ -19,6 +19,12 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def topk_softmax(logits: Tensor, k: int) -> Tensor:
+    """A softmax over the k largest of the last axis, 0 elsewhere; ties go to the lowest index. Float32, shaped as `logits`."""
+    best, places = logits.sort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(logits).scatter(-1, places[..., :k], best[..., :k].softmax(-1))
+
+
 class RouterModule:
     """A router on float32 tensors; call it with x [.., d] for scores [.., E]."""
 
@@ -41,4 +47,19 @@ class RouterModule:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Scores, float32 [.., E], never negative."""
-        return _FUNCTIONS[self.router.output](self.logits(x)) * self.router.scale
+        logits = self.logits(x)
+        if self.router.k is not None:
+            return topk_softmax(logits, self.router.k) * self.router.scale
+        return _FUNCTIONS[self.router.output](logits) * self.router.scale
+
+    def under(self, x: Tensor, load: Tensor) -> Tensor:
+        """The scores that the engine's nodes give under a load, float32 [.., E].
+
+        Args:
+            load: float32 [..]; rows at +inf or NaN run dense (`Router.dense_rows`).
+        """
+        scores = self(x)
+        if self.router.dense_rows == "scores":
+            return scores
+        dense = (load.isnan() | (load == float("inf"))).unsqueeze(-1)
+        return torch.where(dense, torch.ones(()), scores)

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from graph_passes.op import ContractError
 
 HIDDEN_ACTIVATIONS = ("identity", "relu", "tanh")
-OUTPUTS = ("sigmoid", "softmax", "abs", "relu")
+OUTPUTS = ("sigmoid", "softmax", "abs", "relu", "topk_softmax")
+DENSE_ROWS = ("ones", "scores")
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,17 @@ class Router:
         weights: float32 [out, in] of every linear layer; the first takes d values, the last gives E.
         biases: float32 [out] of every linear layer, or None.
         hidden: between the linear layers: identity, relu or tanh.
-        output: of the last: sigmoid, softmax (over the granules), abs or relu.
+        output: of the last: sigmoid, softmax (over the granules), abs, relu, or topk_softmax: a softmax over the k largest,
+            and 0 for the others; ties go to the lowest index. This is how mixtures of experts are gated (LLaMA-MoE's released
+            code; GraniteMoe in transformers).
         normalise: divide x by its L2 norm first (MoEfication).
         scale: multiplies the result.
+        k: of topk_softmax, 1 to E; None with any other output.
+        dense_rows: what a row that runs dense scores. `ones`: 1 everywhere, so that `combine = weighted` leaves the sum of a
+            model without experts alone. `scores`: as any row, where the weighted sum is the model.
 
     Raises:
-        ContractError: an unknown function, or layers that do not fit together; says which.
+        ContractError: an unknown function, layers that do not fit together, or a k out of range; says which.
     """
 
     weights: tuple[np.ndarray, ...]
@@ -40,6 +46,8 @@ class Router:
     output: str = "sigmoid"
     normalise: bool = False
     scale: float = 1.0
+    k: int | None = None
+    dense_rows: str = "ones"
 
     def __post_init__(self) -> None:
         if self.hidden not in HIDDEN_ACTIVATIONS or self.output not in OUTPUTS:
@@ -47,6 +55,8 @@ class Router:
                 f"router: hidden is {self.hidden!r} and output is {self.output!r}; allowed: {', '.join(HIDDEN_ACTIVATIONS)} "
                 f"and {', '.join(OUTPUTS)}"
             )
+        if self.dense_rows not in DENSE_ROWS:
+            raise ContractError(f"router: dense_rows is {self.dense_rows!r}; allowed: {', '.join(DENSE_ROWS)}")
         if not self.weights or len(self.weights) != len(self.biases):
             raise ContractError(
                 f"router: {len(self.weights)} weights and {len(self.biases)} biases; one of each a layer is wanted"
@@ -60,6 +70,11 @@ class Router:
                 raise ContractError(f"router: bias {index} has shape {list(bias.shape)}; wanted [{width}]")
             if not (np.isfinite(weight).all() and (bias is None or np.isfinite(bias).all())):
                 raise ContractError(f"router: layer {index} has a value that is not finite")
+        if self.output != "topk_softmax":
+            if self.k is not None:
+                raise ContractError(f"router: k is {self.k}, and output {self.output!r} has none")
+        elif self.k is None or not 1 <= self.k <= self.granules:
+            raise ContractError(f"router: k is {self.k}; output 'topk_softmax' wants 1 to {self.granules}, the granules")
 
     @property
     def hidden_size(self) -> int:
@@ -86,11 +101,11 @@ def emit_router(
 ) -> tuple[list[ir.Node], ir.Value]:
     """The nodes that compute a layer's scores, float32 [.., E].
 
-    A row that runs dense (load = +inf or NaN) has score 1 everywhere, so that `combine = weighted` leaves its sum alone.
+    A row that runs dense (load = +inf or NaN) has score 1 everywhere, or its scores: `Router.dense_rows`.
 
     Args:
         x: the FFN input [.., d]; cast to float32 if it is not.
-        load: float32 [..].
+        load: float32 [..]; not read with `dense_rows` = scores.
         name: prefix of the nodes' and constants' names.
 
     Returns:
@@ -99,10 +114,14 @@ def emit_router(
     nodes: list[ir.Node] = []
 
     def op(op_type: str, *inputs: ir.Value, **attributes: float | int | list[int]) -> ir.Value:
-        node = ir.node(op_type, list(inputs), attributes, name=f"{name}.{len(nodes)}.{op_type}")
+        return several(op_type, 1, *inputs, **attributes)[0]
+
+    def several(op_type: str, outputs: int, *inputs: ir.Value, **attributes: float | int | list[int]) -> tuple[ir.Value, ...]:
+        node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=f"{name}.{len(nodes)}.{op_type}")
         nodes.append(node)
-        node.outputs[0].name = f"{node.name}.out"
-        return node.outputs[0]
+        for index, output in enumerate(node.outputs):
+            output.name = f"{node.name}.out" + (f".{index}" if index else "")
+        return tuple(node.outputs)
 
     value = x if x.dtype == ir.DataType.FLOAT else op("Cast", x, to=int(ir.DataType.FLOAT))
     if router.normalise:
@@ -118,10 +137,18 @@ def emit_router(
     match router.output:
         case "softmax":
             value = op("Softmax", value, axis=-1)
+        case "topk_softmax":
+            k = initializer(f"{name}.k", np.array([router.k], dtype=np.int64))
+            best, places = several("TopK", 2, value, k, axis=-1, largest=1, sorted=1)
+            zero = initializer("router.zero", np.array(0.0, dtype=np.float32))
+            zeros = op("Expand", zero, op("Shape", value))
+            value = op("ScatterElements", zeros, places, op("Softmax", best, axis=-1), axis=-1)
         case output:
             value = op({"sigmoid": "Sigmoid", "abs": "Abs", "relu": "Relu"}[output], value)
     if router.scale != 1.0:
         value = op("Mul", value, initializer(f"{name}.scale", np.array(router.scale, dtype=np.float32)))
+    if router.dense_rows == "scores":
+        return nodes, value
     axis = initializer("router.last_axis", np.array([-1], dtype=np.int64))
     dense = op("Or", op("IsNaN", load), op("IsInf", load, detect_negative=0, detect_positive=1))
     one = initializer("router.one", np.array(1.0, dtype=np.float32))

@@ -107,8 +107,7 @@ class _ReferenceLayer:
         x = x.float()
         score = past = stat = None
         if self.router is not None:
-            dense = (load.isnan() | (load == float("inf"))).unsqueeze(-1)
-            score = torch.where(dense, torch.ones(()), self.router(x)).unsqueeze(1)
+            score = self.router.under(x, load).unsqueeze(1)
         if self.attributes.use_stat:
             hidden, _ = neuron_outputs(x, self.tensors.w_in, self.tensors, self.attributes)
             prompt = (load == float("inf")).unsqueeze(-1)
