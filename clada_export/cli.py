@@ -83,7 +83,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, help="the folder to make (default: MODEL's name with -clada-TARGET)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--policy", default="clada", help="which method picks neurons (default: clada)")
+    parser.add_argument("--policy", default="clada", help="which method picks neurons; auto measures all (default: clada)")
+    parser.add_argument("--train", action="store_true", help="--policy auto: also policies that train routers")
     _policy_arguments(parser)
     parser.add_argument(
         "--prune", metavar="SPEC", help="prune weights first: wanda=0.5, sparsegpt=2:4, wanda=neurons:0.25, ..."
@@ -200,6 +201,7 @@ def _export(options: argparse.Namespace) -> int:
                 target=options.target,
                 tensorrt=_tensorrt_options(options),
                 policy=options.policy,
+                train=options.train,
                 settings=_policy_settings(options),
                 budget=options.budget,
                 sparsity=options.sparsity,

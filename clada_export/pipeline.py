@@ -19,6 +19,8 @@ from clada_export.artifact import ArtifactWriter
 from clada_export.calibration import Budget, CalibrationData, CalibrationOptions, calibrate, load_calibration_data
 from clada_export.calibration.budget import parse_sparsity
 from clada_export.calibration.cache import CalibrationCache, default_cache_folder
+from clada_export.calibration.calibrate import Calibrator
+from clada_export.calibration.choose import AUTO, choose, plan_clock
 from clada_export.calibration.weights import FFNWeights
 from clada_export.errors import UsageError, VerificationError
 from clada_export.ffn import EagerFFNs, require_ffns
@@ -50,6 +52,7 @@ class ExportOptions:
     target: str = "ort"
     tensorrt: TensorRTOptions | None = None
     policy: str = "clada"
+    train: bool = False
     settings: PolicySettings = field(default_factory=PolicySettings)
     budget: str = "ppl=2%"
     sparsity: float | None = None
@@ -81,7 +84,10 @@ class ExportOptions:
             raise UsageError(f"unknown target {self.target!r}; known: {', '.join(TARGETS)}")
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        get_policy(self.policy)
+        if self.policy != AUTO:
+            get_policy(self.policy)
+        if self.train and self.policy != AUTO:
+            raise UsageError(f"--train is for --policy {AUTO}; policy {self.policy!r} trains routers if it has any")
         self.settings.check()
         if self.prune is not None:
             PruneSpec.parse(self.prune)
@@ -320,8 +326,14 @@ def _plan(
     )
     cache = CalibrationCache.of(options.calibration_cache, source.model, data.calibration, options.seed, note)
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
-    policy = get_policy(options.policy)
-    result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
+    if options.policy != AUTO:
+        policy = get_policy(options.policy)
+        result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
+        return result.plan, result.details
+    calibrator = Calibrator(source.model, ffns.found, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
+    clock = plan_clock(source.model, ffns.found, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
+    result = choose(calibrator, origin, calibration, train=options.train, clock=clock)
+    note(result.plan.calibration["auto"]["text"])
     return result.plan, result.details
 
 

@@ -1,7 +1,7 @@
 """`report.json`, `report.html` and the model card of an export folder.
 
 The HTML page is one file without scripts: its charts are inline SVG, and it asks nothing of the network. Nothing here depends
-on the clock or the machine, so the same export gives the same bytes.
+on the clock or the machine but what was timed in a calibration, so the same export gives the same bytes.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def _page(report: Mapping[str, Any]) -> str:
         _verification(report.get("verification") or {}),
         _drift(report.get("verification") or {}, calibration),
         _layers(plan),
+        _auto(calibration.get("auto") or {}),
         _search(calibration),
         _load_response(plan, calibration),
         _matches(report.get("rewrite") or {}),
@@ -246,6 +247,39 @@ def _round_up(value: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 4, 6, 8, 10) if value <= step * power * (1 + 1e-9))
+
+
+def _auto(auto: Mapping[str, Any]) -> str:
+    """How `--policy auto` came to its choice."""
+    if not auto:
+        return ""
+    rows = []
+    for item in auto.get("candidates") or []:
+        name = f"<code>{escape(str(item['policy']))}</code>"
+        numbers = [
+            "" if item.get(key) is None else form(item[key])
+            for key, form in (
+                ("sparsity", _percent),
+                ("kl", _number),
+                ("ppl_increase", lambda value: f"{value:+.2%}"),
+                ("relative_bytes", lambda value: f"x{value:.3f}"),
+                ("seconds", lambda value: f"{value:.1f}"),
+            )
+        ]
+        why = escape(str(item["why"]))
+        outcome = f'<span class="ok">{why}</span>' if item.get("chosen") else why
+        ways = [escape(str(item.get(key) or "")) for key in ("variant", "allocation")]
+        rows.append([name, *ways, *numbers, outcome])
+    head = ("policy", "variant", "how the layers share", "sparsity", "KL", "perplexity", "bytes read", "seconds", "")
+    clock = auto.get("clock") or {}
+    timed = str(clock.get("text") or (f"Not timed: {clock['left_out']}" if clock.get("left_out") else ""))
+    note = f'<p class="note">{escape(timed[:1].upper() + timed[1:])}.</p>' if timed else ""
+    return (
+        f"<h2>Choice of the policy for {escape(str(auto.get('goal', '')))}</h2>"
+        + f"<p>Taken: {escape(str(auto.get('rule', '')))}.</p>"
+        + _table(head, rows, numeric=(3, 4, 5, 6, 7))
+        + note
+    )
 
 
 def _search(calibration: Mapping[str, Any]) -> str:

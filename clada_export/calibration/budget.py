@@ -17,6 +17,14 @@ _EXAMPLES = {"kl": "kl=0.05 (nats)", "cett": "cett=0.2"}
 _RANGES = {"ppl": "above 0% and below 100%", "kl": "above 0 and below 2 nats", "cett": "above 0 and below 1"}
 
 
+class BudgetUnmetError(UsageError):
+    """Nothing keeps the budget. `cost` is the least that was measured, in the budget's unit, at `sparsity`."""
+
+    def __init__(self, message: str, cost: float, sparsity: float) -> None:
+        super().__init__(message)
+        self.cost, self.sparsity = cost, sparsity
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much error is allowed: `metric` is `ppl` (limit: relative rise of perplexity), `kl` (limit: nats a token) or `cett`
@@ -92,7 +100,7 @@ def search_sparsity(
         The step that was taken, and all of them.
 
     Raises:
-        UsageError: not even the lowest sparsity keeps the budget; says what it costs.
+        BudgetUnmetError: not even the lowest sparsity keeps the budget; says what it costs.
     """
     low: SearchStep | None = None
     high = HIGHEST
@@ -123,9 +131,11 @@ def search_sparsity(
         low = SearchStep(LOWEST, budget.cost(drift), drift)
         history.append(low)
         if low.cost > budget.limit:
-            raise UsageError(
+            raise BudgetUnmetError(
                 f"no sparsity keeps the budget {budget}: {LOWEST:.0%} already costs {low.cost:.4g} on the held-out text. "
-                "Give a larger --budget, or more calibration text"
+                "Give a larger --budget, or more calibration text",
+                low.cost,
+                LOWEST,
             )
     return low, history
 

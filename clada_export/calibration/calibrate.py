@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
-from clada_export.calibration.budget import Budget, search_sparsity
+from clada_export.calibration.budget import Budget, BudgetUnmetError, search_sparsity
 from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.drift import Drift, DriftMeter
@@ -140,9 +140,11 @@ class Calibrator:
             fixed = replace(options, sparsity=sparsity)
             result = self._dynamic(policy, source, fixed, policy.prune_at(sparsity, settings))
             if options.sparsity is None and not _keeps(result.drift, options):
-                raise UsageError(
+                raise BudgetUnmetError(
                     f"--pattern {settings.pattern} costs {options.budget.cost(result.drift):.4g} on the held-out text, and the "
-                    f"budget is {options.budget}. Give a larger --budget, or another --pattern"
+                    f"budget is {options.budget}. Give a larger --budget, or another --pattern",
+                    options.budget.cost(result.drift),
+                    sparsity,
                 )
             return result
         if options.budget.metric == "cett":
