@@ -6,7 +6,12 @@ from clada_export.errors import UsageError
 from clada_export.policies.base import Policy, PolicyContext, PolicySettings
 from clada_export.policies.cats import CatsPolicy
 from clada_export.policies.clada import CladaPolicy
+from clada_export.policies.d2dmoe import D2DMoEPolicy
+from clada_export.policies.dejavu import DejaVuPolicy
+from clada_export.policies.ds_moe import DSMoEPolicy
 from clada_export.policies.griffin import GriffinPolicy
+from clada_export.policies.llama_moe import LlamaMoEPolicy
+from clada_export.policies.moefication import MoEficationPolicy
 from clada_export.policies.static import StaticPolicy
 from clada_export.policies.tda import TDAPolicy
 from clada_export.policies.tt import ThresholdTruncationPolicy
@@ -19,6 +24,11 @@ POLICIES: dict[str, Policy] = {
         TDAPolicy(),
         ThresholdTruncationPolicy(),
         CatsPolicy(),
+        DejaVuPolicy(),
+        MoEficationPolicy(),
+        D2DMoEPolicy(),
+        LlamaMoEPolicy(),
+        DSMoEPolicy(),
         StaticPolicy("wanda"),
         StaticPolicy("sparsegpt"),
     )
