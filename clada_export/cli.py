@@ -441,6 +441,10 @@ def _inspect(options: argparse.Namespace) -> int:
     if manifest.engine is not None:
         _inspect_engine(manifest.engine)
     print(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {budget}")
+    if plan.prune is not None:
+        print(f"pruned    {plan.prune}")
+    if (read := plan.calibration.get("relative_bytes")) is not None:
+        print(f"reads     {read:.2f} of the dense FFNs' bytes for a token at load 0")
     print(
         f"load      {signal.surprisal_weight:g} * (S - {signal.surprisal_mean:.3f}) / {signal.surprisal_std:.3f}"
         f" + {signal.entropy_weight:g} * (H - {signal.entropy_mean:.3f}) / {signal.entropy_std:.3f}  (nats)"
