@@ -140,7 +140,10 @@ def _decode(engine: Engine, rows: list[list[int]], wanted: list[Logits], load: L
             result.add(output.logits, np.stack([logits[place - 1] for logits in wanted]), column)
         if place + 1 == tokens.shape[1]:
             break
-        loads = meter.update(output.logits, column) if load == "auto" else np.full(len(rows), load, np.float32)
+        if load == "auto":
+            loads = meter.update(output.logits, column, log_sum_exp=output.log_sum_exp, entropy=output.entropy)
+        else:
+            loads = np.full(len(rows), load, np.float32)
         result.loads += loads.tolist()
         output = engine.step(column, loads)
         if output.active is not None:

@@ -1,13 +1,15 @@
-"""Surprisal, entropy and load for PyTorch logits (the runtime has a twin over numpy: `clada_export.runtime.load_meter`)."""
+"""Surprisal, entropy and load for PyTorch logits.
+
+The runtime has twins over NumPy: `clada_export.runtime.load_meter` and, with every rule, `clada_export.load_rules`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from clada_export.load_rules import LOAD_LIMIT
 from clada_export.plan import LoadSignal
-
-LOAD_LIMIT = 4.0
 
 
 def surprisal_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +30,7 @@ def surprisal_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load_from(signal: LoadSignal, surprisal: Tensor, entropy: Tensor) -> Tensor:
-    """The load, float32, in standard deviations, clipped to -4..4."""
+    """The load by rule `exp` and the calibrated statistics: float32, in standard deviations, clipped to -4..4."""
     s = (surprisal - signal.surprisal_mean) / signal.surprisal_std
     h = (entropy - signal.entropy_mean) / signal.entropy_std
     return torch.clamp(signal.surprisal_weight * s + signal.entropy_weight * h, -LOAD_LIMIT, LOAD_LIMIT)

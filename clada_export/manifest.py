@@ -305,7 +305,7 @@ class Manifest:
         return cls(
             **{
                 **content,
-                "load_signal": LoadSignal(**content["load_signal"]),
+                "load_signal": LoadSignal.from_dict(content["load_signal"], f"{origin}: load_signal"),
                 "inputs": tuple(TensorSpec(**{**item, "shape": tuple(item["shape"])}) for item in content["inputs"]),
                 "outputs": tuple(TensorSpec(**{**item, "shape": tuple(item["shape"])}) for item in content["outputs"]),
                 "cache": tuple(CacheTensor(**{**item, "shape": tuple(item["shape"])}) for item in content["cache"]),

@@ -14,6 +14,8 @@ from typing import Any
 import jsonschema
 
 from clada_export.errors import UsageError
+from clada_export.load_rules import RULES as LOAD_RULES
+from clada_export.load_rules import make_rule
 from clada_export.plan_tensors import PLAN_TENSORS, LayerTensors, load_tensors, save_plan_tensors, tensors_digest
 from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS, SparseFFNAttributes
 from graph_passes.router import DENSE_ROWS, HIDDEN_ACTIVATIONS, OUTPUTS, Router
@@ -95,6 +97,10 @@ PLAN_SCHEMA: dict[str, Any] = {
                 "entropy_std": {"type": "number", "exclusiveMinimum": 0},
                 "surprisal_weight": _NUMBER,
                 "entropy_weight": _NUMBER,
+                "rule": {"enum": list(LOAD_RULES)},
+                "parameters": {"type": "object", "additionalProperties": _NUMBER},
+                "momentum": _SHARE,
+                "slope": {"type": "number", "exclusiveMinimum": 0},
             },
         },
         "source": {
@@ -119,10 +125,12 @@ PLAN_SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class LoadSignal:
-    """Statistics and weights of the load formula; surprisal and entropy in nats, from raw logits.
+    """Statistics, weights and rule of the load; surprisal S and entropy H in nats, from raw logits.
 
-    load = clip(surprisal_weight * (S - surprisal_mean) / surprisal_std
-                + entropy_weight * (H - entropy_mean) / entropy_std, -4, 4).
+    drive = surprisal_weight * (S - surprisal_mean) / surprisal_std + entropy_weight * (H - entropy_mean) / entropy_std, and
+    `rule` with its `parameters` makes the load of it (`clada_export.load_rules`); `exp`, the default, is clip(drive, -4, 4).
+    `momentum` b above 0 lets means and deviations follow the text: mean <- mean + b (value - mean). `slope` turns the
+    multiplier that a rule wants into a load; it is the `load_slope` of a layer that follows the rule exactly.
     """
 
     surprisal_mean: float = 0.0
@@ -131,6 +139,27 @@ class LoadSignal:
     entropy_std: float = 1.0
     surprisal_weight: float = 1.0
     entropy_weight: float = 0.0
+    rule: str = "exp"
+    parameters: dict[str, float] = field(default_factory=dict)
+    momentum: float = 0.0
+    slope: float = 0.25
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], origin: str) -> LoadSignal:
+        """Read what follows the schema.
+
+        Args:
+            origin: where it came from, for the message.
+
+        Raises:
+            UsageError: the rule does not have one of the parameters, or not this value.
+        """
+        signal = cls(**value)
+        try:
+            make_rule(signal.rule, signal.parameters)
+        except ValueError as error:
+            raise UsageError(f"{origin}: {error}") from error
+        return signal
 
 
 @dataclass(frozen=True)
@@ -278,7 +307,7 @@ class SparsityPlan:
                 )
         tensors = value.get("tensors")
         known = {key: item for key, item in value.items() if key != "tensors"}
-        plan = cls(**{**known, "layers": layers, "load": LoadSignal(**value["load"])})
+        plan = cls(**{**known, "layers": layers, "load": LoadSignal.from_dict(value["load"], f"{origin}: load")})
         if tensors is None or folder is None:
             return plan
         return replace(plan, arrays=load_tensors(folder / tensors["file"], layers, tensors["sha256"]))

@@ -13,7 +13,8 @@ from torch import Tensor
 from clada_export.calibration.allocation import Allocation
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.selector import LayerSelector
-from clada_export.load_signal import LOAD_LIMIT, load_from
+from clada_export.load_rules import LOAD_LIMIT
+from clada_export.load_signal import load_from
 from clada_export.plan import LoadSignal
 
 LOAD_SLOPE = 0.25

@@ -21,7 +21,7 @@ from clada_export.errors import BackendError, UsageError
 from clada_export.manifest import MANIFEST_NAME, Manifest, read_manifest
 from clada_export.plan import read_json
 from clada_export.runtime.graph import PassOutput, Session
-from clada_export.runtime.load_meter import LoadMeter
+from clada_export.runtime.load_meter import LoadFunction, LoadMeter
 from clada_export.runtime.sampling import Sampler, SamplingSettings
 from clada_export.runtime.text import TOKENIZER_FILE, TextTokenizer
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
@@ -31,17 +31,26 @@ SKIP = -math.inf
 PREFILL_CHUNK = 1024
 """Prompt positions in one run of the graph: bounds the memory of its logits, which cover every position."""
 
-Load: TypeAlias = float | Literal["auto", "dense"]
+Load: TypeAlias = float | Literal["auto", "dense"] | LoadFunction
 StreamCallback: TypeAlias = Callable[[int, int, str], None]
 """Called with (row, token id, text); the text is empty without a tokenizer or while a character is incomplete."""
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Of the last position of every row: `logits` [B, V] float32 and `active` neurons [B, layers] int32, or None."""
+    """Of the last position of every row: `logits` [B, V] float32 and `active` neurons [B, layers] int32, or None.
+
+    `log_sum_exp` and `entropy` [B] float32 of these logits, in nats, or None if the export's graph does not give them.
+    """
 
     logits: npt.NDArray[np.float32]
     active: npt.NDArray[np.int32] | None
+    log_sum_exp: npt.NDArray[np.float32] | None = None
+    entropy: npt.NDArray[np.float32] | None = None
+
+
+NextLoad: TypeAlias = Callable[[StepOutput, npt.NDArray[np.int64]], npt.NDArray[np.float32]]
+"""The load [B] of the next step, from the output of the last and the tokens [B] taken from it."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +192,9 @@ class Engine:
         Args:
             prompts: a text, texts, or lists of token ids.
             max_new_tokens: at most this many new tokens a row.
-            load: `auto` follows the text (surprisal and entropy of the raw logits at temperature 1), `dense` computes
-                everything, a number holds the load there.
+            load: `auto` follows the text (surprisal and entropy of the raw logits at temperature 1) by the rule in the
+                manifest, `dense` computes everything, a number holds the load there, and a function (surprisal [B], entropy
+                [B]) -> load [B], in nats and standard deviations, is a signal from outside; +inf is a dense step.
             temperature: 0 is greedy.
             top_k: keep the k best tokens; 0 keeps all.
             top_p: keep the best tokens that together have this probability.
@@ -198,11 +208,10 @@ class Engine:
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
-        fixed = None if load == "auto" else _fixed_load(load)
+        next_load = self._next_load(load)
         prompt_tokens = self._check_prompts(self._encode(prompts))
         batch = len(prompt_tokens)
         sampler = Sampler(SamplingSettings(temperature, top_k, top_p, seed), batch)
-        meter = LoadMeter(self.manifest.load_signal)
         ends = self._ends(eos_token_id)
         writers = [self.tokenizer.stream() for _ in prompt_tokens] if stream and self.tokenizer else None
         new_tokens: list[list[int]] = [[] for _ in prompt_tokens]
@@ -233,7 +242,7 @@ class Engine:
                 break
             before = time.perf_counter()
             ended = np.array([bool(reason) for reason in finish])
-            running = meter.update(output.logits, chosen) if fixed is None else np.full(batch, fixed, np.float32)
+            running = next_load(output, chosen)
             running[ended] = SKIP
             chosen[ended] = 0
             output = self.step(chosen, running)
@@ -281,12 +290,12 @@ class Engine:
     ) -> list[npt.NDArray[np.float64]]:
         """How likely the engine finds these sequences.
 
-        With a fixed load the sequences run in one pass. With `auto` they run token by token, as in `generate`: the first
-        `prompt_length` tokens dense, and each later one at the load that the text so far gives.
+        With a fixed load the sequences run in one pass. With `auto` or a function they run token by token, as in `generate`:
+        the first `prompt_length` tokens dense, and each later one at the load that the text so far gives.
 
         Args:
             input_ids: one list of token ids a row, each longer than `prompt_length`.
-            load: `auto`, `dense` or a number.
+            load: `auto`, `dense`, a number or a function, as for `generate`.
             prompt_length: tokens of each row that are given, not scored.
 
         Returns:
@@ -300,15 +309,14 @@ class Engine:
             raise UsageError(
                 f"prompt_length is {prompt_length}; it must be at least 1 and below the shortest row's {min(map(len, rows))}"
             )
-        if load == "auto":
-            return self._score_stepwise(rows, prompt_length)
+        if load == "auto" or callable(load):
+            return self._score_stepwise(rows, prompt_length, self._next_load(load))
         scores = []
         for row, logits in zip(rows, self.logits(rows, _fixed_load(load)), strict=True):
             scores.append(_log_probabilities(logits[prompt_length - 1 : -1], np.array(row[prompt_length:])))
         return scores
 
-    def _score_stepwise(self, rows: list[list[int]], prompt_length: int) -> list[npt.NDArray[np.float64]]:
-        meter = LoadMeter(self.manifest.load_signal)
+    def _score_stepwise(self, rows: list[list[int]], prompt_length: int, next_load: NextLoad) -> list[npt.NDArray[np.float64]]:
         scores: list[list[float]] = [[] for _ in rows]
         output = self.prefill([row[:prompt_length] for row in rows])
         for position in range(prompt_length, max(len(row) for row in rows)):
@@ -321,8 +329,18 @@ class Engine:
             needed = np.array([position + 1 < len(row) for row in rows])
             if not needed.any():
                 break
-            output = self.step(tokens, np.where(needed, meter.update(output.logits, tokens), np.float32(SKIP)))
+            output = self.step(tokens, np.where(needed, next_load(output, tokens), np.float32(SKIP)))
         return [np.array(row) for row in scores]
+
+    def _next_load(self, load: Load) -> NextLoad:
+        """What gives the load of each step, for one batch."""
+        if load != "auto" and not callable(load):
+            fixed = np.float32(_fixed_load(load))
+            return lambda output, tokens: np.full(len(tokens), fixed)
+        meter = LoadMeter(load if callable(load) else self.manifest.load_signal)
+        return lambda output, tokens: meter.update(
+            output.logits, tokens, log_sum_exp=output.log_sum_exp, entropy=output.entropy
+        )
 
     def _parts(self, length: int) -> list[slice]:
         """The columns of a prompt, in runs that the session takes."""
@@ -481,14 +499,15 @@ def _left_pad(rows: list[list[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray
 
 
 def _last(output: PassOutput) -> StepOutput:
-    return StepOutput(output.logits[:, -1], None if output.active is None else output.active[:, :, -1])
+    active = None if output.active is None else output.active[:, :, -1]
+    return StepOutput(output.logits[:, -1], active, output.log_sum_exp, output.entropy)
 
 
 def _fixed_load(load: Any) -> float:
     if load == "dense":
         return DENSE
     if isinstance(load, (str, bool)) or not isinstance(load, (int, float, np.floating, np.integer)):
-        raise UsageError(f"load is {load!r}; it must be 'auto', 'dense' or a number of standard deviations")
+        raise UsageError(f"load is {load!r}; it must be 'auto', 'dense', a number of standard deviations or a function")
     if math.isnan(load) or load == SKIP:
         raise UsageError(f"load is {load}; it must be a number, or +inf for dense")
     return float(load)

@@ -9,14 +9,24 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+LOG_SUM_EXP, ENTROPY = "log_sum_exp", "entropy"
+LOAD_OUTPUTS = (LOG_SUM_EXP, ENTROPY)
+"""Outputs that spare a runtime to read all logits for the load; exports made before they were added have none."""
+
 
 @dataclass(frozen=True)
 class PassOutput:
-    """One run of the graph: `logits` [B, S, V], `active` int32 [B, layers, S] or None, and the state for the next run."""
+    """One run of the graph: `logits` [B, S, V], `active` int32 [B, layers, S] or None, and the state for the next run.
+
+    `log_sum_exp` and `entropy`, float32 [B], are those of the last position's logits, in nats; None if the graph has no such
+    outputs.
+    """
 
     logits: npt.NDArray[np.float32]
     active: npt.NDArray[np.int32] | None
     state: Any
+    log_sum_exp: npt.NDArray[np.float32] | None = None
+    entropy: npt.NDArray[np.float32] | None = None
 
 
 class Session(Protocol):

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from clada_export.errors import BackendError, UsageError
 from clada_export.manifest import Manifest
-from clada_export.runtime.graph import PassOutput
+from clada_export.runtime.graph import ENTROPY, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
 
 _FED_INPUTS = ("input_ids", "attention_mask", "position_ids", "load")
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "float64": 11, "int64": 7, "int32": 6}
@@ -59,9 +59,11 @@ class GraphSession:
         self.inputs = {value.name for value in self._session.get_inputs()}
         outputs = {value.name: value.type for value in self._session.get_outputs()}
         self._check_names(model, outputs)
-        self._has_active = "active_neurons" in outputs
-        self._output_names = ["logits", *(["active_neurons"] if self._has_active else [])]
-        self._output_names += [tensor.present for tensor in self._cache]
+        self._results = ["logits", *(["active_neurons"] if "active_neurons" in outputs else [])]
+        # Only where the manifest lists them: a graph of someone else may call other things so.
+        if {spec.name for spec in manifest.outputs} & outputs.keys() >= {*LOAD_OUTPUTS}:
+            self._results += LOAD_OUTPUTS
+        self._output_names = [*self._results, *(tensor.present for tensor in self._cache)]
 
     def _check_names(self, model: Path, outputs: Mapping[str, str]) -> None:
         unknown = self.inputs - set(_FED_INPUTS) - {tensor.past for tensor in self._cache}
@@ -104,9 +106,12 @@ class GraphSession:
             values = self._session.run_with_ort_values(self._output_names, {**inputs, **state})
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in the graph: {error}") from error
-        first = len(self._output_names) - len(self._cache)
+        first = len(self._results)
+        found = {name: value.numpy() for name, value in zip(self._results, values[:first], strict=True)}
         return PassOutput(
-            logits=values[0].numpy().astype(np.float32, copy=False),
-            active=values[1].numpy() if self._has_active else None,
+            logits=found["logits"].astype(np.float32, copy=False),
+            active=found.get("active_neurons"),
             state={tensor.past: value for tensor, value in zip(self._cache, values[first:], strict=True)},
+            log_sum_exp=found.get(LOG_SUM_EXP),
+            entropy=found.get(ENTROPY),
         )

@@ -21,11 +21,11 @@ from clada_export.errors import BackendError, UsageError
 from clada_export.manifest import CacheTensor, Manifest
 from clada_export.profiles import Profile, choose_profile
 from clada_export.runtime.cuda import CudaDevice, Device, host_array, to_float32
-from clada_export.runtime.graph import PassOutput
+from clada_export.runtime.graph import ENTROPY, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
 from clada_export.tensorrt_backend import Backend, gpu_capability, load_backend, load_plugin, missing_gpu
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8, "int32": 4}
-_RESULTS = ("logits", "active_neurons")
+_RESULTS = ("logits", "active_neurons", *LOAD_OUTPUTS)
 
 
 class KVState:
@@ -161,8 +161,8 @@ class TensorRTSession:
             self._device.download(array, self._buffers[name][0])
         self._device.synchronize()
         state.advance(tokens)
-        active = results.get("active_neurons")
-        return PassOutput(to_float32(results["logits"], self._outputs["logits"].dtype), active, state)
+        logits = to_float32(results["logits"], self._outputs["logits"].dtype)
+        return PassOutput(logits, results.get("active_neurons"), state, results.get(LOG_SUM_EXP), results.get(ENTROPY))
 
     def close(self) -> None:
         """Keep the compiled kernels and free the buffers."""

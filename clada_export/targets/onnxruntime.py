@@ -17,6 +17,7 @@ from clada_export.targets.common import MODEL_NAME, BuildRequest, BuiltModel, Su
 from clada_export.targets.options import TensorRTOptions
 from clada_export.verify import Verification, VerifyOptions
 from clada_export.verify import verify as run_checks
+from graph_passes.load_outputs import AddLoadOutputs
 from graph_passes.reshapes import RemoveHeadReshapes
 
 FUSIONS: str | None = "cpu"
@@ -57,6 +58,7 @@ def build(request: BuildRequest) -> BuiltModel:
     model = request.traced.graph
     report = rewrite(request)
     RemoveHeadReshapes()(model)
+    AddLoadOutputs()(model)
     save(model, request.out)
     shutil.copyfile(library, request.out / LIBRARY_NAME)
     return BuiltModel(

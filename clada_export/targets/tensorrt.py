@@ -42,6 +42,7 @@ from clada_export.verify.report import Check
 from clada_export.verify.saved import check_saved, save_cases
 from clada_export.verify.widened import write_widened
 from graph_passes.attention_scale import ExactAttentionScale
+from graph_passes.load_outputs import AddLoadOutputs
 from graph_passes.op import DOMAIN, OP_TYPE
 
 FUSIONS: str | None = None
@@ -97,6 +98,7 @@ def build(request: BuildRequest) -> BuiltModel:
     report = rewrite(request)
     graph = request.traced.graph
     ExactAttentionScale(request.scales)(graph)
+    AddLoadOutputs()(graph)
     save(graph, request.out)
     inputs = tuple(tensor_spec(value) for value in graph.graph.inputs)
     plugin = None

@@ -42,7 +42,7 @@ def measure_drift(engine: Engine, rows: Sequence[Sequence[int]], dense: Sequence
             dense_nll.append(-wanted[rows_index, tokens])
             kl.append((np.exp(wanted) * (wanted - found)).sum(-1))
             top1.append(found.argmax(-1) == wanted.argmax(-1))
-        load = meter.update(output.logits, tokens)
+        load = meter.update(output.logits, tokens, log_sum_exp=output.log_sum_exp, entropy=output.entropy)
         loads.append(load)
         output = engine.step(tokens, load)
         if output.active is not None:

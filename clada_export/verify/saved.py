@@ -28,7 +28,9 @@ from clada_export.manifest import CacheTensor, Manifest
 from clada_export.plan import SparsityPlan, read_json
 from clada_export.profiles import choose_profile
 from clada_export.runtime.cuda import to_float32
+from clada_export.runtime.graph import ENTROPY, LOG_SUM_EXP
 from clada_export.verify.eager import ReferenceModel, dense_logits
+from clada_export.verify.load_outputs import load_output_bound, load_output_error
 from clada_export.verify.numbers import compare_logits
 from clada_export.verify.parity import FLIP_KL_FLOOR, FLIP_KL_SHARE, FLIP_SHARE, tolerance
 from clada_export.verify.precision import EXACT, RoundedModel, Rounding
@@ -46,7 +48,8 @@ Infer = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class SavedCase:
-    """One run. `bounds` has `max_abs` of the logits and, for a sparse run, `kl` and `flipped_share` in its place."""
+    """One run. `bounds` has `max_abs` of the logits and, for a sparse run, `kl` and `flipped_share` in its place; and
+    `load_outputs`, nats, if the engine returns them."""
 
     name: str
     profile: int
@@ -95,11 +98,15 @@ def save_cases(
         {"logits": sparse.logits[None, prompt:], "active_neurons": sparse.active[None, :, prompt:]},
     ]
     cost = compare_logits(sparse.logits[prompt:], dense[prompt:]).kl
-    bound = max(tolerance(float(np.abs(dense).max())), rounding.logits)
+    largest = float(np.abs(dense).max())
+    bound = max(tolerance(largest), rounding.logits)
+    listed = {spec.name for spec in manifest.outputs}
+    both = {"load_outputs": load_output_bound(largest, manifest.dtype)} if listed >= {LOG_SUM_EXP, ENTROPY} else {}
+    sparse_bounds = {**_sparse_bounds(cost, rounding, neurons), **both}
     cases = [
-        SavedCase("prompt, dense", choose_profile(profiles, 1, prompt, 0), {"max_abs": bound}),
-        SavedCase("decode, dense", choose_profile(profiles, 1, 1, prompt), {"max_abs": bound}),
-        SavedCase("decode, sparse", choose_profile(profiles, 1, 1, prompt), _sparse_bounds(cost, rounding, neurons)),
+        SavedCase("prompt, dense", choose_profile(profiles, 1, prompt, 0), {"max_abs": bound, **both}),
+        SavedCase("decode, dense", choose_profile(profiles, 1, 1, prompt), {"max_abs": bound, **both}),
+        SavedCase("decode, sparse", choose_profile(profiles, 1, 1, prompt), sparse_bounds),
     ]
     _write(folder, feeds, outputs, cases)
 
@@ -137,10 +144,18 @@ def check_saved(folder: Path, infer: Infer) -> list[Check]:
 def _check(case: SavedCase, found: dict[str, Any], wanted: dict[str, Any]) -> Check:
     numbers = compare_logits(_float32(found["logits"])[0], _float32(wanted["logits"])[0])
     values = {**numbers.to_dict(), "flipped_share": _flipped(found, wanted)}
+    if "load_outputs" in case.bounds:
+        values["load_outputs"] = _load_outputs(found)
     faults = [
         f"{name} is {values[name]:.3g}; allowed {bound:.3g}" for name, bound in case.bounds.items() if not values[name] <= bound
     ]
     return Check(case.name, not faults, values, case.bounds, "; ".join(faults))
+
+
+def _load_outputs(found: dict[str, Any]) -> float:
+    if not {LOG_SUM_EXP, ENTROPY} <= found.keys():
+        return float("inf")
+    return load_output_error(_float32(found["logits"])[:, -1], _float32(found[LOG_SUM_EXP]), _float32(found[ENTROPY]))
 
 
 def _flipped(found: dict[str, Any], wanted: dict[str, Any]) -> float:

@@ -14,6 +14,7 @@ from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
 from clada_export.verify.drift import drift_check, measure_drift, sparse_greedy_prefix
 from clada_export.verify.eager import ReferenceModel, dense_logits, greedy
+from clada_export.verify.load_outputs import load_output_check
 from clada_export.verify.parity import dense_parity, greedy_parity, sparse_parity
 from clada_export.verify.precision import EXACT, RoundedModel
 from clada_export.verify.report import Verification
@@ -76,6 +77,8 @@ def verify(
         result.checks += dense_parity(engine, case, wanted, allowed)
         progress(f"sparse parity, {case.name}")
         result.checks.append(sparse_parity(engine, case, reference, loads, wanted, allowed))
+        if (check := load_output_check(engine, case, options.computes_in)) is not None:
+            result.checks.append(check)
     del reference, rounded
 
     progress("greedy tokens")

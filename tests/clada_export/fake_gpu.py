@@ -70,6 +70,8 @@ class FakeContext:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         batch, tokens = self.shapes["input_ids"]
+        if len(self._engine.outputs[name].shape) == 1:
+            return (batch,)
         width = self._engine.outputs[name].shape[-1]
         return (batch, self._engine.outputs[name].shape[1], tokens) if name == "active_neurons" else (batch, tokens, width)
 

@@ -6,11 +6,13 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from clada_export.runtime import Engine, load_engine
 from clada_export.runtime import engine as engine_module
 from clada_export.runtime.load_meter import LoadMeter, surprisal_entropy
 from clada_export.runtime.sampling import Sampler, SamplingSettings
+from graph_passes.load_outputs import AddLoadOutputs
 
 VOCABULARY, WIDTH, POSITIONS, LAYERS, EOS = 11, 6, 24, 2, 7
 SIGNAL = LoadSignal(surprisal_mean=1.0, surprisal_std=0.5, entropy_mean=1.0, entropy_std=0.5, entropy_weight=0.5)
@@ -105,6 +108,13 @@ def make_graph() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
+def with_load_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph as the targets write it today: it returns what the load needs of the logits."""
+    graph = ir.from_proto(model)
+    AddLoadOutputs()(graph)
+    return ir.to_proto(graph)
+
+
 def expected_logits(tokens: list[int], load: float = math.inf) -> np.ndarray:
     """[len(tokens), VOCABULARY]: what the graph means, for one sequence at one load."""
     context = 3 * np.cumsum(EMBEDDING[tokens].astype(np.float64), axis=0)
@@ -112,7 +122,7 @@ def expected_logits(tokens: list[int], load: float = math.inf) -> np.ndarray:
     return plain + (0.0 if math.isinf(load) else load) * LOAD_HEAD
 
 
-def make_manifest(**changes: Any) -> Manifest:
+def make_manifest(graph: onnx.GraphProto | None = None, **changes: Any) -> Manifest:
     def specs(values: Any) -> tuple[TensorSpec, ...]:
         names = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.INT32: "int32"}
         return tuple(
@@ -124,7 +134,7 @@ def make_manifest(**changes: Any) -> Manifest:
             for value in values
         )
 
-    graph = make_graph().graph
+    graph = graph or make_graph().graph
     plan = SparsityPlan(
         policy="clada",
         score="gate",
@@ -152,14 +162,15 @@ def make_manifest(**changes: Any) -> Manifest:
     return Manifest(**{**values, **changes})
 
 
-def write_export(folder: Path, **changes: Any) -> Path:
-    """A whole export folder of the hand-made graph."""
+def write_export(folder: Path, *, load_outputs: bool = True, **changes: Any) -> Path:
+    """A whole export folder of the hand-made graph; without `load_outputs` as exports were before they had them."""
     folder.mkdir(parents=True, exist_ok=True)
-    onnx.save(make_graph(), folder / "model.onnx")
+    model = with_load_outputs(make_graph()) if load_outputs else make_graph()
+    onnx.save(model, folder / "model.onnx")
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": POSITIONS, "vocab_size": VOCABULARY}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS]}))
     files = {path.name: file_record(path) for path in sorted(folder.iterdir()) if path.name != "clada.json"}
-    write_manifest(folder, make_manifest(**changes).with_files(files))
+    write_manifest(folder, make_manifest(model.graph, **changes).with_files(files))
     return folder
 
 
@@ -276,6 +287,72 @@ def test_sampling_frequencies_match_the_distribution() -> None:
 def test_no_finite_logit_is_a_failed_verification() -> None:
     with pytest.raises(VerificationError, match="no finite logit"):
         Sampler(SamplingSettings(), 1).choose(np.full((1, 4), np.nan))
+
+
+@settings(deadline=None, max_examples=20)
+@given(PROMPTS, st.integers(1, 3))
+def test_the_graph_gives_what_the_load_needs(engine: Engine, prompts: list[list[int]], chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "PREFILL_CHUNK", chunk)
+        outputs = [engine.prefill(prompts), engine.step([prompt[0] for prompt in prompts], 0.5)]
+    for output in outputs:
+        assert output.log_sum_exp is not None and output.entropy is not None
+        values = output.logits.astype(np.float64)
+        best = output.logits.argmax(-1)
+        surprisal, entropy = surprisal_entropy(values, best)
+        np.testing.assert_allclose(output.log_sum_exp, values.max(-1) + surprisal, rtol=1e-5)
+        np.testing.assert_allclose(output.entropy, entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_an_older_export_gives_the_same_loads(engine: Engine, tmp_path: Path) -> None:
+    older = load_engine(write_export(tmp_path / "older", load_outputs=False), threads=1)
+    assert older.prefill([[1]]).entropy is None
+    results = [which.generate([[1, 2, 3], [4]], 8, eos_token_id=[]) for which in (engine, older)]
+    assert results[0].tokens == results[1].tokens
+    np.testing.assert_allclose(results[0].loads, results[1].loads, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rule_of_the_manifest_decides(tmp_path: Path) -> None:
+    signal = replace(SIGNAL, rule="affine", parameters={"low": 0.5, "high": 2.0}, slope=0.5)
+    engine = load_engine(write_export(tmp_path / "x", load_signal=signal), threads=1)
+    result = engine.generate([[1, 2]], 6, eos_token_id=[])
+    plain = engine.generate([[1, 2]], 2, eos_token_id=[])
+    surprisal, entropy = surprisal_entropy(expected_logits([1, 2])[-1:], plain.tokens[0][:1])
+    drive = (surprisal[0] - 1) / 0.5 + 0.5 * (entropy[0] - 1) / 0.5
+    assert result.loads[0, 0] == pytest.approx(-np.log(np.clip(1 - 0.5 * drive, 0.5, 2.0)) / 0.5, abs=1e-3)
+    assert np.abs(result.loads).max() <= np.log(2) / 0.5 + 1e-6
+
+
+def test_a_rule_with_a_memory_starts_anew_with_each_text(tmp_path: Path) -> None:
+    signal = replace(SIGNAL, rule="rank", parameters={"momentum": 0.5}, momentum=0.2)
+    engine = load_engine(write_export(tmp_path / "x", load_signal=signal), threads=1)
+    first, second = (engine.generate([[1, 2], [3]], 8, eos_token_id=[]) for _ in range(2))
+    np.testing.assert_array_equal(first.loads, second.loads)
+    assert len(np.unique(first.loads)) > 4
+
+
+def test_a_load_from_outside(engine: Engine) -> None:
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def signal(surprisal: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+        seen.append((surprisal, entropy))
+        return np.array([0.25 * len(seen), np.inf])
+
+    result = engine.generate([[1, 2], [3]], 4, load=signal, eos_token_id=[])
+    np.testing.assert_allclose(result.loads, [[0.25, np.inf], [0.5, np.inf], [0.75, np.inf]])
+    surprisal, entropy = surprisal_entropy(expected_logits([1, 2])[-1:], result.tokens[0][:1])
+    np.testing.assert_allclose([seen[0][0][0], seen[0][1][0]], [surprisal[0], entropy[0]], rtol=1e-4, atol=1e-4)
+    seen.clear()
+    rows = [prompt + new for prompt, new in zip(result.prompt_tokens, result.tokens, strict=True)]
+    scores = engine.score([rows[0], [3, *result.tokens[1]][:5]], signal, prompt_length=2)
+    assert len(seen) == 3 and [len(row) for row in scores] == [4, 3]
+    for bad, said in (
+        (lambda s, h: 0.5, "one load a row"),
+        (lambda s, h: s * np.nan, "NaN"),
+        (lambda s, h: s - np.inf, "-inf"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            engine.generate([[1], [2]], 3, load=bad, eos_token_id=[])
 
 
 def test_logits_and_score_of_ragged_rows(engine: Engine) -> None:

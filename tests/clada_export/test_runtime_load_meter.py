@@ -81,3 +81,32 @@ def test_a_row_with_a_logit_that_is_not_finite_runs_dense(bad: float) -> None:
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="the shapes are"):
         surprisal_entropy(np.zeros((2, 3), np.float32), [0])
+
+
+@given(ROWS, st.data())
+def test_what_the_graph_gives_takes_the_place_of_the_logits(logits: np.ndarray, data: st.DataObject) -> None:
+    tokens = np.array([data.draw(st.integers(0, logits.shape[1] - 1)) for _ in logits])
+    surprisal, entropy = surprisal_entropy(logits, tokens)
+    log_sum_exp = (surprisal + logits[np.arange(len(tokens)), tokens]).astype(np.float32)
+    # Only the tokens' own logits are read.
+    blind = np.full_like(logits, np.nan)
+    blind[np.arange(len(tokens)), tokens] = logits[np.arange(len(tokens)), tokens]
+    found = surprisal_entropy(blind, tokens, log_sum_exp, entropy.astype(np.float32))
+    np.testing.assert_allclose(found[0], surprisal, rtol=1e-5, atol=3e-5)
+    np.testing.assert_allclose(found[1], entropy, rtol=1e-6, atol=1e-6)
+
+
+def test_a_graph_that_gives_nan_makes_the_row_dense() -> None:
+    logits = np.zeros((2, 4), np.float32)
+    given_by_graph = {"log_sum_exp": np.array([1.4, 1.4], np.float32), "entropy": np.array([np.nan, 1.4], np.float32)}
+    load = LoadMeter(LoadSignal()).update(logits, [0, 0], **given_by_graph)
+    assert load[0] == np.inf and np.isfinite(load[1])
+    with pytest.raises(ValueError, match=r"\[B\] are wanted"):
+        LoadMeter(LoadSignal()).update(logits, [0, 0], log_sum_exp=np.zeros(3), entropy=np.zeros(2))
+
+
+def test_the_names_are_those_of_the_graph() -> None:
+    from clada_export.runtime import graph
+    from graph_passes import load_outputs
+
+    assert graph.LOAD_OUTPUTS == load_outputs.LOAD_OUTPUTS

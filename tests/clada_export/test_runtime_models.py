@@ -20,7 +20,7 @@ from clada_export.native import ort_library_path
 from clada_export.plan import LoadSignal, SparsityPlan
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime import engine as engine_module
-from graph_passes import FFNRewrite, name_interface, rewrite_ffns
+from graph_passes import AddLoadOutputs, FFNRewrite, name_interface, rewrite_ffns
 from graph_passes.op import SparseFFNAttributes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,6 +45,7 @@ def write_export(folder: Path, kind: str, attributes: SparseFFNAttributes | None
     if attributes is not None:
         threshold = np.array([0.3], dtype=np.float32)
         rewrite_ffns(graph, {name: FFNRewrite(attributes, threshold) for name in tiny_models.ffn_names(kind)})
+    AddLoadOutputs()(graph)
     folder.mkdir(parents=True)
     ir.save(graph, folder / "model.onnx")
     (folder / "config.json").write_text(tiny_models.tiny_config(kind).to_json_string())

@@ -234,7 +234,7 @@ def test_saved_runs_are_what_the_graph_computes(dense_export: ExportResult) -> N
     assert [case["profile"] for case in json.loads((dense_export.path / CASES).read_text())] == [1, 0, 0]
 
 
-@pytest.mark.parametrize(("output", "failing"), [("logits", 3), ("active_neurons", 1)])
+@pytest.mark.parametrize(("output", "failing"), [("logits", 3), ("active_neurons", 1), ("entropy", 3), ("log_sum_exp", 3)])
 def test_a_wrong_engine_is_found(dense_export: ExportResult, output: str, failing: int) -> None:
     infer = _by_onnx_runtime(dense_export.path)
 

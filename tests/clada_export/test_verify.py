@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clada_export.runtime import StepOutput, surprisal_entropy
 from clada_export.verify.cases import DECODE, make_cases
 from clada_export.verify.drift import drift_check
+from clada_export.verify.load_outputs import load_output_bound, load_output_check, load_output_error
 from clada_export.verify.numbers import common_prefix, compare_logits, log_softmax
 from clada_export.verify.parity import tolerance
 from clada_export.verify.report import Check, Verification
@@ -83,3 +85,36 @@ def test_one_failed_check_fails_all() -> None:
     result = Verification([good, bad])
     assert not result.passed
     assert result.failures() == ["b: too far"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_load_outputs_are_held_to_the_logits(scale: float) -> None:
+    logits = (np.random.default_rng(0).normal(size=(2, 50)) * scale).astype(np.float32)
+    surprisal, entropy = surprisal_entropy(logits, [3, 4])
+    total = surprisal + logits[[0, 1], [3, 4]]
+    assert load_output_error(logits, total.astype(np.float32), entropy.astype(np.float32)) < 1e-4
+    assert load_output_error(logits, total + 0.5, entropy) == pytest.approx(0.5)
+    assert load_output_error(logits, total, entropy * np.nan) == np.inf
+
+    class Engine:
+        """Says one thing for a prompt and another for a step."""
+
+        def __init__(self, wrong: float | None) -> None:
+            self.wrong = wrong
+
+        def output(self, error: float) -> StepOutput:
+            none = self.wrong is None
+            return StepOutput(logits, None, None if none else total, None if none else entropy + error)
+
+        def prefill(self, prompts: list[list[int]]) -> StepOutput:
+            return self.output(0.0)
+
+        def step(self, tokens: list[int], load: float) -> StepOutput:
+            return self.output(self.wrong or 0.0)
+
+    case = make_cases(None, 1000, None)[0]
+    assert load_output_check(Engine(None), case) is None  # type: ignore[arg-type]
+    good, bad = (load_output_check(Engine(error), case) for error in (0.0, 0.1))  # type: ignore[arg-type]
+    assert good is not None and good.passed
+    assert bad is not None and not bad.passed and "nats from what the logits give" in bad.why
+    assert load_output_bound(10.0, "bfloat16") > 0.1 > load_output_bound(10.0)
