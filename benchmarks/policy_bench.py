@@ -1,0 +1,209 @@
+"""One model loaded for a benchmark of policies, and its cells."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from benchmarks.decode import say
+from benchmarks.policy_bytes import measured_bytes, packed_bytes
+from benchmarks.policy_engine import Task, Workshop, clock, common_prefix
+from benchmarks.policy_quality import Found, HeldOut, PlanDecoder
+from benchmarks.quality import cut
+from benchmarks.teal import Teal, line_chance
+from benchmarks.texts import Text
+from clada_export.calibration import CalibrationOptions, load_calibration_data
+from clada_export.calibration.calibrate import Calibrator
+from clada_export.calibration.cost import relative_bytes
+from clada_export.errors import CladaError, UsageError
+from clada_export.ffn import require_ffns
+from clada_export.plan import SparsityPlan
+from clada_export.policies import get_policy
+from clada_export.source import load_source
+from clada_export.verify.eager import greedy
+
+if TYPE_CHECKING:
+    from benchmarks.policies import Contender, Settings
+
+
+class Bench:
+    """What is made once: the model, the dense side of every measurement, the trace.
+
+    Args:
+        place: where the model is.
+        texts: held-out texts.
+        work: an existing folder; it holds one engine at a time.
+
+    Raises:
+        UsageError: a model without a tokenizer, or a text that is too short.
+    """
+
+    def __init__(self, place: str, settings: Settings, texts: list[Text], work: Path) -> None:
+        self._settings, self._work = settings, work
+        source = load_source(place)
+        if source.tokenizer is None:
+            raise UsageError(f"{place}: the model has no tokenizer, and the benchmark needs one for real text")
+        self._source = source
+        self._ffns = require_ffns(source.model).found
+        self._origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": "float32"}
+        data = load_calibration_data(
+            source.tokenizer, source.model.config.vocab_size, context=settings.context, seed=settings.seed
+        )
+        say("sensitivity, and the dense side of calibration")
+        start = time.perf_counter()
+        self._calibrator = Calibrator(source.model, self._ffns, data, seed=settings.seed)
+        once = time.perf_counter() - start
+
+        windows = [self._windows(text) for text in texts]
+        rows = torch.tensor([row for one in windows for row in one.rows])
+        say(f"the dense model on {rows.numel()} held-out tokens")
+        self._heldout = HeldOut(source.model, self._ffns, rows, settings.prompt, work)
+        self._prompts = [rows[index, : settings.prompt].tolist() for index in _spread(len(rows), settings.prompts)]
+        self._wanted, _ = greedy(source.model, self._prompts, settings.new_tokens)
+        self._workshop = Workshop(source, self._ffns)
+        self._teal: tuple[Teal, float] | None = None
+        found = self._heldout.measure(None).drift
+        self.model = {
+            "name": source.name,
+            "weights_digest": source.weights_digest,
+            "weights": source.source_dtype,
+            "layers": len(self._ffns),
+            "hidden_size": self._ffns[0].hidden_size,
+            "intermediate_size": self._ffns[0].intermediate_size,
+        }
+        self.texts = [one.to_dict() for one in windows]
+        self.calibration = {"text": data.origin, "digest": data.digest, "seconds_once": once}
+        self.dense = {"ppl": found.summary()["dense_ppl"], "tokens": len(found.nll)}
+
+    def _windows(self, text: Text) -> Any:
+        ids = self._source.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+        return cut(text.name, text.digest, ids, self._settings.windows, self._settings.window_tokens)
+
+    def cell(self, contender: Contender, sparsity: float, speed: bool) -> dict[str, Any]:
+        """Measure a policy at a sparsity. What a policy refuses is recorded as `error`."""
+        head = {
+            "contender": contender.name,
+            "policy": contender.policy,
+            "kind": contender.kind,
+            "trained": contender.trained,
+            "sparsity": sparsity,
+        }
+        try:
+            if contender.kind == "simulated":
+                return head | self._simulated(contender.name, sparsity)
+            return head | self._planned(contender, sparsity, speed)
+        except CladaError as error:
+            say(f"  failed: {error}")
+            return head | {"error": str(error)}
+        finally:
+            self._calibrator.weights.use(None)
+
+    def _planned(self, contender: Contender, sparsity: float, speed: bool) -> dict[str, Any]:
+        seconds: dict[str, float] = {}
+        start = time.perf_counter()
+        options = CalibrationOptions(sparsity=sparsity, settings=contender.settings, seed=self._settings.seed)
+        plan = self._calibrator.calibrate(get_policy(contender.policy), self._origin, options).plan
+        seconds["calibration"] = time.perf_counter() - start
+
+        start = time.perf_counter()
+        decoder = PlanDecoder(self._ffns, plan, self._heldout.signals, self._settings.prompt)
+        found = self._heldout.measure(None if _is_dense(plan) else decoder)
+        del decoder
+        seconds["quality"] = time.perf_counter() - start
+
+        cell = {
+            "score": plan.score,
+            "rule": plan.rule,
+            "variant": plan.calibration.get("variant"),
+            "allocation": plan.calibration.get("allocation"),
+            "prune": plan.prune,
+            "load_weights": [plan.load.surprisal_weight, plan.load.entropy_weight],
+            "expected_sparsity": plan.expected_sparsity if plan.prune is None else sparsity,
+            "expected_bytes": relative_bytes(plan),
+            "bytes": measured_bytes(plan, found.layer_sparsity.tolist()),
+            **_quality(found),
+        }
+        if plan.prune is not None:
+            zeros = [float((weight == 0).float().mean()) for ffn in self._ffns for weight in (ffn.w_in(), ffn.w_out())]
+            sizes = [weight.numel() for ffn in self._ffns for weight in (ffn.w_in(), ffn.w_out())]
+            cell["measured_sparsity"] = float(np.average(zeros, weights=sizes))
+            if contender.settings.pattern != "neurons":
+                cell["packed_bytes"] = packed_bytes(cell["measured_sparsity"])
+        if speed:
+            cell |= self._speed(plan, seconds)
+        return cell | {"seconds": seconds}
+
+    def _speed(self, plan: SparsityPlan, seconds: dict[str, float]) -> dict[str, Any]:
+        settings, folder = self._settings, self._work / "engine"
+        start = time.perf_counter()
+        self._workshop.build(plan, folder)
+        seconds["build"] = time.perf_counter() - start
+        responds = plan.load.surprisal_weight != 0.0 or plan.load.entropy_weight != 0.0
+        task = Task(self._prompts, settings.new_tokens, "auto" if responds else 0.0, settings.threads)
+        start = time.perf_counter()
+        timed = clock(folder, task, self._work)
+        seconds["speed"] = time.perf_counter() - start
+        shutil.rmtree(folder)
+        same = {
+            side: [common_prefix(ours, wanted) for ours, wanted in zip(timed[side].pop("tokens"), self._wanted, strict=True)]
+            for side in ("dense", "sparse")
+        }
+        # Load +inf is the dense model unless its weights were pruned: anything else would be a fault of the benchmark.
+        return {
+            "speed": timed,
+            "greedy": {
+                "tokens": settings.new_tokens,
+                "prefix": same["sparse"],
+                "mean_prefix": float(np.mean(same["sparse"])),
+                "prefix_of_dense_side": same["dense"],
+            },
+        }
+
+    def _simulated(self, name: str, sparsity: float) -> dict[str, Any]:
+        if self._teal is None:
+            start = time.perf_counter()
+            windows = self._calibrator.data.calibration
+            teal = Teal(self._source.model, self._ffns, windows, self._calibrator.prompt)
+            self._teal = teal, time.perf_counter() - start
+        teal, spent = self._teal
+        start = time.perf_counter()
+        shares = teal.greedy(sparsity) if name == "teal-greedy" else teal.uniform(sparsity)
+        spent += time.perf_counter() - start
+        decoder = teal.decoder(shares, self._settings.prompt)
+        start = time.perf_counter()
+        found = self._heldout.measure(decoder)
+        kept = 1.0 - float(found.drift.sparsity)
+        return {
+            "allocation": "greedy" if name == "teal-greedy" else "uniform",
+            "expected_sparsity": sparsity,
+            "expected_bytes": 1.0 - sparsity,
+            "bytes": kept,
+            "shares": [list(one) for one in shares],
+            "lines_skipped": decoder.lines_skipped,
+            "lines_skipped_if_independent": line_chance(1.0 - kept),
+            **_quality(found),
+            "seconds": {"calibration": spent, "quality": time.perf_counter() - start},
+        }
+
+
+def _quality(found: Found) -> dict[str, Any]:
+    return {
+        "measured_sparsity": found.drift.sparsity,
+        "layer_sparsity": found.layer_sparsity.tolist(),
+        "quality": found.drift.summary(),
+    }
+
+
+def _is_dense(plan: SparsityPlan) -> bool:
+    """Whether every neuron that the engine holds runs: static pruning."""
+    return plan.prune is not None and all(set(layer.threshold) == {0.0} for layer in plan.layers)
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Indices spread over all windows."""
+    return [int(index) for index in np.linspace(0, count - 1, wanted).round()]
