@@ -25,6 +25,7 @@ from clada_export.calibration.weights import FFNWeights
 from clada_export.errors import UsageError, VerificationError
 from clada_export.ffn import EagerFFNs, require_ffns
 from clada_export.manifest import Manifest, read_manifest
+from clada_export.moe_import import IMPORTED, check_import, ignored_options, import_plan, is_imported, plain_ffns, require_whole
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import save_plan_tensors
 from clada_export.policies import PolicySettings, get_policy
@@ -42,6 +43,8 @@ from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
 TARGETS: dict[str, Target] = {"ort": target_ort, "trt": target_trt}
 DTYPES = tuple(WEIGHT_TYPES)
+IMPORTED_KL = 1e-3
+"""Nats a token: an engine of an imported mixture of experts computes the mixture itself; what is left is float32 rounding."""
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -142,7 +145,9 @@ def export(
             source = _load(str(model), options)
             ffns = require_ffns(source.model)
             note(f"{source.name}, {len(ffns.found)} FFNs, {source.source_dtype}")
+            check_import(source.model, source.name, options.policy if given is None else given.policy, options.prune)
         warnings = [*source.warnings, *(f"{item.name} is left dense: {item.reason}" for item in ffns.skipped)]
+        warnings += ignored_options(source.model, options.budget, ExportOptions.budget, options.sparsity, options.settings)
         if options.dtype != "float32":
             with stages("round"):
                 warnings.append(target.round_weights(source.model, ffns, options.dtype))
@@ -152,7 +157,10 @@ def export(
             plan, details = _plan(source, ffns, data, given, options, target, stages.inner, note)
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
         with stages("trace"):
-            traced = trace(target.traceable(source.model, options.dtype), fusions=target.FUSIONS)
+            traceable = target.traceable(source.model, options.dtype)
+            with plain_ffns(traceable):
+                traced = trace(traceable, fusions=target.FUSIONS)
+            del traceable
         with stages("rewrite and write") as note:
             built = target.build(_build_request(source, traced, plan, writer.path, options, stages))
             del traced
@@ -160,6 +168,7 @@ def export(
         warnings += [*built.warnings, *(f"{miss.name} is left dense: {miss.reason}" for miss in built.report.misses)]
         # What the graph does not have can't be checked or reported as sparse.
         rewritten = {item.name for item in built.report.ffns}
+        require_whole(source.model, rewritten)
         plan = plan.with_layers(tuple(layer for layer in plan.layers if layer.name in rewritten))
         _write_companions(source, writer.path)
         save_plan_tensors(writer.path, plan)
@@ -315,6 +324,11 @@ def _plan(
             raise UsageError(f"{options.plan}: layer {missing[0]!r} is not in this model")
         _prune_again(given, source, ffns, data, rounded, str(options.plan))
         return given, given.calibration
+    origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
+    if is_imported(source.model):
+        details = {"text": data.origin, "digest": data.digest, "context": int(data.calibration.shape[1])}
+        plan = import_plan(source.model, ffns.found, origin, details, getattr(torch, options.dtype).itemsize)
+        return plan, plan.calibration
     calibration = CalibrationOptions(
         budget=Budget.parse(options.budget),
         sparsity=options.sparsity,
@@ -325,7 +339,6 @@ def _plan(
         item=getattr(torch, options.dtype).itemsize,
     )
     cache = CalibrationCache.of(options.calibration_cache, source.model, data.calibration, options.seed, note)
-    origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
     if options.policy != AUTO:
         policy = get_policy(options.policy)
         result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
@@ -415,6 +428,9 @@ def _subject(
 def _limits(plan: SparsityPlan) -> dict[str, float]:
     """The drift that the plan's budget allows; none for a plan by sparsity."""
     text = str(plan.calibration.get("budget", ""))
+    if text == IMPORTED:
+        # In 16 bits a router's two best can change places, which is no small change of a token.
+        return {"kl": IMPORTED_KL} if plan.source.get("dtype") == "float32" else {}
     if text.startswith("ppl="):
         return {"ppl_increase": Budget.parse(text).limit}
     return {"kl": Budget.parse(text).limit} if text.startswith("kl=") else {}

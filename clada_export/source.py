@@ -47,6 +47,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError
 from clada_export.gguf_header import check_layers, read_gguf_header
+from clada_export.moe_import import import_blocks, is_llama_moe, load_llama_moe
 from clada_export.plan import read_json
 from clada_export.weight_files import (
     PICKLE_SUFFIXES,
@@ -268,16 +269,25 @@ def _load_folder(
     weights = weight_files(folder, pickled)
     pickle_used = weights[0].suffix == ".bin"
     source_dtype = "unknown" if pickle_used else check_safetensors(weights)
-    config = _config(folder, remote)
-    if source_dtype == "unknown":
-        source_dtype = str(config.dtype or dtype).removeprefix("torch.")
-    model = _build(
-        str(folder), name, config, dtype=dtype, trust_remote_code=remote, use_safetensors=not pickle_used, weights_only=True
-    )
+    # Of a layout that is imported, transformers does not know the type that the config names.
+    described_by: dict[str, Any] = {}
+    if is_llama_moe(folder):
+        if source_dtype == "unknown":
+            source_dtype = str(read_json(folder / "config.json").get("torch_dtype", dtype)).removeprefix("torch.")
+        model = _build_llama_moe(folder, weights, dtype)
+        config = model.config
+        described_by["config"] = config
+    else:
+        config = _config(folder, remote)
+        if source_dtype == "unknown":
+            source_dtype = str(config.dtype or dtype).removeprefix("torch.")
+        model = _build(
+            str(folder), name, config, dtype=dtype, trust_remote_code=remote, use_safetensors=not pickle_used, weights_only=True
+        )
     warnings: list[str] = []
     tokenizer = None
     if any((folder / file).is_file() for file in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken")):
-        tokenizer = _tokenizer(str(folder), warnings, trust_remote_code=remote)
+        tokenizer = _tokenizer(str(folder), warnings, trust_remote_code=remote, **described_by)
     else:
         warnings.append(f"{name} has no tokenizer files; prompts will have to be token ids")
     _check_vocabulary(model, tokenizer, warnings)
@@ -398,6 +408,23 @@ def _build(location: str, place: str, config: PreTrainedConfig, **arguments: Any
     model: PreTrainedModel
     model, info = loaded
     _check_loading(info, place)
+    import_blocks(model)
+    return _finished(model, place)
+
+
+def _build_llama_moe(folder: Path, weights: list[Path], dtype: torch.dtype) -> PreTrainedModel:
+    """Load a LLaMA-MoE without the Python code that comes with it."""
+    try:
+        with _quiet():
+            model = load_llama_moe(folder, weights, dtype)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, struct.error) as error:
+        raise UsageError(f"{folder}: the weights can't be read: {_one_line(error)}") from error
+    except _BAD_INPUT as error:
+        raise UsageError(f"{folder}: not a LLaMA-MoE that can be read: {_one_line(error)}") from error
+    return _finished(model, str(folder))
+
+
+def _finished(model: PreTrainedModel, place: str) -> PreTrainedModel:
     _check_finite(model, place)
     model.train(False)
     model.requires_grad_(False)

@@ -1,0 +1,23 @@
+"""Checkpoints that are mixtures of experts already, read as models whose FFNs the op can run: one module a layout."""
+
+from __future__ import annotations
+
+from clada_export.moe_import.ds_moe import import_blocks
+from clada_export.moe_import.llama_moe import is_llama_moe, load_llama_moe
+from clada_export.moe_import.plan import IMPORTED, check_import, ignored_options, import_plan, is_imported, require_whole
+from clada_export.moe_import.routed_mlp import RoutedMLP, plain_ffns, routed_mlps
+
+__all__ = [
+    "IMPORTED",
+    "RoutedMLP",
+    "check_import",
+    "ignored_options",
+    "import_blocks",
+    "import_plan",
+    "is_imported",
+    "is_llama_moe",
+    "load_llama_moe",
+    "plain_ffns",
+    "require_whole",
+    "routed_mlps",
+]
