@@ -1,0 +1,68 @@
+"""The weight matrices of an FFN as [out, in] views, however the model stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clada_export.ffn import EagerFFN
+from clada_export.reference import activate
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of gate, up and down. `weight` [out, in] and `bias` [out] (or None) share memory with the model."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+    def write(self, weight: Tensor) -> None:
+        """Put float32 [out, in] into the model, in the model's type."""
+        self.weight.copy_(weight)
+
+
+def projections(ffn: EagerFFN) -> tuple[Projection, ...]:
+    """Gate (if there is one), up and down, in this order; a packed gate_up is given as its two halves."""
+    return (*_inputs(ffn), _whole("down", ffn.down))
+
+
+def parameters(ffn: EagerFFN) -> Iterator[nn.Parameter]:
+    """The weights, then the biases that pruning may change (gate and up)."""
+    for module in (*ffn.inputs, ffn.down):
+        assert isinstance(module.weight, nn.Parameter)
+        yield module.weight
+    for module in ffn.inputs:
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            yield bias
+
+
+def hidden(ffn: EagerFFN, x: Tensor) -> Tensor:
+    """The input of the down projection, [.., f], for x [.., d], with the weights as they are now."""
+    values: list[Tensor] = [module(x) for module in ffn.inputs]
+    if not ffn.gated:
+        return activate(ffn.activation, values[0])
+    gate, up = values if len(values) == 2 else values[0].chunk(2, dim=-1)
+    return activate(ffn.activation, gate) * up
+
+
+def _inputs(ffn: EagerFFN) -> tuple[Projection, ...]:
+    names = ("gate", "up") if ffn.gated else ("up",)
+    whole = [_whole(name, module) for name, module in zip(names, ffn.inputs, strict=False)]
+    if len(whole) == len(names):
+        return tuple(whole)
+    weights = whole[0].weight.chunk(2, dim=0)
+    biases: tuple[Tensor | None, ...] = (None, None) if whole[0].bias is None else whole[0].bias.chunk(2)
+    return tuple(Projection(name, weight, bias) for name, weight, bias in zip(names, weights, biases, strict=True))
+
+
+def _whole(name: str, module: nn.Module) -> Projection:
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    # An FFN that is no nn.Linear is GPT-2's Conv1D, which keeps its weight as [in, out].
+    rows = weight if isinstance(module, nn.Linear) else weight.t()
+    return Projection(name, rows.detach(), bias.detach() if isinstance(bias, torch.Tensor) else None)
