@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _run_arguments(commands.add_parser("run", help="generate text with an engine", allow_abbrev=False))
     _bench_arguments(commands.add_parser("bench", help="time an engine, dense against sparse", allow_abbrev=False))
     _inspect_arguments(commands.add_parser("inspect", help="show what an engine is", allow_abbrev=False))
+    _load_experiment_arguments(
+        commands.add_parser("load-experiment", help="measure whether a response to the load helps a model", allow_abbrev=False)
+    )
     return _dispatch(parser.parse_args(arguments))
 
 
@@ -478,6 +481,60 @@ def _inspect_engine(engine: dict[str, Any]) -> None:
     for profile in engine["profiles"]:
         sizes = ", ".join(f"{key} {profile[key][0]}..{profile[key][2]}" for key in ("batch", "sequence", "past"))
         print(f"profile   {profile['name']}: {sizes}")
+
+
+# --- load-experiment ---
+
+
+def _load_experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_load_experiment)
+    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, or a .gguf file")
+    parser.add_argument("-o", "--output", type=Path, help="the folder for the results (default: MODEL's name with -load)")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="mean share of neurons that every arm skips (default: 0.5)")
+    parser.add_argument("--documents", type=int, default=8, metavar="N", help="documents of each text (default: 8)")
+    parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens of a document (default: 256)")
+    parser.add_argument(
+        "--text", type=Path, action="append", metavar="FILE", help="held-out text (default: of the calibration text)"
+    )
+    parser.add_argument("--no-generated", action="store_true", help="leave out texts that the model writes")
+    parser.add_argument("--group", action="append", help="only these groups of arms; give it again for more")
+    parser.add_argument("--score", help="shadow, gate or exact (default: shadow where it fits, else gate)")
+    parser.add_argument("--calibration-data", type=Path, metavar="FILE", help="a UTF-8 text")
+    parser.add_argument("--calibration-tokens", type=Path, metavar="FILE", help="token ids as .npy")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    _hub_arguments(parser)
+    _output_arguments(parser)
+
+
+def _load_experiment(options: argparse.Namespace) -> int:
+    from clada_export.load_experiment import ExperimentOptions, run_experiment
+    from clada_export.load_experiment.report import save
+
+    output = options.output or Path(f"{Path(options.model.rstrip('/')).stem}-load")
+    progress = ConsoleProgress(quiet=options.quiet)
+    try:
+        result = run_experiment(
+            options.model,
+            ExperimentOptions(
+                sparsity=options.sparsity,
+                documents=options.documents,
+                context=options.context,
+                texts=tuple(options.text or ()),
+                generated=not options.no_generated,
+                groups=tuple(options.group or ()),
+                score=options.score,
+                calibration_data=options.calibration_data,
+                calibration_tokens=options.calibration_tokens,
+                seed=options.seed,
+            ),
+            progress=progress,
+            **_hub_options(options),
+        )
+    finally:
+        progress.stop()
+    save(result, output, progress.tell)
+    print(json.dumps(result) if options.json else output)
+    return 0
 
 
 if __name__ == "__main__":

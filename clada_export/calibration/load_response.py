@@ -13,6 +13,7 @@ from torch import Tensor
 from clada_export.calibration.allocation import Allocation
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.selector import LayerSelector
+from clada_export.calibration.statistics import LayerTable
 from clada_export.load_rules import LOAD_LIMIT
 from clada_export.load_signal import load_from
 from clada_export.plan import LoadSignal
@@ -22,6 +23,9 @@ LOAD_SLOPE = 0.25
 EFFECTIVE_SLOPES = (0.1, 0.05)
 """Slopes tried for one standard deviation of the signal, the smaller only where the larger does not help; still larger ones
 lose (`docs/load-signal.md`)."""
+
+ERROR_STEP = 1.15
+"""The error target is moved by this factor, up and down, to see what a layer's level does."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,20 @@ def multiplier_of(signal: LoadSignal, signals: Tensor, context: int) -> Tensor:
     load[:, 1:] = load_from(signal, signals[:, 0], signals[:, 1])
     limit = math.exp(LOAD_SLOPE * LOAD_LIMIT)
     return torch.exp(-LOAD_SLOPE * load).clamp(1 / limit, limit)
+
+
+def error_slopes(tables: Sequence[LayerTable], levels: np.ndarray) -> np.ndarray:
+    """How each layer's level follows its error target: d ln level / d ln CETT [layers], within 0.25..4.
+
+    With them as powers, one multiplier moves the error target of all layers alike: tau_l(m * eps) = tau_l(eps) * m^power to
+    first order. In a plan they are factors of `load_slope`. Our own derivation, around the levels.
+    """
+    found = []
+    for table, level in zip(tables, levels, strict=True):
+        target = max(table.cett_at(float(level)), 1e-6)
+        low, high = (max(table.level_for_cett(target * factor), 1e-30) for factor in (1 / ERROR_STEP, ERROR_STEP))
+        found.append(math.log(high / low) / math.log(ERROR_STEP**2))
+    return np.asarray(np.clip(np.array(found), 0.25, 4.0))
 
 
 def fit_load_response(

@@ -1,0 +1,140 @@
+"""Run documents with masks in eager PyTorch, token by token decisions in one pass, dense steps and refreshes included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clada_export.calibration.selector import LayerSelector, Selection, decide
+from clada_export.ffn import EagerFFN
+from clada_export.load_signal import surprisal_entropy
+from clada_export.tap import FFNTap
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is simulated on all documents.
+
+    Attributes:
+        layers: one selector an FFN.
+        levels: [layers].
+        multiplier: m(load), float32 [documents, context - prompt]; 0 is a dense step.
+        exponents: [layers]: a layer's multiplier is m to this power; None is 1.
+        refresh: whether dense steps enter the prompt statistic (of methods that have one).
+    """
+
+    layers: Sequence[LayerSelector]
+    levels: np.ndarray
+    multiplier: Tensor
+    exponents: np.ndarray | None = None
+    refresh: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """By document: mean KL(dense || sparse) and mean rise of the negative log likelihood, nats a token, share of tokens with
+    the same best guess, share of skipped neurons; all [documents]."""
+
+    kl: np.ndarray
+    nll_increase: np.ndarray
+    top1: np.ndarray
+    sparsity: np.ndarray
+
+
+def document_signals(
+    model: nn.Module, documents: Tensor, step: Callable[[], None] = lambda: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Surprisal and entropy of every token but the first, by the dense model: nats, each [documents, context - 1]."""
+    found = []
+    with torch.inference_mode():
+        for document in documents:
+            found.append(torch.stack(surprisal_entropy(_logits(model, document)[:-1], document[1:])))
+            step()
+    surprisal, entropy = torch.stack(found, dim=1).double().numpy()
+    return surprisal, entropy
+
+
+def simulate(
+    model: nn.Module,
+    ffns: Sequence[EagerFFN],
+    documents: Tensor,
+    prompt: int,
+    runs: Sequence[Run],
+    step: Callable[[], None] = lambda: None,
+) -> list[Outcome]:
+    """Run every document dense once, and once for each of `runs`: its first `prompt` tokens dense, the others as the run says.
+
+    The text is given, so every run sees the same tokens. Scored are the predictions of the tokens after the prompt.
+
+    Args:
+        documents: int64 [N, context].
+        step: called after every run of a document.
+    """
+    numbers = np.zeros((len(runs), 4, len(documents)))
+    with torch.inference_mode():
+        for place, document in enumerate(documents):
+            targets = document[prompt + 1 :].unsqueeze(-1)
+            dense = _logits(model, document)[prompt:-1].log_softmax(-1)
+            for index, run in enumerate(runs):
+                pass_ = _SparsePass(run, place, prompt)
+                with FFNTap(ffns, inner=pass_.inner):
+                    sparse = _logits(model, document)[prompt:-1].log_softmax(-1)
+                kl = (dense.exp() * (dense - sparse)).sum(-1).clamp(min=0.0)
+                rise = (dense - sparse).gather(-1, targets)
+                same = (dense.argmax(-1) == sparse.argmax(-1)).float()
+                numbers[index, :, place] = [float(kl.mean()), float(rise.mean()), float(same.mean()), pass_.sparsity]
+                step()
+    return [Outcome(*rows) for rows in numbers]
+
+
+class _SparsePass:
+    """One run of one document."""
+
+    def __init__(self, run: Run, document: int, prompt: int) -> None:
+        self._run, self._prompt = run, prompt
+        self._multiplier = run.multiplier[document]
+        self._dense = self._multiplier == 0
+        self._active = self._total = 0
+
+    @property
+    def sparsity(self) -> float:
+        """The share of neurons that was skipped."""
+        return 1.0 - self._active / max(self._total, 1)
+
+    def inner(self, index: int, x: Tensor, h: Tensor) -> Tensor:
+        run, prompt = self._run, self._prompt
+        selector = run.layers[index]
+        rows = h.reshape(-1, h.shape[-1])
+        selection = self._select(selector, x.reshape(-1, x.shape[-1]), rows)
+        power = 1.0 if run.exponents is None else float(run.exponents[index])
+        # A dense row has no level; whatever the rule gives at 1 is replaced below.
+        moved = torch.where(self._dense, torch.ones(()), self._multiplier).pow(power)
+        level = selector.axis.moved(torch.tensor(float(run.levels[index])), moved.unsqueeze(-1))
+        remaining, keep = selector.hidden(rows[prompt:], selection, level)
+        remaining = torch.where(self._dense.unsqueeze(-1), rows[prompt:], remaining)
+        kept = torch.where(self._dense, keep.shape[-1], keep.sum(-1))
+        self._active += int(kept.sum()) * selector.layer.granule
+        self._total += selector.layer.width * len(remaining)
+        return torch.cat((rows[:prompt], remaining)).reshape(h.shape)
+
+    def _select(self, selector: LayerSelector, x: Tensor, h: Tensor) -> Selection:
+        prompt = self._prompt
+        if not (self._run.refresh and selector.needs_stat and bool(self._dense.any())):
+            return decide(selector, x, h, prompt)
+        shares = torch.zeros(len(self._dense) + 1, selector.layer.width)
+        shares[0] = selector.stat(h[:prompt])[0]
+        for row in self._dense.nonzero().flatten().tolist():
+            shares[row + 1] = selector.stat(h[prompt + row : prompt + row + 1])[0]
+        # Each row sees what came before it.
+        stat = shares.cumsum(0)[:-1]
+        scores = None if selector.scorer is None else selector.scorer(x[prompt:], h[prompt:])
+        return selector.decide(x[prompt:], scores, stat)
+
+
+def _logits(model: nn.Module, document: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=document[None], use_cache=False).logits[0]
+    return logits.float()
