@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import environment
+from benchmarks.child import ChildFailedError
 from benchmarks.decode import say
 from benchmarks.policy_bytes import measured_bytes, packed_bytes
 from benchmarks.policy_engine import Task, Workshop, clock, common_prefix
 from benchmarks.policy_quality import Found, HeldOut, PlanDecoder
+from benchmarks.policy_results import Contender, Settings
 from benchmarks.quality import cut
 from benchmarks.teal import Teal, line_chance
 from benchmarks.texts import Text
@@ -26,9 +29,6 @@ from clada_export.plan import SparsityPlan
 from clada_export.policies import get_policy
 from clada_export.source import load_source
 from clada_export.verify.eager import greedy
-
-if TYPE_CHECKING:
-    from benchmarks.policies import Contender, Settings
 
 
 class Bench:
@@ -92,12 +92,13 @@ class Bench:
             "kind": contender.kind,
             "trained": contender.trained,
             "sparsity": sparsity,
+            "commit": environment.commit(),
         }
         try:
             if contender.kind == "simulated":
                 return head | self._simulated(contender.name, sparsity)
             return head | self._planned(contender, sparsity, speed)
-        except CladaError as error:
+        except (CladaError, ChildFailedError) as error:
             say(f"  failed: {error}")
             return head | {"error": str(error)}
         finally:
@@ -140,6 +141,9 @@ class Bench:
 
     def _speed(self, plan: SparsityPlan, seconds: dict[str, float]) -> dict[str, Any]:
         settings, folder = self._settings, self._work / "engine"
+        if not self._workshop.traced:
+            say("  tracing (two minutes or so for SmolLM2)")
+            self._workshop.trace()
         start = time.perf_counter()
         self._workshop.build(plan, folder)
         seconds["build"] = time.perf_counter() - start

@@ -50,11 +50,14 @@ def needed_bytes(points: Iterable[tuple[float, float]], target: float) -> Needed
         points: (bytes, KL).
 
     Returns:
-        None without points. `at most` where even the fewest bytes are good enough, `more than` where none are.
+        None without points. `at most` where even the fewest bytes are good enough, `more than` where none are; exactly 1, a
+        dense model, where no point reads less than that (weights that are pruned but not packed).
     """
     ordered = sorted((size, max(kl, 1e-12)) for size, kl in points)
     if not ordered:
         return None
+    if ordered[0][0] >= 1.0 - 1e-9:
+        return Needed(1.0, EXACT)
     good = [index for index, (_, kl) in enumerate(ordered) if kl <= target]
     if not good:
         return Needed(ordered[-1][0], ABOVE)

@@ -51,6 +51,11 @@ class Workshop:
         self._source, self._ffns = source, {ffn.name: ffn for ffn in ffns}
         self._traced: TracedModel | None = None
 
+    @property
+    def traced(self) -> bool:
+        """Whether the trace is there."""
+        return self._traced is not None
+
     def trace(self) -> None:
         """Trace the model, which takes minutes; the first `build` does it otherwise."""
         if self._traced is None:

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import policies, policy_page
-from benchmarks.policies import Contender, Results, contenders, grid
 from benchmarks.policy_bytes import (
     ABOVE,
     BELOW,
@@ -30,6 +29,7 @@ from benchmarks.policy_bytes import (
 )
 from benchmarks.policy_engine import common_prefix
 from benchmarks.policy_quality import HeldOut, PlanDecoder, level_of
+from benchmarks.policy_results import Contender, Results, contenders, grid
 from benchmarks.teal import Teal, line_chance, lines_skipped
 from clada_export.calibration.axis import AXES
 from clada_export.calibration.cost import relative_bytes
@@ -59,10 +59,11 @@ def test_needed_bytes_lie_between_points_by_the_logarithm() -> None:
     assert needed_bytes(points, 0.16) == Needed(0.4, BELOW)
     assert needed_bytes(points, 0.001) == Needed(0.8, ABOVE)
     assert needed_bytes([], 0.1) is None
+    assert needed_bytes([(1.0, 0.001), (1.0, 0.4)], 0.1) == Needed(1.0, EXACT) == needed_bytes([(1.0, 0.4)], 0.1)
 
 
 @given(
-    st.lists(st.tuples(st.floats(0.05, 1.0), st.floats(1e-6, 5.0)), min_size=1, max_size=8, unique_by=lambda point: point[0]),
+    st.lists(st.tuples(st.floats(0.05, 0.99), st.floats(1e-6, 5.0)), min_size=1, max_size=8, unique_by=lambda point: point[0]),
     st.floats(1e-5, 3.0),
 )
 def test_needed_bytes_are_within_the_points(points: list[tuple[float, float]], target: float) -> None:
