@@ -57,6 +57,8 @@ class Router:
             )
         if self.dense_rows not in DENSE_ROWS:
             raise ContractError(f"router: dense_rows is {self.dense_rows!r}; allowed: {', '.join(DENSE_ROWS)}")
+        if not 0.0 < self.scale < float("inf"):
+            raise ContractError(f"router: scale is {self.scale}; it must be a finite number above 0")
         if not self.weights or len(self.weights) != len(self.biases):
             raise ContractError(
                 f"router: {len(self.weights)} weights and {len(self.biases)} biases; one of each a layer is wanted"

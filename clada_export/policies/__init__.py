@@ -11,6 +11,7 @@ from clada_export.policies.dejavu import DejaVuPolicy
 from clada_export.policies.ds_moe import DSMoEPolicy
 from clada_export.policies.griffin import GriffinPolicy
 from clada_export.policies.llama_moe import LlamaMoEPolicy
+from clada_export.policies.lte import LTEPolicy
 from clada_export.policies.moefication import MoEficationPolicy
 from clada_export.policies.static import StaticPolicy
 from clada_export.policies.tda import TDAPolicy
@@ -26,6 +27,7 @@ POLICIES: dict[str, Policy] = {
         CatsPolicy(),
         DejaVuPolicy(),
         MoEficationPolicy(),
+        LTEPolicy(),
         D2DMoEPolicy(),
         LlamaMoEPolicy(),
         DSMoEPolicy(),
