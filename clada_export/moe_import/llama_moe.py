@@ -33,6 +33,7 @@ ORIGIN = Origin("llama-moe", "LLaMA-MoE v1")
 
 _NAMES_SHOWN = 3
 _UNUSED = ("mlp.gate.weight_noise.weight", "self_attn.rotary_emb.inv_freq")
+_ROPE_TYPES = ("linear", "dynamic")
 _PARTS = ("weight_gate", "weight_up", "weight_down")
 
 # What a LlamaConfig has under the same name. `pretraining_tp` only cuts products into parts.
@@ -167,6 +168,9 @@ def read_settings(value: Mapping[str, Any], place: str) -> MoESettings:
     network = value.get("gate_network", "mlp")
     if not isinstance(network, str) or network.lower() not in ("mlp", "linear"):
         raise UnsupportedModelError(f"{place}: gate_network: {network!r} is unknown; mlp and linear can be imported")
+    rope = value.get("rope_scaling")
+    if rope is not None and (not isinstance(rope, dict) or rope.get("type") not in _ROPE_TYPES):
+        raise UsageError(f"{place}: rope_scaling: {rope!r}; wanted is an object with type {' or '.join(_ROPE_TYPES)}, or null")
     size = _expert_size(value.get("size_experts"), layers, experts, neurons, place)
     return MoESettings(experts, selects, network.lower(), _scales(value, layers, place), size, width)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from clada_export.calibration.choose import AUTO
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.load_response import LOAD_SLOPE
 from clada_export.errors import UnsupportedModelError, UsageError
@@ -17,7 +18,6 @@ from clada_export.plan import LayerPlan, LoadSignal, RouterForm, SparsityPlan
 from clada_export.plan_tensors import LayerTensors
 from clada_export.policies.base import PolicySettings
 
-AUTO = "auto"
 IMPORTED = "imported"
 """What the plan says instead of a budget."""
 LOAD_MIN, LOAD_MAX = 1.0, 4.0

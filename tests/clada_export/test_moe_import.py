@@ -177,6 +177,15 @@ def test_other_ways_to_write_a_llama_moe(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_rotary_embeddings_follow_the_checkpoints_code(tmp_path: Path) -> None:
+    """Base 10000 whatever the config says; linear scaling divides the positions."""
+    plain = load_source(str(write_llama_moe(tmp_path / "plain", rope_theta=5000.0))).model
+    frequencies = plain.model.rotary_emb.inv_freq
+    torch.testing.assert_close(frequencies, 10000.0 ** (-torch.arange(0, 16, 2) / 16))
+    scaled = load_source(str(write_llama_moe(tmp_path / "scaled", rope_scaling={"type": "linear", "factor": 2.0}))).model
+    torch.testing.assert_close(scaled.model.rotary_emb.inv_freq, frequencies / 2)
+
+
 def test_a_granite_moe_keeps_its_numbers(folder: Folder) -> None:
     path = folder("ds-moe")
     source = load_source(str(path))
@@ -348,7 +357,7 @@ def test_the_module_refuses_what_does_not_fit(fault: str) -> None:
 
 def exported(policy: str, folder: Folder, out: Path, **changes: Any) -> ExportResult:
     text = folder(policy).with_suffix(".txt")
-    return export(folder(policy), out, replace(OPTIONS, policy=policy, calibration_data=text, **changes))
+    return export(folder(policy), out, replace(OPTIONS, **{"policy": policy, "calibration_data": text, **changes}))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -429,6 +438,7 @@ def test_options_without_effect_are_named(folder: Folder, kept_traces: None, tmp
         return "\n".join(text for text in result.manifest.warnings if "without effect" in text)
 
     assert warned("plain") == ""
+    assert warned("auto", policy="auto") == ""
     said = warned("given", budget="kl=0.05", settings=PolicySettings(granule=8, score="gate"))
     assert said.startswith("--budget, --granule, --score: without effect")
 
@@ -497,6 +507,7 @@ EXPERT = "model.layers.0.mlp.calculator.experts.weight_up.3"
         ({"calculator_type": "SwitchDropTokenCalculator"}, UnsupportedModelError, "calculator_type: .* drop tokens"),
         ({"gate_type": "SwitchBalancedGate"}, UnsupportedModelError, "gate_type"),
         ({"multiply_gate_scores": False}, UnsupportedModelError, "multiply_gate_scores"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, UsageError, "rope_scaling: .*yarn.* linear or dynamic"),
         ({"hidden_act": "swash"}, UsageError, "not a LLaMA-MoE that can be read: .*swash"),
         ({"num_hidden_layers": 1, "size_experts": None, "score_scale_factor": 1.0}, UsageError, "no place for: model.layers.1"),
     ],
