@@ -355,7 +355,7 @@ def test_the_module_refuses_what_does_not_fit(fault: str) -> None:
 # --- exports ---
 
 
-def exported(policy: str, folder: Folder, out: Path, **changes: Any) -> ExportResult:
+def exported(policy: str, folder: Folder, out: Path, /, **changes: Any) -> ExportResult:
     text = folder(policy).with_suffix(".txt")
     return export(folder(policy), out, replace(OPTIONS, **{"policy": policy, "calibration_data": text, **changes}))
 
