@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _verify_arguments(commands.add_parser("verify", help="check an engine against its source model", allow_abbrev=False))
     _run_arguments(commands.add_parser("run", help="generate text with an engine", allow_abbrev=False))
     _bench_arguments(commands.add_parser("bench", help="time an engine, dense against sparse", allow_abbrev=False))
+    _sweep_arguments(commands.add_parser("sweep", help="measure policies at several sparsities", allow_abbrev=False))
     _inspect_arguments(commands.add_parser("inspect", help="show what an engine is", allow_abbrev=False))
     _load_experiment_arguments(
         commands.add_parser("load-experiment", help="measure whether a response to the load helps a model", allow_abbrev=False)
@@ -96,6 +97,15 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--budget", default="ppl=2%", help="allowed error, ppl=2%%, kl=0.05 or cett=0.2 (default: ppl=2%%)")
     goal.add_argument("--sparsity", type=float, help="a mean sparsity instead of a budget, like 0.5")
     goal.add_argument("--plan", type=Path, help="a sparsity plan made before; no calibration")
+    _calibration_arguments(parser)
+    parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
+    parser.add_argument("--no-verify", action="store_true", help="skip verification; the manifest says so")
+    _tensorrt_arguments(parser.add_argument_group("with --target trt"))
+    _hub_arguments(parser)
+    _output_arguments(parser)
+
+
+def _calibration_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-data", type=Path, metavar="FILE", help="a UTF-8 text (default: a text that comes with Python)"
     )
@@ -108,17 +118,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where calibration keeps what it computed, none for nowhere (default: ~/.cache/clada-export)",
     )
-    parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
     parser.add_argument(
         "--dtype",
         default="float32",
         help="float32, float16 or bfloat16: with ort the type of the FFN weights, with trt of the model (default: float32)",
     )
-    parser.add_argument("--no-verify", action="store_true", help="skip verification; the manifest says so")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    _tensorrt_arguments(parser.add_argument_group("with --target trt"))
-    _hub_arguments(parser)
-    _output_arguments(parser)
 
 
 def _policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -254,6 +259,32 @@ def _export(options: argparse.Namespace) -> int:
 def _hub_options(options: argparse.Namespace) -> dict[str, Any]:
     names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "allow_pickle")
     return {name: getattr(options, name) for name in names}
+
+
+# --- sweep ---
+
+
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(handler=_sweep)
+    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, or a .gguf file")
+    parser.add_argument("--policies", required=True, metavar="A,B,...", help="policies with commas between")
+    parser.add_argument("--sparsities", required=True, metavar="S,T,...", help="mean sparsities with commas between")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="its folder (default: MODEL's name with -sweep)")
+    parser.add_argument("--ray-address", metavar="A", help="of a running Ray cluster (default: Ray on this machine)")
+    parser.add_argument("--workers", type=int, metavar="N", help="cells at once; 0: in this process (default: the cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of a worker (default: the cores, shared out)")
+    parser.add_argument("--retries", type=int, default=2, metavar="N", help="of a cell whose worker died (default: 2)")
+    parser.add_argument("--load-response", action="store_true", help="fit a response to the load, as an export does")
+    _policy_arguments(parser)
+    _calibration_arguments(parser)
+    _hub_arguments(parser)
+    _output_arguments(parser)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from clada_export.sweep.command import run_command
+
+    return run_command(options, _policy_settings(options), _hub_options(options))
 
 
 # --- verify ---

@@ -24,6 +24,9 @@ class BudgetUnmetError(UsageError):
         super().__init__(message)
         self.cost, self.sparsity = cost, sparsity
 
+    def __reduce__(self) -> tuple[type[BudgetUnmetError], tuple[str, float, float]]:
+        return type(self), (str(self), self.cost, self.sparsity)
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -121,7 +122,8 @@ class PieceStore:
         if self.folder is None or not self._writes:
             return
         path = self.path(kind, key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        # Machines that share a folder may have the same process ids.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         metadata = {"format": FORMAT, "key": key, "digest": piece.digest, "value": _canonical(piece.value)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
