@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -196,7 +197,7 @@ class Calibrator:
             ),
         )
         candidates = self._candidates(selectors, statistics.tables, aimed, options)
-        best = min(candidates, key=lambda candidate: candidate.drift.mean_kl)
+        best = _best(candidates)
 
         sparsity, levels, drift, history = self._settle(best, aimed, options)
         signal = statistics.load
@@ -313,6 +314,24 @@ def calibrate(
     return Calibrator(model, ffns, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress).calibrate(
         policy, source, options
     )
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate with the lowest mean KL; a variant has to beat the plainest method clearly.
+
+    A variant costs state or time of its own, so it is taken only if its mean KL is lower by more than one standard error of the
+    paired difference over windows.
+    """
+    plainest = candidates[0].method
+    best = min((item for item in candidates if item.method is plainest), key=lambda item: item.drift.mean_kl)
+    for item in candidates:
+        if item.method is plainest:
+            continue
+        gain = best.drift.window_kl() - item.drift.window_kl()
+        error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+        if gain.mean() > error:
+            best = item
+    return best
 
 
 def _keeps(drift: Drift, options: CalibrationOptions) -> bool:

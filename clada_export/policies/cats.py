@@ -32,4 +32,4 @@ class CatsPolicy(Dynamic):
         """One method."""
         self.check(context.ffns, context.settings)
         layers = draft_layers(context.ffns)
-        return (Method("cats", "gate", "threshold", layers, allocations=("sparsity", "cett", "fisher")),)
+        return (Method("cats", "gate", "threshold", layers, allocations=("sparsity", "fisher")),)

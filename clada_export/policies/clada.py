@@ -25,8 +25,9 @@ from clada_export.method import Method, draft_layers
 from clada_export.policies.base import Dynamic, PolicyContext, PolicySettings, check_score
 from graph_passes.op import SHADOW_BLOCK
 
-GAMMAS = (0.25, 0.5)
-"""Exponents of the prompt statistic that are tried beside none."""
+GAMMAS = (0.1,)
+"""Exponents of the prompt statistic that are tried beside none. On SmolLM2 at 49% (4 windows), 0.1 lowers KL by 3%, 0.25 and
+0.5 raise it by 2% and 5%, and dropping neurons below 0.2 of the mean raises it by half."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class CladaPolicy(Dynamic):
         """Without the prompt, and with it at several weights; `shadow` where every hidden size is a multiple of 32."""
         self.check(context.ffns, context.settings)
         score = context.settings.score or ("gate" if _misfit(context.ffns) is not None else "shadow")
-        allocations = ("cett", "fisher") if score == "gate" else ("cett", "sensitivity", "fisher")
+        allocations = ("sparsity", "fisher") if score == "gate" else ("sensitivity", "fisher")
         methods = [Method("no prior", score, "threshold", draft_layers(context.ffns), allocations=allocations)]
         for gamma in GAMMAS if context.settings.prior else ():
             layers = draft_layers(context.ffns, prior_gamma=gamma)

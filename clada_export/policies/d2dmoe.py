@@ -28,4 +28,4 @@ class D2DMoEPolicy(RoutedPolicy):
 
     def methods(self, context: PolicyContext) -> tuple[Method, ...]:
         """One method; one share of the largest for all layers as published, or one a layer."""
-        return (self.method("d2dmoe", "relative", self.train_all(context), ("level", "cett", "fisher")),)
+        return (self.method("d2dmoe", "relative", self.train_all(context), ("level", "fisher")),)

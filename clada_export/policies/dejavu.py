@@ -36,7 +36,7 @@ class DejaVuPolicy(RoutedPolicy):
     def methods(self, context: PolicyContext) -> tuple[Method, ...]:
         """Top-k, and a threshold on the predicted probability."""
         routed = self.train_all(context)
-        allocations = ("sparsity", "cett", "fisher")
+        allocations = ("sparsity", "fisher")
         return (
             self.method("top-k", "topk", routed, allocations),
             self.method("threshold", "threshold", routed, allocations),

@@ -31,4 +31,4 @@ class GriffinPolicy(Dynamic):
         """One method."""
         self.check(context.ffns, context.settings)
         layers = draft_layers(context.ffns)
-        return (Method("griffin", "prefix", "topk", layers, allocations=("sparsity", "cett", "fisher")),)
+        return (Method("griffin", "prefix", "topk", layers, allocations=("sparsity", "fisher")),)

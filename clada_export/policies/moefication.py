@@ -28,4 +28,4 @@ class MoEficationPolicy(RoutedPolicy):
 
     def methods(self, context: PolicyContext) -> tuple[Method, ...]:
         """One method; the same k in every layer as published, or shared out."""
-        return (self.method("moefication", "topk", self.train_all(context), ("sparsity", "cett", "fisher")),)
+        return (self.method("moefication", "topk", self.train_all(context), ("sparsity", "fisher")),)

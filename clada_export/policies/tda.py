@@ -31,4 +31,4 @@ class TDAPolicy(Dynamic):
         """One method."""
         self.check(context.ffns, context.settings)
         layers = draft_layers(context.ffns, stat_norm="none")
-        return (Method("tda", "prefix", "relative", layers, allocations=("cett", "sparsity", "fisher")),)
+        return (Method("tda", "prefix", "relative", layers, allocations=("cett", "fisher")),)

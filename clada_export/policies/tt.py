@@ -31,4 +31,4 @@ class ThresholdTruncationPolicy(Dynamic):
         """One method."""
         self.check(context.ffns, context.settings)
         layers = draft_layers(context.ffns)
-        return (Method("tt", "exact", "threshold", layers, allocations=("cett", "sensitivity", "fisher")),)
+        return (Method("tt", "exact", "threshold", layers, allocations=("cett", "sensitivity")),)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.scorer import layer_attributes, layer_tensors
-from clada_export.calibration.tap import FFNTap
 from clada_export.errors import UnsupportedModelError
 from clada_export.ffn import find_eager_ffns, recognise_activation, require_ffns
 from clada_export.reference import sparse_ffn
+from clada_export.tap import FFNTap
 from tests.tiny_models import KINDS, ffn_names, tiny_model
 
 
