@@ -483,6 +483,9 @@ def _inspect(options: argparse.Namespace) -> int:
         f"load      {signal.surprisal_weight:g} * (S - {signal.surprisal_mean:.3f}) / {signal.surprisal_std:.3f}"
         f" + {signal.entropy_weight:g} * (H - {signal.entropy_mean:.3f}) / {signal.entropy_std:.3f}  (nats)"
     )
+    if signal.rule != "exp" or signal.momentum:
+        given = "".join(f", {name} {value:g}" for name, value in signal.parameters.items())
+        print(f"          rule {signal.rule}{given}; momentum {signal.momentum:g}")
     if drift:
         print(
             f"drift     perplexity {drift['ppl_increase']:+.2%}, KL {drift['kl']:.4f} nats, top-1 {drift['top1']:.1%}"
@@ -522,7 +525,7 @@ def _load_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, or a .gguf file")
     parser.add_argument("-o", "--output", type=Path, help="the folder for the results (default: MODEL's name with -load)")
     parser.add_argument("--sparsity", type=float, default=0.5, help="mean share of neurons that every arm skips (default: 0.5)")
-    parser.add_argument("--documents", type=int, default=8, metavar="N", help="documents of each text (default: 8)")
+    parser.add_argument("--documents", type=int, default=6, metavar="N", help="documents of each text (default: 6)")
     parser.add_argument("--context", type=int, default=256, metavar="N", help="tokens of a document (default: 256)")
     parser.add_argument(
         "--text", type=Path, action="append", metavar="FILE", help="held-out text (default: of the calibration text)"

@@ -37,7 +37,7 @@ def empty_cache(manifest: dict[str, Any], batch: int) -> dict[str, np.ndarray]:
 
 
 def next_load(signal: dict[str, float], logits: np.ndarray, token: int) -> float:
-    """The load of the next step from raw logits [V] and the token taken from them; `surprisal` and `entropy` are in nats."""
+    """The load of the next step from raw logits [V] and the token taken from them, in nats; by rule `exp`, the default."""
     shifted = logits.astype(np.float64) - logits.max()
     log_sum = np.log(np.exp(shifted).sum())
     surprisal = log_sum - shifted[token]

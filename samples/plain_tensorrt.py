@@ -44,7 +44,7 @@ def cache_buffers(manifest: dict[str, Any], tokens: int) -> list[tuple[torch.Ten
 
 
 def next_load(signal: dict[str, float], logits: np.ndarray, token: int) -> float:
-    """The load of the next step from raw logits [V] and the token taken from them; `surprisal` and `entropy` are in nats."""
+    """The load of the next step from raw logits [V] and the token taken from them, in nats; by rule `exp`, the default."""
     shifted = logits.astype(np.float64) - logits.max()
     log_sum = np.log(np.exp(shifted).sum())
     surprisal = log_sum - shifted[token]

@@ -60,7 +60,7 @@ class ExperimentOptions:
     """
 
     sparsity: float = 0.5
-    documents: int = 8
+    documents: int = 6
     context: int = 256
     texts: tuple[Path, ...] = ()
     generated: bool = True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clada_export.calibration.selector import LayerSelector, Selection, decide
+from clada_export.calibration.selector import LayerSelector
 from clada_export.ffn import EagerFFN
 from clada_export.load_signal import surprisal_entropy
 from clada_export.tap import FFNTap
@@ -77,12 +79,13 @@ def simulate(
     numbers = np.zeros((len(runs), 4, len(documents)))
     with torch.inference_mode():
         for place, document in enumerate(documents):
-            targets = document[prompt + 1 :].unsqueeze(-1)
-            dense = _logits(model, document)[prompt:-1].log_softmax(-1)
+            start = _Prompt.run(model, ffns, document, prompt)
+            rest, targets = document[prompt:], document[prompt + 1 :].unsqueeze(-1)
+            dense = start.go_on(model, rest)
             for index, run in enumerate(runs):
-                pass_ = _SparsePass(run, place, prompt)
+                pass_ = _SparsePass(run, place, start)
                 with FFNTap(ffns, inner=pass_.inner):
-                    sparse = _logits(model, document)[prompt:-1].log_softmax(-1)
+                    sparse = start.go_on(model, rest)
                 kl = (dense.exp() * (dense - sparse)).sum(-1).clamp(min=0.0)
                 rise = (dense - sparse).gather(-1, targets)
                 same = (dense.argmax(-1) == sparse.argmax(-1)).float()
@@ -91,11 +94,36 @@ def simulate(
     return [Outcome(*rows) for rows in numbers]
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """What a document's dense prompt leaves behind: its cache, and the hidden activations [prompt, f] of every FFN."""
+
+    cache: Any
+    hidden: dict[int, Tensor]
+
+    @classmethod
+    def run(cls, model: nn.Module, ffns: Sequence[EagerFFN], document: Tensor, prompt: int) -> _Prompt:
+        hidden: dict[int, Tensor] = {}
+
+        def keep(index: int, x: Tensor, h: Tensor) -> None:
+            hidden[index] = h.reshape(-1, h.shape[-1]).clone()
+
+        with FFNTap(ffns, inner=keep):
+            output = model(input_ids=document[None, :prompt], use_cache=True)
+        return cls(output.past_key_values, hidden)
+
+    def go_on(self, model: nn.Module, rest: Tensor) -> Tensor:
+        """log p [rest - 1, V] of all but the last prediction. The cache stays as it was."""
+        output = model(input_ids=rest[None], past_key_values=copy.deepcopy(self.cache), use_cache=True)
+        logits: Tensor = output.logits[0, :-1]
+        return logits.float().log_softmax(-1)
+
+
 class _SparsePass:
     """One run of one document."""
 
-    def __init__(self, run: Run, document: int, prompt: int) -> None:
-        self._run, self._prompt = run, prompt
+    def __init__(self, run: Run, document: int, start: _Prompt) -> None:
+        self._run, self._start = run, start
         self._multiplier = run.multiplier[document]
         self._dense = self._multiplier == 0
         self._active = self._total = 0
@@ -106,33 +134,32 @@ class _SparsePass:
         return 1.0 - self._active / max(self._total, 1)
 
     def inner(self, index: int, x: Tensor, h: Tensor) -> Tensor:
-        run, prompt = self._run, self._prompt
+        run = self._run
         selector = run.layers[index]
         rows = h.reshape(-1, h.shape[-1])
-        selection = self._select(selector, x.reshape(-1, x.shape[-1]), rows)
+        scores = None if selector.scorer is None else selector.scorer(x.reshape(-1, x.shape[-1]), rows)
+        stat = self._stat(selector, self._start.hidden[index], rows) if selector.needs_stat else None
+        selection = selector.decide(x.reshape(-1, x.shape[-1]), scores, stat)
         power = 1.0 if run.exponents is None else float(run.exponents[index])
         # A dense row has no level; whatever the rule gives at 1 is replaced below.
         moved = torch.where(self._dense, torch.ones(()), self._multiplier).pow(power)
         level = selector.axis.moved(torch.tensor(float(run.levels[index])), moved.unsqueeze(-1))
-        remaining, keep = selector.hidden(rows[prompt:], selection, level)
-        remaining = torch.where(self._dense.unsqueeze(-1), rows[prompt:], remaining)
+        remaining, keep = selector.hidden(rows, selection, level)
         kept = torch.where(self._dense, keep.shape[-1], keep.sum(-1))
         self._active += int(kept.sum()) * selector.layer.granule
-        self._total += selector.layer.width * len(remaining)
-        return torch.cat((rows[:prompt], remaining)).reshape(h.shape)
+        self._total += selector.layer.width * len(rows)
+        return torch.where(self._dense.unsqueeze(-1), rows, remaining).reshape(h.shape)
 
-    def _select(self, selector: LayerSelector, x: Tensor, h: Tensor) -> Selection:
-        prompt = self._prompt
-        if not (self._run.refresh and selector.needs_stat and bool(self._dense.any())):
-            return decide(selector, x, h, prompt)
-        shares = torch.zeros(len(self._dense) + 1, selector.layer.width)
-        shares[0] = selector.stat(h[:prompt])[0]
+    def _stat(self, selector: LayerSelector, prompt: Tensor, rows: Tensor) -> Tensor:
+        """The prompt statistic that each row sees, [rows or 1, f]: the prompt's, and that of dense rows before it."""
+        stat = selector.stat(prompt)
+        if not (self._run.refresh and bool(self._dense.any())):
+            return stat
+        shares = torch.zeros(len(rows) + 1, stat.shape[-1])
+        shares[0] = stat[0]
         for row in self._dense.nonzero().flatten().tolist():
-            shares[row + 1] = selector.stat(h[prompt + row : prompt + row + 1])[0]
-        # Each row sees what came before it.
-        stat = shares.cumsum(0)[:-1]
-        scores = None if selector.scorer is None else selector.scorer(x[prompt:], h[prompt:])
-        return selector.decide(x[prompt:], scores, stat)
+            shares[row + 1] = selector.stat(rows[row : row + 1])[0]
+        return shares.cumsum(0)[:-1]
 
 
 def _logits(model: nn.Module, document: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from clada_export.cli import main
 from clada_export.errors import BackendError, UsageError, VerificationError
 from clada_export.manifest import CacheTensor, Manifest, TensorSpec, file_record, write_manifest
 from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
@@ -321,6 +322,15 @@ def test_the_rule_of_the_manifest_decides(tmp_path: Path) -> None:
     drive = (surprisal[0] - 1) / 0.5 + 0.5 * (entropy[0] - 1) / 0.5
     assert result.loads[0, 0] == pytest.approx(-np.log(np.clip(1 - 0.5 * drive, 0.5, 2.0)) / 0.5, abs=1e-3)
     assert np.abs(result.loads).max() <= np.log(2) / 0.5 + 1e-6
+
+
+def test_inspect_names_a_rule_that_is_not_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_manifest().plan
+    load = {**plan["load"], "rule": "gate", "parameters": {"window": 12}, "momentum": 0.05}
+    for name, used, said in (("plain", plan, ""), ("gate", {**plan, "load": load}, "rule gate, window 12; momentum 0.05")):
+        assert main(["inspect", str(write_export(tmp_path / name, plan=used))]) == 0
+        found = [line.strip() for line in capsys.readouterr().out.splitlines() if "momentum" in line]
+        assert found == ([said] if said else [])
 
 
 def test_a_rule_with_a_memory_starts_anew_with_each_text(tmp_path: Path) -> None:
