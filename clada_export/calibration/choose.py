@@ -24,6 +24,7 @@ AUTO = "auto"
 NEURONS = "neurons"
 """The pattern of static pruning that leaves fewer bytes to read."""
 
+_SKIPPED = "skipped: "
 Clock = Callable[[SparsityPlan], dict[str, Any]]
 
 
@@ -79,7 +80,7 @@ def choose(
     for name, policy in policies.items():
         reason = _excluded(policy, calibrator, options, train)
         if reason is not None:
-            rows.append(Row(name, f"skipped: {reason}"))
+            rows.append(Row(name, f"{_SKIPPED}{reason}"))
             continue
         calibrator.progress(f"policy {name}", 0, 0)
         start = time.perf_counter()
@@ -91,7 +92,7 @@ def choose(
             rows.append(Row(name, why, sparsity=error.sparsity, cost=error.cost, seconds=seconds))
             continue
         except UsageError as error:
-            rows.append(Row(name, f"skipped: {error}", seconds=time.perf_counter() - start))
+            rows.append(Row(name, f"{_SKIPPED}{error}", seconds=time.perf_counter() - start))
             continue
         row = _measured(name, result, options, time.perf_counter() - start)
         rows.append(row)
@@ -121,7 +122,7 @@ def explain(auto: Mapping[str, Any]) -> str:
     """One sentence about a choice, from `plan.calibration["auto"]`."""
     candidates = auto["candidates"]
     chosen = next(row for row in candidates if row["chosen"])
-    measured = sum(row["relative_bytes"] is not None for row in candidates)
+    measured = sum(not row["why"].startswith(_SKIPPED) for row in candidates)
     numbers = f"x{chosen['relative_bytes']:.2f} bytes, KL {chosen['kl']:.4f}"
     text = f"{chosen['policy']} of {measured} policies for {auto['goal']}: {numbers}"
     if chosen["relative_bytes"] >= 1.0:
@@ -214,7 +215,7 @@ def _explained(row: Row, chosen: Row, options: CalibrationOptions) -> Row:
 def _nothing(rows: list[Row], options: CalibrationOptions) -> str:
     reached = [row for row in rows if row.cost is not None]
     if not reached:
-        reasons = "; ".join(f"{row.policy}: {row.why.removeprefix('skipped: ')}" for row in rows)
+        reasons = "; ".join(f"{row.policy}: {row.why.removeprefix(_SKIPPED)}" for row in rows)
         return f"--policy {AUTO}: no policy can be used here ({reasons})"
     nearest = min(reached, key=lambda row: row.cost or 0.0)
     return (

@@ -32,6 +32,7 @@ from clada_export.plan import RouterForm
 from clada_export.plan_tensors import LayerTensors
 from clada_export.policies import Policy, PolicyContext, PolicySettings, get_policy
 from clada_export.policies.base import Dynamic
+from clada_export.policies.clada import GAMMAS
 from graph_passes.router import Router
 from tests.tiny_models import tiny_model
 
@@ -142,7 +143,7 @@ def test_missing_variants_alone_are_collected(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(stage, "collect_statistics", collect)
     cached = run(tmp_path, policy=get_policy("clada"))
-    assert asked == [["prior 0.25", "prior 0.5"]]
+    assert asked == [[f"prior {gamma:g}" for gamma in GAMMAS]]
     assert cached.plan.to_dict() == run(None, policy=get_policy("clada")).plan.to_dict()
 
 
