@@ -79,6 +79,10 @@ class RoutedMLP(nn.Module):
         """Neurons of an expert: the op's granule."""
         return self.gate_proj.out_features // self.router.granules
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The router's logits, float32 [.., E]."""
+        return self._scores.logits(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[.., d] to [.., d]."""
         hidden: Tensor = self.act_fn(self.gate_proj(x)) * self.up_proj(x)

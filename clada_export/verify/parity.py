@@ -73,19 +73,28 @@ def run_engine(engine: Engine, case: Case, decode_loads: npt.NDArray[np.float32]
 
 
 def dense_parity(
-    engine: Engine, case: Case, wanted: Sequence[npt.NDArray[np.float32]], rounding: Rounding = EXACT
+    engine: Engine,
+    case: Case,
+    wanted: Sequence[npt.NDArray[np.float32]],
+    rounding: Rounding = EXACT,
+    settled: Sequence[int] | None = None,
 ) -> list[Check]:
     """Prompt in one pass, and prompt then decode, both at load = +inf.
 
     Args:
         wanted: for each row the untouched model's logits [T, V].
         rounding: what the engine's type may cost.
+        settled: for each row how many leading positions are compared; all if None (`clada_export.verify.mixture`).
     """
     whole = engine.logits([list(row) for row in case.rows], "dense")
     steps, _ = run_engine(engine, case, np.full(DECODE, DENSE))
+    ends = [len(row) for row in wanted] if settled is None else list(settled)
+    # Entry 0 of the decoded part is the last prompt token.
+    decoded = [max(0, end - (len(row) - DECODE - 1)) for end, row in zip(ends, wanted, strict=True)]
+    tails = [row[-DECODE - 1 :] for row in wanted]
     return [
-        dense_check(f"dense parity, prompt ({case.name})", whole, wanted, rounding),
-        dense_check(f"dense parity, decode ({case.name})", steps, [row[-DECODE - 1 :] for row in wanted], rounding),
+        dense_check(f"dense parity, prompt ({case.name})", whole, wanted, rounding, ends),
+        dense_check(f"dense parity, decode ({case.name})", steps, tails, rounding, decoded),
     ]
 
 
@@ -94,13 +103,33 @@ def dense_check(
     found: Sequence[npt.NDArray[np.float32]],
     wanted: Sequence[npt.NDArray[np.float32]],
     rounding: Rounding = EXACT,
+    settled: Sequence[int] | None = None,
 ) -> Check:
-    """Logits [T, V] of rows against those of the untouched model."""
-    numbers = compare_logits(np.concatenate(list(found)), np.concatenate(list(wanted)))
-    bound = max(tolerance(numbers.largest_logit), rounding.logits)
-    passed = numbers.max_abs <= bound
-    why = "" if passed else f"logits differ by up to {numbers.max_abs:.3g}; allowed {bound:.3g} ({numbers.positions} positions)"
-    return Check(name, passed, numbers.to_dict(), {"max_abs": bound}, why)
+    """Logits [T, V] of rows against those of the untouched model.
+
+    Args:
+        settled: for each row how many leading positions are held to the tolerance; the others only to a mean KL.
+    """
+    ends = [len(row) for row in wanted] if settled is None else settled
+    first, later = (
+        compare_logits(
+            np.concatenate([row[part(end)] for row, end in zip(found, ends, strict=True)]),
+            np.concatenate([row[part(end)] for row, end in zip(wanted, ends, strict=True)]),
+        )
+        for part in (lambda end: slice(0, end), lambda end: slice(end, None))
+    )
+    bounds = {"max_abs": max(tolerance(first.largest_logit), rounding.logits)}
+    values = first.to_dict()
+    faults = []
+    if not first.max_abs <= bounds["max_abs"]:
+        faults.append(
+            f"logits differ by up to {first.max_abs:.3g}; allowed {bounds['max_abs']:.3g} ({first.positions} positions)"
+        )
+    if later.positions:
+        bounds["kl_after_a_tie"], values["kl_after_a_tie"] = rounding.sparse_kl, later.kl
+        if not later.kl <= rounding.sparse_kl:
+            faults.append(f"after a tie of experts, KL is {later.kl:.3g} nats; allowed {rounding.sparse_kl:.3g}")
+    return Check(name, not faults, values, bounds, "; ".join(faults))
 
 
 def greedy_parity(
@@ -109,17 +138,23 @@ def greedy_parity(
     wanted: Sequence[Sequence[int]],
     gaps: Sequence[Sequence[float]],
     rounding: Rounding = EXACT,
+    settled: Sequence[int] | None = None,
 ) -> Check:
     """Greedy tokens at load = +inf equal the eager model's.
 
     Where the eager model's two best logits are closer than twice the tolerance, either token is right; a row that parts there
     is compared up to that point, and counted as a tie.
+
+    Args:
+        settled: for each row, its new tokens included, how many leading positions come before a tie of experts.
     """
     length = len(wanted[0])
     found = greedy_tokens(engine, prompts, length, "dense")
     prefixes = [common_prefix(mine, list(theirs)) for mine, theirs in zip(found, wanted, strict=True)]
     closest = 2 * max(DENSE_TOLERANCE, rounding.logits)
-    ties = [prefix < length and gaps[index][prefix] <= closest for index, prefix in enumerate(prefixes)]
+    # A token comes from the position before it.
+    apart = [False if settled is None else settled[i] < len(prompts[i]) + prefix for i, prefix in enumerate(prefixes)]
+    ties = [prefix < length and (apart[i] or gaps[i][prefix] <= closest) for i, prefix in enumerate(prefixes)]
     passed = all(prefix == length or tie for prefix, tie in zip(prefixes, ties, strict=True))
     why = "" if passed else f"greedy tokens part from the eager model's after {min(prefixes)} of {length} tokens"
     numbers = {"prompts": len(prompts), "tokens": length, "equal_prefix": prefixes, "ties": sum(ties)}
@@ -145,12 +180,14 @@ def sparse_parity(
     loads: npt.NDArray[np.float32],
     dense: Sequence[npt.NDArray[np.float32]],
     rounding: Rounding = EXACT,
+    settled: Sequence[int] | None = None,
 ) -> Check:
     """The engine at finite loads against the eager model with reference FFNs: logits, and which rows flipped a neuron.
 
     Args:
         loads: float32 [DECODE], the load of every decoded token.
         dense: for each row the untouched model's logits [T, V]: what the sparse model's distance is measured by.
+        settled: as in `dense_parity`; later positions count as if a neuron had flipped.
     """
     found, found_active = run_engine(engine, case, loads)
     costs = []
@@ -167,6 +204,8 @@ def sparse_parity(
         changed = np.flatnonzero(differ.sum(axis=0))
         # Entry 0 is the last prompt token; decoded token t is entry t + 1.
         first = int(changed[0]) + 1 if len(changed) else DECODE + 1
+        if settled is not None:
+            first = min(first, max(0, settled[index] - (prompt - 1)))
         same_found.append(found[index][:first])
         same_wanted.append(wanted[:first])
         later_found.append(found[index][first:])

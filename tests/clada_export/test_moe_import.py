@@ -29,6 +29,9 @@ from clada_export.runtime import load_engine
 from clada_export.source import load_source
 from clada_export.tap import FFNTap
 from clada_export.verify.eager import dense_logits
+from clada_export.verify.mixture import measure_mixture
+from clada_export.verify.parity import dense_check
+from clada_export.verify.precision import Rounding
 from graph_passes.op import ContractError
 from graph_passes.router import Router
 from tests.moe_checkpoints import (
@@ -550,3 +553,43 @@ def test_an_activation_that_the_op_does_not_have(tmp_path: Path) -> None:
     assert isinstance(load_source(str(path)).model, GraniteMoeForCausalLM)
     with pytest.raises(UnsupportedModelError, match="its activation is not one of"):
         export(path, tmp_path / "out", replace(OPTIONS, policy="ds-moe"))
+
+
+# --- what rounding may cost ---
+
+
+def test_rounding_of_a_mixture_is_measured(folder: Folder) -> None:
+    model = load_source(str(folder("llama-moe"))).model
+    row = TOKENS[0].tolist()
+    before = dense_logits(model, row)
+    found = measure_mixture(model, row)
+    assert found is not None and found.settled == len(row)
+    assert 0.0 < found.logits < 1e-4
+    np.testing.assert_array_equal(dense_logits(model, row), before)
+    assert measure_mixture(tiny_model("llama"), row) is None
+
+
+@pytest.mark.parametrize("chosen", [CHOSEN, EXPERTS])
+def test_experts_that_tie_are_found(chosen: int, tmp_path: Path) -> None:
+    def same(state: dict[str, Tensor]) -> None:
+        weight = state["model.layers.1.mlp.gate.gate_network.weight"]
+        weight[:] = weight[0]
+
+    path = write_llama_moe(tmp_path / "tiny", gate_network="linear", num_selects=chosen, change=same)
+    found = measure_mixture(load_source(str(path)).model, TOKENS[0].tolist())
+    assert found is not None
+    assert found.settled == (0 if chosen < EXPERTS else TOKENS.shape[1])  # with all of them there is no choice
+
+
+def test_positions_after_a_tie_are_held_to_a_mean_kl() -> None:
+    wanted = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32)
+    near, far = wanted.copy(), wanted.copy()
+    near[4] += np.linspace(0, 0.05, 50, dtype=np.float32)
+    far[4] = -far[4]
+    allowed = Rounding(sparse_kl=0.02)
+    assert dense_check("x", [wanted], [wanted]).passed
+    assert not dense_check("x", [near], [wanted], allowed, [6]).passed
+    assert dense_check("x", [near], [wanted], allowed, [4]).passed
+    check = dense_check("x", [far], [wanted], allowed, [4])
+    assert not check.passed and "after a tie of experts, KL is" in check.why
+    assert not dense_check("x", [near * np.nan], [wanted], allowed, [0]).passed
