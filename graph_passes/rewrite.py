@@ -28,7 +28,8 @@ from graph_passes.op import (
 )
 from graph_passes.repack import free_unused, repack, sources, weight_key
 from graph_passes.report import RewriteReport, RewrittenFFN
-from graph_passes.router import Router, emit_router
+from graph_passes.router import Router
+from graph_passes.router_nodes import emit_router
 from graph_passes.rules.common import FFNMatch, rank
 from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
 

@@ -1,16 +1,15 @@
 """A router: the small network that scores an FFN's granules before the op runs (score `external`).
 
-`Router` is plain data. `emit_router` writes it as standard ONNX nodes; `clada_export.router` evaluates it in PyTorch, and the
-two give the same numbers. Predictors (DejaVu), experts' routers (MoEfication, LTE, D2DMoE, LLaMA-MoE) are all of this form.
+`Router` is plain data, also for programs without ONNX tools. `graph_passes.router_nodes` writes it as standard ONNX nodes;
+`clada_export.router` evaluates it in PyTorch, and the two give the same numbers. Predictors (DejaVu) and experts' routers
+(MoEfication, LTE, D2DMoE, LLaMA-MoE) are all of this form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from graph_passes.op import ContractError
 
@@ -92,66 +91,3 @@ class Router:
     def parameters(self) -> int:
         """How many numbers it holds."""
         return sum(weight.size for weight in self.weights) + sum(bias.size for bias in self.biases if bias is not None)
-
-
-Initializer = Callable[[str, np.ndarray], ir.Value]
-"""Registers a constant of the graph under a name."""
-
-
-def emit_router(
-    router: Router, x: ir.Value, load: ir.Value, name: str, initializer: Initializer
-) -> tuple[list[ir.Node], ir.Value]:
-    """The nodes that compute a layer's scores, float32 [.., E].
-
-    A row that runs dense (load = +inf or NaN) has score 1 everywhere, or its scores: `Router.dense_rows`.
-
-    Args:
-        x: the FFN input [.., d]; cast to float32 if it is not.
-        load: float32 [..]; not read with `dense_rows` = scores.
-        name: prefix of the nodes' and constants' names.
-
-    Returns:
-        The nodes in order, and the scores.
-    """
-    nodes: list[ir.Node] = []
-
-    def op(op_type: str, *inputs: ir.Value, **attributes: float | int | list[int]) -> ir.Value:
-        return several(op_type, 1, *inputs, **attributes)[0]
-
-    def several(op_type: str, outputs: int, *inputs: ir.Value, **attributes: float | int | list[int]) -> tuple[ir.Value, ...]:
-        node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=f"{name}.{len(nodes)}.{op_type}")
-        nodes.append(node)
-        for index, output in enumerate(node.outputs):
-            output.name = f"{node.name}.out" + (f".{index}" if index else "")
-        return tuple(node.outputs)
-
-    value = x if x.dtype == ir.DataType.FLOAT else op("Cast", x, to=int(ir.DataType.FLOAT))
-    if router.normalise:
-        # LpNormalization keeps a row of zeros at zero, as PyTorch's normalize does.
-        value = op("LpNormalization", value, axis=-1, p=2)
-    last = len(router.weights) - 1
-    for index, (weight, bias) in enumerate(zip(router.weights, router.biases, strict=True)):
-        value = op("MatMul", value, initializer(f"{name}.{index}.weight", np.ascontiguousarray(weight.T, dtype=np.float32)))
-        if bias is not None:
-            value = op("Add", value, initializer(f"{name}.{index}.bias", bias.astype(np.float32)))
-        if index < last and router.hidden != "identity":
-            value = op({"relu": "Relu", "tanh": "Tanh"}[router.hidden], value)
-    match router.output:
-        case "softmax":
-            value = op("Softmax", value, axis=-1)
-        case "topk_softmax":
-            k = initializer(f"{name}.k", np.array([router.k], dtype=np.int64))
-            best, places = several("TopK", 2, value, k, axis=-1, largest=1, sorted=1)
-            zero = initializer("router.zero", np.array(0.0, dtype=np.float32))
-            zeros = op("Expand", zero, op("Shape", value))
-            value = op("ScatterElements", zeros, places, op("Softmax", best, axis=-1), axis=-1)
-        case output:
-            value = op({"sigmoid": "Sigmoid", "abs": "Abs", "relu": "Relu"}[output], value)
-    if router.scale != 1.0:
-        value = op("Mul", value, initializer(f"{name}.scale", np.array(router.scale, dtype=np.float32)))
-    if router.dense_rows == "scores":
-        return nodes, value
-    axis = initializer("router.last_axis", np.array([-1], dtype=np.int64))
-    dense = op("Or", op("IsNaN", load), op("IsInf", load, detect_negative=0, detect_positive=1))
-    one = initializer("router.one", np.array(1.0, dtype=np.float32))
-    return nodes, op("Where", op("Unsqueeze", dense, axis), one, value)

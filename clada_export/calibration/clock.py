@@ -32,7 +32,7 @@ from clada_export.plan_tensors import LayerTensors
 from clada_export.reference import prompt_shares
 from clada_export.tap import FFNTap
 from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, output_names
-from graph_passes.router import emit_router
+from graph_passes.router_nodes import emit_router
 
 LAYERS, ROWS = 3, 24
 FLUSH_LIMIT = 256 * 2**20

@@ -143,7 +143,7 @@ def test_an_engine_that_computes_something_else_fails(
         ({"calibration_context": 2}, UsageError, "too short"),
         ({"plan": Path("/does/not/exist.json")}, UsageError, "can't be read"),
         ({"calibration_data": Path("a"), "calibration_tokens": Path("b")}, UsageError, "exclude each other"),
-        ({"score": "external"}, UsageError, "has no score 'external'"),
+        ({"settings": PolicySettings(score="external")}, UsageError, "has no score 'external'"),
     ],
 )
 def test_bad_options(

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from clada_export.router import RouterModule
 from graph_passes.op import ContractError
-from graph_passes.router import HIDDEN_ACTIVATIONS, OUTPUTS, Router, emit_router
+from graph_passes.router import HIDDEN_ACTIVATIONS, OUTPUTS, Router
+from graph_passes.router_nodes import emit_router
 from tests.tiny_models import session
 
 HIDDEN, WIDTH, GRANULES = 12, 7, 5
