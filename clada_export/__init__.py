@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 __all__ = ["ExportOptions", "ExportResult", "__version__", "export", "load_engine", "verify_folder"]
 
 if TYPE_CHECKING:
-    from clada_export.pipeline import ExportOptions, ExportResult, export, verify_folder
+    from clada_export.export_options import ExportOptions
+    from clada_export.pipeline import ExportResult, export, verify_folder
     from clada_export.runtime import load_engine
 
 _HOMES = {

@@ -197,7 +197,8 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     from clada_export.calibration.cache import parse_cache_folder
-    from clada_export.pipeline import ExportOptions, export
+    from clada_export.export_options import ExportOptions
+    from clada_export.pipeline import export
 
     output = options.output or Path(f"{Path(options.model.rstrip('/')).stem}-clada-{options.target}")
     progress = ConsoleProgress(quiet=options.quiet)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -16,93 +15,27 @@ import torch
 
 from clada_export import __version__
 from clada_export.artifact import ArtifactWriter
-from clada_export.calibration import Budget, CalibrationData, CalibrationOptions, calibrate, load_calibration_data
-from clada_export.calibration.budget import parse_sparsity
-from clada_export.calibration.cache import CalibrationCache, default_cache_folder
-from clada_export.calibration.calibrate import Calibrator
-from clada_export.calibration.choose import AUTO, choose, plan_clock
-from clada_export.calibration.weights import FFNWeights
+from clada_export.calibration import Budget, CalibrationData, load_calibration_data
 from clada_export.errors import UsageError, VerificationError
+from clada_export.export_options import ExportOptions
 from clada_export.ffn import EagerFFNs, require_ffns
 from clada_export.manifest import Manifest, read_manifest
-from clada_export.moe_import import IMPORTED, check_import, ignored_options, import_plan, is_imported, plain_ffns, require_whole
+from clada_export.moe_import import IMPORTED, check_import, ignored_options, plain_ffns, require_whole
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import save_plan_tensors
-from clada_export.policies import PolicySettings, get_policy
+from clada_export.planning import make_plan, prune_again, read_data, round_weights, sequence_limit
 from clada_export.progress import Progress, Stages
-from clada_export.pruning import PruneSpec
 from clada_export.report import write_model_card, write_report
 from clada_export.source import SourceModel, load_source
-from clada_export.targets import onnxruntime as target_ort
-from clada_export.targets import tensorrt as target_trt
-from clada_export.targets.common import WEIGHT_TYPES, BuildRequest, BuiltModel, Subject, Target
-from clada_export.targets.options import TensorRTOptions
+from clada_export.targets.common import BuildRequest, BuiltModel, Subject, Target
+from clada_export.targets.registry import TARGETS
 from clada_export.trace import TracedModel, trace
 from clada_export.verify import Verification
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
-TARGETS: dict[str, Target] = {"ort": target_ort, "trt": target_trt}
-DTYPES = tuple(WEIGHT_TYPES)
 IMPORTED_KL = 0.01
 """Nats a token: the engine of an imported mixture computes that mixture; what is left is rounding, and experts that tie."""
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `clada-export` was asked for; the defaults are those of the command line. `tensorrt` is for target `trt` only."""
-
-    target: str = "ort"
-    tensorrt: TensorRTOptions | None = None
-    policy: str = "clada"
-    train: bool = False
-    settings: PolicySettings = field(default_factory=PolicySettings)
-    budget: str = "ppl=2%"
-    sparsity: float | None = None
-    prune: str | None = None
-    plan: Path | None = None
-    calibration_data: Path | None = None
-    calibration_tokens: Path | None = None
-    calibration_context: int = 512
-    calibration_cache: Path | None = field(default_factory=default_cache_folder)
-    dtype: str = "float32"
-    load_response: bool = True
-    verify: bool = True
-    overwrite: bool = False
-    seed: int = 0
-    revision: str | None = None
-    token: str | None = None
-    cache_dir: str | None = None
-    local_files_only: bool = False
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-
-    def check(self) -> None:
-        """Refuse what can be refused before any work.
-
-        Raises:
-            UsageError: an unknown target, dtype or policy, a budget or sparsity out of range, options that exclude each other.
-        """
-        if self.target not in TARGETS:
-            raise UsageError(f"unknown target {self.target!r}; known: {', '.join(TARGETS)}")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        if self.policy != AUTO:
-            get_policy(self.policy)
-        if self.train and self.policy != AUTO:
-            raise UsageError(f"--train is for --policy {AUTO}; policy {self.policy!r} trains routers if it has any")
-        self.settings.check()
-        if self.prune is not None:
-            PruneSpec.parse(self.prune)
-            if self.plan is not None:
-                raise UsageError("--prune and --plan exclude each other; a plan says how its weights are pruned")
-        Budget.parse(self.budget)
-        if self.sparsity is not None:
-            parse_sparsity(self.sparsity)
-        if self.calibration_context < 8:
-            raise UsageError(f"--calibration-context {self.calibration_context} is too short: at least 8 tokens")
-        if self.calibration_data is not None and self.calibration_tokens is not None:
-            raise UsageError("--calibration-data and --calibration-tokens exclude each other; give one")
 
 
 @dataclass(frozen=True)
@@ -151,10 +84,10 @@ def export(
         if options.dtype != "float32":
             with stages("round"):
                 warnings.append(target.round_weights(source.model, ffns, options.dtype))
-        data = _data(source, options)
+        data = read_data(source, options)
         warnings += data.warnings
         with stages("calibrate") as note:
-            plan, details = _plan(source, ffns, data, given, options, target, stages.inner, note)
+            plan, details = make_plan(source, ffns, data, given, options, target, stages.inner, note)
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
         with stages("trace"):
             traceable = target.traceable(source.model, options.dtype)
@@ -245,7 +178,7 @@ def verify_folder(
     plan = manifest.sparsity_plan(Path(folder))
     context = int(plan.calibration.get("context", ExportOptions.calibration_context))
     data = load_calibration_data(loaded.tokenizer, loaded.model.config.vocab_size, text_file=calibration_data, context=context)
-    _prune_again(plan, loaded, ffns, data, partial(_round, target, loaded, ffns, manifest.dtype), str(folder))
+    prune_again(plan, loaded, ffns, data, partial(round_weights, target, loaded, ffns, manifest.dtype), str(folder))
     with stages("verify"):
         return target.verify_deployed(_subject(Path(folder), manifest, loaded, ffns, data, stages))
 
@@ -260,19 +193,6 @@ def _load(model: str, options: ExportOptions) -> SourceModel:
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
         dtype=torch.float32,
-    )
-
-
-def _data(source: SourceModel, options: ExportOptions) -> CalibrationData:
-    limit = sequence_limit(source)
-    context = options.calibration_context if limit is None else min(options.calibration_context, limit)
-    return load_calibration_data(
-        source.tokenizer,
-        source.model.config.vocab_size,
-        text_file=options.calibration_data,
-        tokens_file=options.calibration_tokens,
-        context=context,
-        seed=options.seed,
     )
 
 
@@ -291,88 +211,6 @@ def _build_request(
         settings=options.tensorrt,
         progress=stages.inner,
     )
-
-
-def sequence_limit(source: SourceModel) -> int | None:
-    """The longest sequence that the model takes, or None if it does not say."""
-    config = source.model.config
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return limit if isinstance(limit, int) else None
-
-
-def _plan(
-    source: SourceModel,
-    ffns: EagerFFNs,
-    data: CalibrationData,
-    given: SparsityPlan | None,
-    options: ExportOptions,
-    target: Target,
-    progress: Callable[[str, int, int], None],
-    note: Callable[[str], None],
-) -> tuple[SparsityPlan, dict[str, Any]]:
-    rounded = partial(_round, target, source, ffns, options.dtype)
-    if given is not None:
-        if given.source.get("weights_digest") != source.weights_digest:
-            made_for = str(given.source.get("weights_digest"))[:16]
-            raise UsageError(
-                f"{options.plan}: the plan was made for other weights (digest {made_for}...); this model has "
-                f"{source.weights_digest[:16]}..."
-            )
-        known = {ffn.name for ffn in ffns.found}
-        missing = [layer.name for layer in given.layers if layer.name not in known]
-        if missing:
-            raise UsageError(f"{options.plan}: layer {missing[0]!r} is not in this model")
-        _prune_again(given, source, ffns, data, rounded, str(options.plan))
-        return given, given.calibration
-    origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
-    if is_imported(source.model):
-        details = {"text": data.origin, "digest": data.digest, "context": int(data.calibration.shape[1])}
-        plan = import_plan(source.model, ffns.found, origin, details, getattr(torch, options.dtype).itemsize)
-        return plan, plan.calibration
-    calibration = CalibrationOptions(
-        budget=Budget.parse(options.budget),
-        sparsity=options.sparsity,
-        settings=options.settings,
-        prune=None if options.prune is None else PruneSpec.parse(options.prune),
-        load_response=options.load_response,
-        seed=options.seed,
-        item=getattr(torch, options.dtype).itemsize,
-    )
-    cache = CalibrationCache.of(options.calibration_cache, source.model, data.calibration, options.seed, note)
-    if options.policy != AUTO:
-        policy = get_policy(options.policy)
-        result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
-        return result.plan, result.details
-    calibrator = Calibrator(source.model, ffns.found, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
-    clock = plan_clock(source.model, ffns.found, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
-    result = choose(calibrator, origin, calibration, train=options.train, clock=clock)
-    note(result.plan.calibration["auto"]["text"])
-    return result.plan, result.details
-
-
-def _round(target: Target, source: SourceModel, ffns: EagerFFNs, dtype: str) -> None:
-    if dtype != "float32":
-        target.round_weights(source.model, ffns, dtype)
-
-
-def _prune_again(
-    plan: SparsityPlan, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, rounded: Callable[[], None], origin: str
-) -> None:
-    """Prune as a plan was pruned: the same method on the same text gives the same weights.
-
-    Raises:
-        UsageError: the text is another one.
-    """
-    if plan.prune is None:
-        return
-    made_with = plan.calibration.get("pruning", {}).get("text_digest")
-    if made_with != data.digest:
-        raise UsageError(
-            f"{origin}: its weights were pruned ({plan.prune}) with the text {plan.calibration.get('text')!r} in windows of "
-            f"{data.calibration.shape[1]} tokens or others, and the text here is another one; give the same --calibration-data "
-            "and --calibration-context"
-        )
-    FFNWeights(source.model, ffns.found, data.calibration, rounded).use(PruneSpec.parse(plan.prune))
 
 
 def _manifest(

@@ -26,7 +26,7 @@ def run_command(options: argparse.Namespace, settings: Any, hub: dict[str, Any])
         hub: arguments of `clada_export.source.load_source`.
     """
     from clada_export.calibration.cache import parse_cache_folder
-    from clada_export.pipeline import ExportOptions
+    from clada_export.export_options import ExportOptions
 
     settings.check()
     cells = make_cells(options.policies, options.sparsities)

@@ -14,7 +14,7 @@ from clada_export.calibration.calibrate import CalibrationOptions, Calibrator
 from clada_export.calibration.text import load_calibration_data
 from clada_export.errors import CladaError
 from clada_export.ffn import require_ffns
-from clada_export.pipeline import sequence_limit
+from clada_export.planning import sequence_limit
 from clada_export.policies import PolicySettings, get_policy
 from clada_export.rounding import round_ffn_weights
 from clada_export.source import load_source

@@ -19,8 +19,8 @@ from clada_export.calibration.clock import read_clock
 from clada_export.calibration.cost import dense_bytes, read_bytes
 from clada_export.cli import main_export
 from clada_export.errors import BackendError, UsageError
+from clada_export.export_options import ExportOptions
 from clada_export.ffn import find_eager_ffns
-from clada_export.pipeline import ExportOptions
 from clada_export.policies import POLICIES, PolicySettings
 from clada_export.report import write_report
 from clada_export.verify.eager import ReferenceModel

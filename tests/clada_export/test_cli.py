@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from clada_export.cli import main, main_export
-from clada_export.pipeline import ExportOptions, export
+from clada_export.export_options import ExportOptions
+from clada_export.pipeline import export
 from tests.tiny_models import tiny_model
 
 Folder = Callable[[str], Path]

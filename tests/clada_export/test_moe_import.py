@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, LlamaConfi
 
 from clada_export.cli import main, main_export
 from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError
+from clada_export.export_options import ExportOptions
 from clada_export.ffn import find_eager_ffns
 from clada_export.moe_import import RoutedMLP, import_blocks, plain_ffns, routed_mlps
 from clada_export.moe_import.routed_mlp import Origin
-from clada_export.pipeline import ExportOptions, ExportResult, export, verify_folder
+from clada_export.pipeline import ExportResult, export, verify_folder
 from clada_export.plan import SparsityPlan
 from clada_export.policies import PolicySettings
 from clada_export.rounding import in_dtype, round_ffn_weights

@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from clada_export.errors import UsageError
+from clada_export.export_options import ExportOptions
 from clada_export.ffn import find_eager_ffns
 from clada_export.manifest import read_manifest
-from clada_export.pipeline import ExportOptions, export, verify_folder
+from clada_export.pipeline import export, verify_folder
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import PLAN_TENSORS
 from clada_export.policies import POLICIES, PolicySettings, get_policy

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from clada_export.cli import main
-from clada_export.pipeline import ExportOptions, ExportResult, export
+from clada_export.export_options import ExportOptions
+from clada_export.pipeline import ExportResult, export
 from clada_export.runtime import load_engine
 
 pytestmark = pytest.mark.slow

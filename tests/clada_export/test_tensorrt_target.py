@@ -20,9 +20,10 @@ from torch import nn
 
 from clada_export.cli import main, main_export
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError, VerificationError
+from clada_export.export_options import ExportOptions
 from clada_export.manifest import read_manifest
 from clada_export.native import trt_library_path
-from clada_export.pipeline import ExportOptions, ExportResult, export, verify_folder
+from clada_export.pipeline import ExportResult, export, verify_folder
 from clada_export.rounding import in_dtype, round_all_weights
 from clada_export.runtime import load_engine
 from clada_export.targets import tensorrt as target

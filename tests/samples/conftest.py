@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clada_export.pipeline import ExportOptions, export
+from clada_export.export_options import ExportOptions
+from clada_export.pipeline import export
 from tests.benchmarks.tiny import write_tiny_llama
 
 

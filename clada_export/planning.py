@@ -1,0 +1,134 @@
+"""The calibrate stage as an export runs it: which text, and which way to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from clada_export.calibration import Budget, CalibrationData, CalibrationOptions, calibrate, load_calibration_data
+from clada_export.calibration.cache import CalibrationCache
+from clada_export.calibration.calibrate import Calibrator
+from clada_export.calibration.choose import AUTO, choose, plan_clock
+from clada_export.calibration.weights import FFNWeights
+from clada_export.errors import UsageError
+from clada_export.export_options import ExportOptions
+from clada_export.ffn import EagerFFNs
+from clada_export.moe_import import import_plan, is_imported
+from clada_export.plan import SparsityPlan
+from clada_export.policies import get_policy
+from clada_export.pruning import PruneSpec
+from clada_export.source import SourceModel
+from clada_export.targets.common import Target
+
+
+def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:
+    """The token windows that the options ask for, no longer than the model takes."""
+    limit = sequence_limit(source)
+    context = options.calibration_context if limit is None else min(options.calibration_context, limit)
+    return load_calibration_data(
+        source.tokenizer,
+        source.model.config.vocab_size,
+        text_file=options.calibration_data,
+        tokens_file=options.calibration_tokens,
+        context=context,
+        seed=options.seed,
+    )
+
+
+def sequence_limit(source: SourceModel) -> int | None:
+    """The longest sequence that the model takes, or None if it does not say."""
+    config = source.model.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return limit if isinstance(limit, int) else None
+
+
+def make_plan(
+    source: SourceModel,
+    ffns: EagerFFNs,
+    data: CalibrationData,
+    given: SparsityPlan | None,
+    options: ExportOptions,
+    target: Target,
+    progress: Callable[[str, int, int], None],
+    note: Callable[[str], None],
+) -> tuple[SparsityPlan, dict[str, Any]]:
+    """The plan of an export: the user's own, the checkpoint's, or a calibrated one. Weights are left pruned as it says.
+
+    Args:
+        given: what `--plan` read, or None.
+        progress: called with (what, done, total).
+        note: called with a sentence for the stage's line.
+
+    Returns:
+        The plan, and what its making measured.
+
+    Raises:
+        UsageError: a plan for another model, or as `clada_export.calibration.calibrate`.
+    """
+    rounded = partial(round_weights, target, source, ffns, options.dtype)
+    if given is not None:
+        if given.source.get("weights_digest") != source.weights_digest:
+            made_for = str(given.source.get("weights_digest"))[:16]
+            raise UsageError(
+                f"{options.plan}: the plan was made for other weights (digest {made_for}...); this model has "
+                f"{source.weights_digest[:16]}..."
+            )
+        known = {ffn.name for ffn in ffns.found}
+        missing = [layer.name for layer in given.layers if layer.name not in known]
+        if missing:
+            raise UsageError(f"{options.plan}: layer {missing[0]!r} is not in this model")
+        prune_again(given, source, ffns, data, rounded, str(options.plan))
+        return given, given.calibration
+    origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
+    if is_imported(source.model):
+        details = {"text": data.origin, "digest": data.digest, "context": int(data.calibration.shape[1])}
+        plan = import_plan(source.model, ffns.found, origin, details, getattr(torch, options.dtype).itemsize)
+        return plan, plan.calibration
+    calibration = CalibrationOptions(
+        budget=Budget.parse(options.budget),
+        sparsity=options.sparsity,
+        settings=options.settings,
+        prune=None if options.prune is None else PruneSpec.parse(options.prune),
+        load_response=options.load_response,
+        seed=options.seed,
+        item=getattr(torch, options.dtype).itemsize,
+    )
+    cache = CalibrationCache.of(options.calibration_cache, source.model, data.calibration, options.seed, note)
+    if options.policy != AUTO:
+        policy = get_policy(options.policy)
+        result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
+        return result.plan, result.details
+    calibrator = Calibrator(source.model, ffns.found, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
+    clock = plan_clock(source.model, ffns.found, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
+    result = choose(calibrator, origin, calibration, train=options.train, clock=clock)
+    note(result.plan.calibration["auto"]["text"])
+    return result.plan, result.details
+
+
+def round_weights(target: Target, source: SourceModel, ffns: EagerFFNs, dtype: str) -> None:
+    """Put the weights on the grid of the engine's type, in place."""
+    if dtype != "float32":
+        target.round_weights(source.model, ffns, dtype)
+
+
+def prune_again(
+    plan: SparsityPlan, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, rounded: Callable[[], None], origin: str
+) -> None:
+    """Prune as a plan was pruned: the same method on the same text gives the same weights.
+
+    Raises:
+        UsageError: the text is another one.
+    """
+    if plan.prune is None:
+        return
+    made_with = plan.calibration.get("pruning", {}).get("text_digest")
+    if made_with != data.digest:
+        raise UsageError(
+            f"{origin}: its weights were pruned ({plan.prune}) with the text {plan.calibration.get('text')!r} in windows of "
+            f"{data.calibration.shape[1]} tokens or others, and the text here is another one; give the same --calibration-data "
+            "and --calibration-context"
+        )
+    FFNWeights(source.model, ffns.found, data.calibration, rounded).use(PruneSpec.parse(plan.prune))
