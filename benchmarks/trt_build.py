@@ -26,7 +26,7 @@ from benchmarks.child import ChildFailedError, run_child
 from clada_export.cli import main_export
 from clada_export.ffn import require_ffns
 from clada_export.manifest import TensorSpec, read_manifest
-from clada_export.pipeline import sequence_limit
+from clada_export.planning import sequence_limit
 from clada_export.profiles import plan_profiles
 from clada_export.source import load_source
 from clada_export.targets import tensorrt as target

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from clada_export.runtime import load_engine
 
 _HOMES = {
-    "ExportOptions": "clada_export.pipeline",
+    "ExportOptions": "clada_export.export_options",
     "ExportResult": "clada_export.pipeline",
     "export": "clada_export.pipeline",
     "verify_folder": "clada_export.pipeline",

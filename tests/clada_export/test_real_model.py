@@ -37,7 +37,7 @@ def test_every_check_passes(exported: ExportResult) -> None:
     assert exported.verification.failures() == []
     assert len(exported.plan.layers) == 30
     names = [check.name for check in exported.verification.checks]
-    assert len(names) == 14
+    assert len(names) == 18
     for check in exported.verification.checks:
         if check.name.startswith("dense parity, "):
             if "greedy" in check.name:
