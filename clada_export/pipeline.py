@@ -36,7 +36,7 @@ from clada_export.source import SourceModel, load_source
 from clada_export.targets import onnxruntime as target_ort
 from clada_export.targets import tensorrt as target_trt
 from clada_export.targets.common import WEIGHT_TYPES, BuildRequest, BuiltModel, Subject, Target
-from clada_export.targets.options import TensorRTOptions
+from clada_export.targets.options import TensorRTOptions, merging_refused
 from clada_export.trace import TracedModel, trace
 from clada_export.verify import Verification
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
@@ -88,7 +88,8 @@ class ExportOptions:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.policy != AUTO:
-            get_policy(self.policy)
+            if get_policy(self.policy).merges and self.target == "trt":
+                raise UsageError(merging_refused(self.policy))
         if self.train and self.policy != AUTO:
             raise UsageError(f"--train is for --policy {AUTO}; policy {self.policy!r} trains routers if it has any")
         self.settings.check()
