@@ -20,9 +20,9 @@ from graph_passes.router import Router
 class MergingFFN:
     """Merges an FFN's experts for a segment, and runs what comes out.
 
-    w_in = sum_e a_e W_in[e] and w_out = scale * sum_e a_e W_out[e], where a = softmax of the router on the mean FFN input of the
-    segment, and scale is the router's. Lory merges with weights that sum to 1 too; there each expert is an FFN of its own, here
-    it is a part of one, which is why the output has a scale (own derivation).
+    w_in = sum_e a_e W_in[e] and w_out = scale * sum_e a_e W_out[e], where a = softmax of the router on the mean FFN input of
+    the segment, and scale is the router's. Lory merges with weights that sum to 1 too; there each expert is an FFN of its own,
+    here it is a part of one, which is why the output has a scale (own derivation).
 
     Args:
         tensors: neurons in expert order.
@@ -49,7 +49,8 @@ class MergingFFN:
 
         def merged(value: Tensor) -> Tensor:
             grouped = value.float().reshape(self.experts, self.granule, -1)
-            return torch.tensordot(share, grouped, dims=1).reshape(self.granule, *value.shape[1:])
+            mean: Tensor = torch.tensordot(share, grouped, dims=1)
+            return mean.reshape(self.granule, *value.shape[1:])
 
         gate, up = self._tensors.gate_bias, self._tensors.up_bias
         return replace(

@@ -88,7 +88,8 @@ class ExportOptions:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.policy != AUTO:
-            if get_policy(self.policy).merges and self.target == "trt":
+            merges = get_policy(self.policy).merges
+            if merges and self.target == "trt":
                 raise UsageError(merging_refused(self.policy))
         if self.train and self.policy != AUTO:
             raise UsageError(f"--train is for --policy {AUTO}; policy {self.policy!r} trains routers if it has any")

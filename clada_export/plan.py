@@ -191,9 +191,9 @@ class LayerPlan:
     `threshold` holds one value, or one a granule. `granule`, `combine`, `backbone_min`, `prior_gamma` and `stat_norm` are the
     op's attributes. `kept_neurons` counts the neurons that the engine holds, if not all (whole neurons were pruned);
     `reordered` says that they are stored in another order (experts). `router` is the form of the network that scores the
-    granules. `merge` is the number of experts whose weights are merged for each segment (policy `lory`), or None; the router then
-    scores the experts, and the op runs dense rows only. `expected_sparsity` is the share of neurons skipped and `expected_cett` the relative error of the FFN output
-    (`docs/calibration.md`), both measured on the calibration text at load 0.
+    granules. `merge` is the number of experts whose weights are merged for each segment (policy `lory`), or None; the router
+    then scores the experts, and the op runs dense rows only. `expected_sparsity` is the share of neurons skipped and
+    `expected_cett` the relative error of the FFN output (`docs/calibration.md`), both measured on the calibration text at load 0.
     """
 
     name: str
@@ -307,8 +307,8 @@ class SparsityPlan:
                 )
             if layer.merge is not None and (layer.width % layer.merge or layer.router is None):
                 raise UsageError(
-                    f"{origin}: layer {layer.name!r} merges {layer.merge} experts: they must divide its {layer.width} neurons, and "
-                    "it must have a router"
+                    f"{origin}: layer {layer.name!r} merges {layer.merge} experts: they must divide its {layer.width} neurons, "
+                    "and it must have a router"
                 )
             if (
                 value["rule"] == "topk"

@@ -1,11 +1,11 @@
 """Experts merged into one FFN for each segment (Lory, arXiv 2405.03133), as ordinary ONNX nodes around the op.
 
-A segment of a sequence is its dense rows (load = +inf) of one run of the graph. They run the op, which is the dense FFN; under an
-`If`, so that other runs pay nothing, the FFN's weights are merged by a router on their mean x, and returned as state. A row with
-a finite load runs the merged FFN of the segment before. A sequence that had no segment yet runs dense.
+A segment of a sequence is its dense rows (load = +inf) of one run of the graph. They run the op, which is the dense FFN; under
+an `If`, so that other runs pay nothing, the FFN's weights are merged by a router on their mean x, and returned as state. A row
+with a finite load runs the merged FFN of the segment before. A sequence that had no segment yet runs dense.
 
-Notation: d `hidden_size`, n input rows a neuron (2 gated, 1 plain), E experts of g = f / E neurons, d' = d, or d + 1 with biases:
-a neuron's input bias is kept as one more weight, on an input that is 1.
+Notation: d `hidden_size`, n input rows a neuron (2 gated, 1 plain), E experts of g = f / E neurons, d' = d, or d + 1 with
+biases: a neuron's input bias is kept as one more weight, on an input that is 1.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def emit_rows(load: ir.Value, past: MergeState, initializer: Initializer) -> tup
 
     Args:
         load: float32 [batch, sequence].
-        past: of the first layer; all layers have their segments in the same runs, so one is enough to see whether there was one.
+        past: of the first layer; all layers have their segments in the same runs, so one tells whether there was any.
     """
     nodes = _Nodes("merge.rows", initializer)
     op = nodes.op

@@ -524,8 +524,8 @@ def _check_merge(name: str, experts: int, router: Router | None, attributes: Spa
     fits = router is not None and router.output == "softmax" and experts >= 2 and width % experts == 0
     if not fits or attributes.use_stat or attributes.emit_stat or attributes.score == "external" or attributes.rule == "topk":
         raise ContractError(
-            f"{name}: merging {experts} experts of {width} neurons needs at least 2 that divide them, a router with output softmax, "
-            "and an op without a statistic, an external score or rule topk"
+            f"{name}: merging {experts} experts of {width} neurons needs at least 2 that divide them, a router with output "
+            "softmax, and an op without a statistic, an external score or rule topk"
         )
 
 

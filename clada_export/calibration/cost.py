@@ -29,8 +29,8 @@ def read_bytes(layer: LayerPlan, score: str, active: float, item: int = 4, route
     """Bytes read for one token when the share `active` of the layer's neurons runs.
 
     `gate` reads the gate row of every neuron (a plain FFN's only input row), `exact` all input rows, `shadow` the 4-bit copies
-    of all input rows, `prefix` and `external` nothing before they decide; a router reads itself. A merged FFN is read whole; its
-    router, and the merge of all weights, are paid once a segment (the prompt), not for a token, and are left out.
+    of all input rows, `prefix` and `external` nothing before they decide; a router reads itself. A merged FFN is read whole;
+    its router and the merge of all weights are paid once a segment (the prompt), not for a token, and are left out.
     """
     rows = _rows(layer)
     if layer.merge is not None:

@@ -126,9 +126,9 @@ def train_lory(
 ) -> tuple[Router, TrainingReport]:
     """Linear(d, E) without bias and a softmax on a segment's mean input; y = scale * merged FFN(x) for the next segment.
 
-    loss = the mean over tokens of ||y' - y||^2 / ||y||^2, y the dense FFN's output without its bias (own derivation: Lory trains
-    experts and router together on the language-model loss; here the model is frozen and little can be hoped for). The scale
-    starts at E, where E equal neurons of weight 1 / E each add up to what they were, and is learnt with the router.
+    loss = the mean over tokens of ||y' - y||^2 / ||y||^2, y the dense FFN's output without its bias (own derivation: Lory
+    trains experts and router together on the language-model loss; here the model is frozen and little can be hoped for). The
+    scale starts at E, where E equal neurons of weight 1 / E each add up to what they were, and is learnt with the router.
 
     Args:
         means: float32 [P, d]; inputs: float32 [P, r, d], of `Segments`.
@@ -136,8 +136,8 @@ def train_lory(
         attributes: of the FFN.
 
     Returns:
-        The router, and a report with the metrics `error` (mean of ||y' - y|| / ||y|| on the held-out segments), `even` (the same
-        with even weights and the same scale) and `scale`.
+        The router, and a report with the metrics `error` (mean of ||y' - y|| / ||y|| on the held-out segments), `even` (the
+        same with even weights and the same scale) and `scale`.
 
     Raises:
         UsageError: the FFN's activations are not finite.

@@ -38,8 +38,8 @@ class LoryPolicy(Dynamic):
         check_score(self.name, self.scores, settings)
         if settings.granule is not None:
             raise UsageError(
-                f"--granule {settings.granule}: the experts of policy {self.name!r} follow from the sparsity: f / E neurons, with "
-                "E = 1 / (1 - sparsity); leave --granule out"
+                f"--granule {settings.granule}: the experts of policy {self.name!r} follow from the sparsity: f / E neurons, "
+                "with E = 1 / (1 - sparsity); leave --granule out"
             )
         odd = next((ffn for ffn in ffns if ffn.intermediate_size % 2), None)
         if odd is not None:
@@ -118,6 +118,6 @@ def _experts(sparsity: float, widths: dict[str, int]) -> int:
     nearest = min(fitting, key=lambda count: abs(1.0 - 1.0 / count - sparsity))
     why = f"{misfit} has {widths[misfit]} neurons, which {wanted} experts do not divide" if misfit else "E is a whole number"
     raise UsageError(
-        f"policy 'lory' merges E experts into one, which is a sparsity of 1 - 1 / E, not {sparsity:.4g} ({why}); the nearest is "
-        f"--sparsity {1.0 - 1.0 / nearest:.4g} (E = {nearest})"
+        f"policy 'lory' merges E experts into one, which is a sparsity of 1 - 1 / E, not {sparsity:.4g} ({why}); the nearest "
+        f"is --sparsity {1.0 - 1.0 / nearest:.4g} (E = {nearest})"
     )

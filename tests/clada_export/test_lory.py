@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], said: str, mode
 
 
 def test_tensorrt_is_refused() -> None:
-    with pytest.raises(UsageError, match="does not run on TensorRT: .* use --target ort"):
+    with pytest.raises(UsageError, match=r"does not run on TensorRT: .* use --target ort"):
         replace(OPTIONS, target="trt").check()
 
 
