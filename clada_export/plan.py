@@ -193,7 +193,8 @@ class LayerPlan:
     `reordered` says that they are stored in another order (experts). `router` is the form of the network that scores the
     granules. `merge` is the number of experts whose weights are merged for each segment (policy `lory`), or None; the router
     then scores the experts, and the op runs dense rows only. `expected_sparsity` is the share of neurons skipped and
-    `expected_cett` the relative error of the FFN output (`docs/calibration.md`), both measured on the calibration text at load 0.
+    `expected_cett` the relative error of the FFN output (`docs/calibration.md`), both
+    measured on the calibration text at load 0 (held-out text with `merge`).
     """
 
     name: str

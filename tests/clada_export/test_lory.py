@@ -11,8 +11,13 @@ import onnx
 import pytest
 import torch
 
+from clada_export.calibration.calibrate import CalibrationOptions, calibrate
+from clada_export.calibration.drift import DriftMeter
+from clada_export.calibration.merged import measure_merged
+from clada_export.calibration.text import load_calibration_data
 from clada_export.errors import UsageError
-from clada_export.ffn import require_ffns
+from clada_export.ffn import find_eager_ffns, require_ffns
+from clada_export.method import Method
 from clada_export.pipeline import ExportOptions, ExportResult, export
 from clada_export.plan import SparsityPlan
 from clada_export.policies import PolicySettings, get_policy
@@ -70,6 +75,23 @@ def test_the_graph_is_the_reference(
     assert np.array_equal(still[:3], logits[:3]) and np.abs(still[-1] - logits[-1]).max() > 1e-3
     dense = dense_logits(model, PROMPT + DECODED)
     assert np.abs(logits[1, 0] - dense[len(PROMPT)]).max() > 1e-2
+
+
+def test_calibration_measures_what_the_reference_runs() -> None:
+    model = tiny_model("llama", 0)
+    ffns = find_eager_ffns(model).found
+    data = load_calibration_data(None, 256, context=48)
+    options = CalibrationOptions(sparsity=0.5, settings=PolicySettings(rows=200))
+    plan = calibrate(model, ffns, get_policy("lory"), data, {"weights_digest": "0"}, options).plan
+    window, prompt = data.heldout[0], 8
+    meter = DriftMeter(model, ffns, window[None], prompt)
+    found = measure_merged(meter, ffns, Method("plan", plan.score, plan.rule, plan.layers, plan.arrays))
+    loads = np.where(np.arange(len(window)) < prompt, INF, np.float32(0.0))
+    run = ReferenceModel(model, ffns, plan).run(window.tolist(), loads)
+    log_p = torch.from_numpy(run.logits).log_softmax(-1)[prompt:-1]
+    np.testing.assert_allclose(found.drift.nll, -log_p.gather(1, window[prompt + 1 :, None]).flatten(), rtol=1e-4, atol=1e-4)
+    assert (run.active[:, :prompt] == 96).all() and (run.active[:, prompt:] == 48).all()
+    assert found.drift.mean_kl > 0 and (found.error > 0).all()
 
 
 def test_a_batch_of_ragged_prompts(model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
