@@ -13,7 +13,7 @@ from clada_export.errors import UsageError
 from clada_export.policies import PolicySettings, get_policy
 from clada_export.pruning import PruneSpec
 from clada_export.targets.common import WEIGHT_TYPES
-from clada_export.targets.options import TensorRTOptions
+from clada_export.targets.options import TensorRTOptions, merging_refused
 from clada_export.targets.registry import TARGETS
 
 DTYPES = tuple(WEIGHT_TYPES)
@@ -59,7 +59,9 @@ class ExportOptions:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.policy != AUTO:
-            get_policy(self.policy)
+            merges = get_policy(self.policy).merges
+            if merges and self.target == "trt":
+                raise UsageError(merging_refused(self.policy))
         if self.train and self.policy != AUTO:
             raise UsageError(f"--train is for --policy {AUTO}; policy {self.policy!r} trains routers if it has any")
         self.settings.check()

@@ -22,7 +22,7 @@ MANIFEST_VERSION = 1
 
 TARGETS = ("ort", "trt")
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
-CACHE_ROLES = ("key", "value", "stat")
+CACHE_ROLES = ("key", "value", "stat", "merged_in", "merged_out")
 LIBRARY_SUFFIXES = (".so", ".dll", ".dylib")
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")

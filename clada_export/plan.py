@@ -74,6 +74,7 @@ PLAN_SCHEMA: dict[str, Any] = {
                             "dense_rows": {"enum": list(DENSE_ROWS)},
                         },
                     },
+                    "merge": {"type": ["integer", "null"], "minimum": 2},
                     "expected_sparsity": _SHARE,
                     "expected_cett": _NON_NEGATIVE,
                 },
@@ -190,8 +191,10 @@ class LayerPlan:
     `threshold` holds one value, or one a granule. `granule`, `combine`, `backbone_min`, `prior_gamma` and `stat_norm` are the
     op's attributes. `kept_neurons` counts the neurons that the engine holds, if not all (whole neurons were pruned);
     `reordered` says that they are stored in another order (experts). `router` is the form of the network that scores the
-    granules. `expected_sparsity` is the share of neurons skipped and `expected_cett` the relative error of the FFN output
-    (`docs/calibration.md`), both measured on the calibration text at load 0.
+    granules. `merge` is the number of experts whose weights are merged for each segment (policy `lory`), or None; the router
+    then scores the experts, and the op runs dense rows only. `expected_sparsity` is the share of neurons skipped and
+    `expected_cett` the relative error of the FFN output (`docs/calibration.md`), both
+    measured on the calibration text at load 0 (held-out text with `merge`).
     """
 
     name: str
@@ -213,6 +216,12 @@ class LayerPlan:
     kept_neurons: int | None = None
     reordered: bool = False
     router: RouterForm | None = None
+    merge: int | None = None
+
+    @property
+    def scored(self) -> int:
+        """How many scores a router gives: one a granule, or one an expert to merge."""
+        return self.merge or self.width // self.granule
 
     @property
     def width(self) -> int:
@@ -296,6 +305,11 @@ class SparsityPlan:
             if layer.width % layer.granule:
                 raise UsageError(
                     f"{origin}: layer {layer.name!r} has {layer.width} neurons, which granules of {layer.granule} do not divide"
+                )
+            if layer.merge is not None and (layer.width % layer.merge or layer.router is None):
+                raise UsageError(
+                    f"{origin}: layer {layer.name!r} merges {layer.merge} experts: they must divide its {layer.width} neurons, "
+                    "and it must have a router"
                 )
             if (
                 value["rule"] == "topk"

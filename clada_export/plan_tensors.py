@@ -126,7 +126,7 @@ def layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) 
         )
     except ContractError as error:
         raise UsageError(f"{path}: {layer.name!r}: {error}") from error
-    wanted = (layer.hidden_size, layer.width // layer.granule)
+    wanted = (layer.hidden_size, layer.scored)
     if (router.hidden_size, router.granules) != wanted:
         raise UsageError(
             f"{path}: the router of {layer.name!r} takes {router.hidden_size} values and scores {router.granules} granules; "

@@ -10,7 +10,7 @@ Notation: d `hidden_size`, f `intermediate_size`, g `granule`, E = f / g, `..` t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -108,6 +108,35 @@ def check_types(x_type: ir.DataType, weight_type: ir.DataType) -> None:
     allowed = x_types(names[weight_type])
     if names[x_type] not in allowed:
         raise ContractError(f"{OP_TYPE}: x has type {names[x_type]}; wanted {' or '.join(allowed)}, as the weights")
+
+
+def emit_activation(
+    op: Callable[..., ir.Value], floats: Callable[[float], ir.Value], activation: str, value: ir.Value
+) -> ir.Value:
+    """The nodes of an activation of the contract on a float32 value.
+
+    Args:
+        op: makes a node of a type with inputs, and returns its output.
+        floats: a scalar constant.
+    """
+    match activation:
+        case "silu":
+            return op("Mul", value, op("Sigmoid", value))
+        # Spelled out, because onnx.reference does not evaluate Gelu inside a function.
+        case "gelu":
+            inner = op("Erf", op("Mul", value, floats(math.sqrt(0.5))))
+            return op("Mul", op("Mul", value, floats(0.5)), op("Add", inner, floats(1.0)))
+        case "gelu_tanh":
+            cube = op("Mul", op("Mul", value, value), value)
+            inner = op("Add", value, op("Mul", cube, floats(0.044715)))
+            inner = op("Tanh", op("Mul", inner, floats(math.sqrt(2.0 / math.pi))))
+            return op("Mul", op("Mul", value, floats(0.5)), op("Add", inner, floats(1.0)))
+        case "relu":
+            return op("Relu", value)
+        case "relu2":
+            relu = op("Relu", value)
+            return op("Mul", relu, relu)
+    return value
 
 
 class _Body:
@@ -217,27 +246,7 @@ class _Body:
         return self.op("Add", value, self.inputs[bias]) if self.attributes.has_bias else value
 
     def activate(self, value: ir.Value) -> ir.Value:
-        match self.attributes.activation:
-            case "silu":
-                return self.op("Mul", value, self.op("Sigmoid", value))
-            # Spelled out, because onnx.reference does not evaluate Gelu inside a function.
-            case "gelu":
-                inner = self.op("Erf", self.op("Mul", value, self.floats(math.sqrt(0.5))))
-                return self.op("Mul", self.half(value), self.op("Add", inner, self.floats(1.0)))
-            case "gelu_tanh":
-                cube = self.op("Mul", self.op("Mul", value, value), value)
-                inner = self.op("Add", value, self.op("Mul", cube, self.floats(0.044715)))
-                inner = self.op("Tanh", self.op("Mul", inner, self.floats(math.sqrt(2.0 / math.pi))))
-                return self.op("Mul", self.half(value), self.op("Add", inner, self.floats(1.0)))
-            case "relu":
-                return self.op("Relu", value)
-            case "relu2":
-                relu = self.op("Relu", value)
-                return self.op("Mul", relu, relu)
-        return value
-
-    def half(self, value: ir.Value) -> ir.Value:
-        return self.op("Mul", value, self.floats(0.5))
+        return emit_activation(self.op, self.floats, self.attributes.activation, value)
 
     def load_multiplier(self, load: ir.Value) -> ir.Value:
         """m(load) [..]; without meaning where load is not finite."""

@@ -16,6 +16,7 @@ from graph_passes.function_body import (
     make_function,
     variant_name,
 )
+from graph_passes.merge import MergeRows, MergeState, emit_merge, emit_merged, emit_rows, state_shapes
 from graph_passes.op import (
     DOMAIN,
     OP_TYPE,
@@ -35,6 +36,8 @@ from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
 
 LOAD = "load"
 ACTIVE_NEURONS = "active_neurons"
+MERGED_PARTS = ("in", "out")
+"""The parts of a merged FFN's state: `past_merged.{i}.in` and `.out`; one tensor would be copied at each step to be split."""
 MakeConstants = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
 
@@ -50,6 +53,7 @@ class FFNRewrite:
             for score `shadow`, `shadow` int8 [f, n, d/2] and `shadow_scale` float16 [f, n, d/32, 2].
         router: what scores the granules, with score `external`.
         neurons: int64 [f'], the neurons that the op holds in their order; None keeps all in the model's order.
+        merge: how many experts are merged for each segment (`graph_passes.merge`), or None. The router scores them then.
     """
 
     attributes: SparseFFNAttributes
@@ -57,6 +61,7 @@ class FFNRewrite:
     make_constants: MakeConstants = lambda w_in, w_out: {}
     router: Router | None = None
     neurons: np.ndarray | None = None
+    merge: int | None = None
 
     def width(self, intermediate_size: int) -> int:
         """How many neurons the op holds."""
@@ -156,7 +161,9 @@ class RewriteFFNs(ir.passes.InPlacePass):
         """
         attributes = settle(match, rewrite.attributes, self.emit_active)
         width = rewrite.width(match.intermediate_size)
-        if (attributes.score == "external") != (rewrite.router is not None):
+        if rewrite.merge is not None:
+            _check_merge(match.name, rewrite.merge, rewrite.router, attributes, width)
+        elif (attributes.score == "external") != (rewrite.router is not None):
             found = "there is none" if rewrite.router is None else f"the score is {attributes.score!r}"
             raise ContractError(f"{match.name}: score 'external' and a router belong together; {found}")
         if rewrite.neurons is not None and not _is_selection(rewrite.neurons, match.intermediate_size):
@@ -169,7 +176,7 @@ class RewriteFFNs(ir.passes.InPlacePass):
         except ContractError as error:
             raise ContractError(f"{match.name}: {error}") from error
         if rewrite.router is not None:
-            wanted = (match.hidden_size, width // attributes.granule)
+            wanted = (match.hidden_size, rewrite.merge or width // attributes.granule)
             if (rewrite.router.hidden_size, rewrite.router.granules) != wanted:
                 raise ContractError(
                     f"{match.name}: the router takes {rewrite.router.hidden_size} values and scores {rewrite.router.granules} "
@@ -199,7 +206,8 @@ class _Writer:
         self.counts: list[ir.Value] = []
         self.shared: dict[Hashable, tuple[str, dict[str, ir.Value]]] = {}
         self.rows: ir.Value | None = None
-        self.stats = 0
+        self.stats = self.merges = 0
+        self.merge_rows: MergeRows | None = None
         self.names = {node.name for node in self.graph}
         self.replaced: dict[ir.Value, ir.Value] = {}
 
@@ -218,7 +226,11 @@ class _Writer:
         if attributes.use_stat:
             by_name["past_stat"] = self._stat_value(f"past_stat.{self.stats}", width)
             graph.inputs.append(by_name["past_stat"])
-        if wanted.router is not None:
+        merging: _Merging | None = None
+        if wanted.merge is not None:
+            merging = self._merging(attributes, width, match.hidden_size, wanted.merge, before)
+            by_name[LOAD] = merging.rows.op_load
+        elif wanted.router is not None:
             nodes, by_name["score"] = emit_router(wanted.router, x, self.load, f"{node_name}.router", self._initializer)
             before += nodes
         node = ir.node(
@@ -235,7 +247,13 @@ class _Writer:
         outputs = dict(zip(output_names(attributes), node.outputs, strict=True))
         for name, value in outputs.items():
             value.name = f"{node_name}.{name}"
-        after = self._replace_y(match, x, outputs["y"])
+        results: list[ir.Node] = []
+        if merging is not None:
+            self._describe(outputs["y"], match.dtype, ir.Shape([*self._axes(), match.hidden_size]))
+            if emit_active:
+                self._describe(outputs["active"], ir.DataType.INT32, self.load.shape)
+            results = self._merge(merging, x, outputs, weights, attributes, wanted, match, node_name)
+        after = [*results, *self._replace_y(match, x, outputs["y"])]
         if emit_active:
             self._describe(outputs["active"], ir.DataType.INT32, self.load.shape)
             self.counts.append(outputs["active"])
@@ -259,6 +277,70 @@ class _Writer:
             constant_bytes=_bytes(constants.values()),
             shares_weights_with=owner,
         )
+
+    def _merging(
+        self, attributes: SparseFFNAttributes, width: int, hidden_size: int, experts: int, before: list[ir.Node]
+    ) -> _Merging:
+        """The state of a layer whose experts are merged, as graph inputs, and the rows that run what."""
+        index, self.merges = self.merges, self.merges + 1
+        shapes = state_shapes(attributes, width, hidden_size, experts)
+        batch = self._axes()[0]
+        past = [
+            ir.Value(name=f"past_merged.{index}.{part}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([batch, *shape]))
+            for part, shape in zip(MERGED_PARTS, shapes, strict=True)
+        ]
+        self.graph.inputs.extend(past)
+        state = MergeState(*past)
+        if self.merge_rows is None:
+            nodes, self.merge_rows = emit_rows(self.load, state, self._initializer)
+            before += nodes
+        return _Merging(index, self.merge_rows, state, shapes)
+
+    def _merge(
+        self,
+        merging: _Merging,
+        x: ir.Value,
+        outputs: dict[str, ir.Value],
+        weights: dict[str, ir.Value],
+        attributes: SparseFFNAttributes,
+        wanted: FFNRewrite,
+        match: FFNMatch,
+        name: str,
+    ) -> list[ir.Node]:
+        """The nodes after the op; `outputs` then holds what takes the place of the op's."""
+        assert wanted.router is not None
+        nodes, outputs["y"], count = emit_merged(
+            x,
+            outputs["y"],
+            outputs.get("active"),
+            merging.rows,
+            merging.past,
+            weights.get("down_bias"),
+            attributes,
+            match.dtype,
+            merging.shapes[1][0],
+            f"{name}.merged",
+            self._initializer,
+        )
+        if count is not None:
+            outputs["active"] = count
+        made, state = emit_merge(
+            x,
+            merging.rows,
+            merging.past,
+            wanted.router,
+            weights,
+            attributes,
+            merging.shapes,
+            f"{name}.merge",
+            self._initializer,
+        )
+        for part, value, shape in zip(MERGED_PARTS, (state.w_in, state.w_out), merging.shapes, strict=True):
+            # Not the batch: it is 0 where no row was a segment.
+            sequences = ir.SymbolicDim("merged_sequences")
+            self._describe(value, ir.DataType.FLOAT, ir.Shape([sequences, *shape]), f"present_merged.{merging.index}.{part}")
+            self.graph.outputs.append(value)
+        return [*nodes, *made]
 
     def finish(self) -> None:
         """Add what the layers need together: the counts' output and the opset import."""
@@ -427,6 +509,25 @@ class _Writer:
         value.shape = None if shape is None else shape.copy()
         if name is not None:
             value.name = name
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """Of a layer whose experts are merged: its number among such, the rows, the state before the run, and its shapes."""
+
+    index: int
+    rows: MergeRows
+    past: MergeState
+    shapes: tuple[list[int], list[int]]
+
+
+def _check_merge(name: str, experts: int, router: Router | None, attributes: SparseFFNAttributes, width: int) -> None:
+    fits = router is not None and router.output == "softmax" and experts >= 2 and width % experts == 0
+    if not fits or attributes.use_stat or attributes.emit_stat or attributes.score == "external" or attributes.rule == "topk":
+        raise ContractError(
+            f"{name}: merging {experts} experts of {width} neurons needs at least 2 that divide them, a router with output "
+            "softmax, and an op without a statistic, an external score or rule topk"
+        )
 
 
 def _is_selection(neurons: np.ndarray, count: int) -> bool:

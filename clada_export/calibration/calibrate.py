@@ -17,6 +17,7 @@ from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.load_response import LOAD_SLOPE, fit_load_response
+from clada_export.calibration.merged import measure_merged
 from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.calibration.statistics import LayerTable, collect_statistics
@@ -124,6 +125,8 @@ class Calibrator:
         policy.check(self.ffns, options.settings)
         if policy.prune_at(0.5, PolicySettings()) is not None:
             return self._static(policy, source, options)
+        if policy.merges:
+            return self._merged(policy, source, options)
         return self._dynamic(policy, source, options, options.prune)
 
     def _static(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
@@ -163,6 +166,84 @@ class Calibrator:
         result = results[found.sparsity]
         details = {**result.plan.calibration, "search": history, "budget": str(options.budget)}
         return replace(result, plan=replace(result.plan, calibration=details), details={**result.details, **details})
+
+    def _merged(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
+        """A plan that merges experts: two of them where a budget is given, since more cost more."""
+        prune = options.prune
+        self.weights.use(prune, lambda done, total: self.progress("pruning", done, total))
+        report = self.weights.report
+        context = PolicyContext(
+            self.model,
+            self.ffns,
+            self.data.calibration,
+            sparsity=options.sparsity if options.sparsity is not None else 0.5,
+            prompt=self.prompt,
+            kept={} if report is None else dict(report.kept),
+            seed=options.seed,
+            settings=options.settings,
+            progress=self.progress,
+        )
+        cache = self.cache if prune is None else self.cache.of_weights(self.model)
+        (method,) = cache.methods(policy, context)
+        found = measure_merged(self.meter, self.ffns, method, self.step)
+        layers = tuple(
+            replace(layer, expected_sparsity=1.0 - 1.0 / (layer.merge or 1), expected_cett=float(error))
+            for layer, error in zip(method.layers, found.error, strict=True)
+        )
+        skipped = sum(layer.width * layer.expected_sparsity for layer in layers)
+        drift = replace(found.drift, sparsity=skipped / sum(layer.width for layer in layers))
+        if options.sparsity is None:
+            cett = options.budget.metric == "cett"
+            cost = float(found.error.max()) if cett else options.budget.cost(drift)
+            if cost > options.budget.limit:
+                raise BudgetUnmetError(
+                    f"no sparsity keeps the budget {options.budget}: merging {method.layers[0].merge} experts, the least that "
+                    f"policy {policy.name!r} can do, already costs {cost:.4g}. Give a larger --budget, or another --policy",
+                    cost,
+                    drift.sparsity,
+                )
+        details = {
+            **self._origin(options),
+            "variant": method.label,
+            "allocation": "sparsity",
+            "drift": drift.summary(),
+            **method.details,
+        }
+        if report is not None:
+            details["pruning"] = {**report.to_dict(), "text_digest": self.data.digest}
+        plan = SparsityPlan(
+            policy.name,
+            method.score,
+            method.rule,
+            layers,
+            self._load_signal(),
+            source,
+            prune=None if prune is None else str(prune),
+            arrays=dict(method.arrays),
+        )
+        plan = replace(plan, calibration={**details, "relative_bytes": relative_bytes(plan, options.item)})
+        return CalibrationResult(plan, drift, {**plan.calibration, "sensitivity": list(self.sensitivity)})
+
+    def _load_signal(self) -> LoadSignal:
+        """Mean and deviation of surprisal and entropy on the held-out text, where no statistics were collected."""
+        surprisal, entropy = self.meter.signals.double().unbind(1)
+
+        def deviation(values: Tensor) -> float:
+            return max(float(values.std(correction=0)), 1e-6)
+
+        return LoadSignal(float(surprisal.mean()), deviation(surprisal), float(entropy.mean()), deviation(entropy), 0.0, 0.0)
+
+    def _origin(self, options: CalibrationOptions) -> dict[str, Any]:
+        """What a plan says about the text and the goal."""
+        return {
+            "text": self.data.origin,
+            "digest": self.data.digest,
+            "calibration_tokens": int(self.data.calibration.numel()),
+            "context": int(self.data.calibration.shape[1]),
+            "heldout_tokens": int(self.data.heldout.numel()),
+            "prompt_tokens": self.prompt,
+            "budget": str(options.budget) if options.sparsity is None else f"sparsity={options.sparsity:.4g}",
+        }
 
     def _dynamic(
         self, policy: Policy, source: dict[str, Any], options: CalibrationOptions, prune: PruneSpec | None
@@ -211,13 +292,7 @@ class Calibrator:
                 signal, levels, drift = response.signal, response.levels, response.drift
             tried = response.tried
         details = {
-            "text": self.data.origin,
-            "digest": self.data.digest,
-            "calibration_tokens": int(self.data.calibration.numel()),
-            "context": int(self.data.calibration.shape[1]),
-            "heldout_tokens": int(self.data.heldout.numel()),
-            "prompt_tokens": self.prompt,
-            "budget": str(options.budget) if options.sparsity is None else f"sparsity={options.sparsity:.4g}",
+            **self._origin(options),
             "variant": best.method.label,
             "allocation": best.allocation.name,
             "compared": [

@@ -153,6 +153,8 @@ def _excluded(policy: Policy, calibrator: Calibrator, options: CalibrationOption
     """Why a policy is not measured, if it is not."""
     if policy.trained and not train:
         return "it trains routers; --train lets it take part"
+    if policy.merges:
+        return "it merges experts for each segment, which the clock can't time; ask for it by name"
     try:
         policy.check(calibrator.ffns, options.settings)
         spec = policy.prune_at(0.5, replace(options.settings, pattern=None))

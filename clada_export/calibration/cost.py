@@ -12,6 +12,8 @@ from graph_passes.op import SHADOW_BLOCK
 SHADOW_BYTES = 0.5 + 4 / SHADOW_BLOCK
 """Bytes of one shadow weight: four bits, and its share of a block's float16 scale and offset."""
 ROUTER_ITEM = 4
+MERGED_ITEM = 4
+"""Bytes of one weight of a merged FFN, which is float32 whatever the engine's weights are."""
 
 
 def dense_bytes(layer: LayerPlan, item: int = 4) -> float:
@@ -27,9 +29,12 @@ def read_bytes(layer: LayerPlan, score: str, active: float, item: int = 4, route
     """Bytes read for one token when the share `active` of the layer's neurons runs.
 
     `gate` reads the gate row of every neuron (a plain FFN's only input row), `exact` all input rows, `shadow` the 4-bit copies
-    of all input rows, `prefix` and `external` nothing before they decide; a router reads itself.
+    of all input rows, `prefix` and `external` nothing before they decide; a router reads itself. A merged FFN is read whole;
+    its router and the merge of all weights are paid once a segment (the prompt), not for a token, and are left out.
     """
     rows = _rows(layer)
+    if layer.merge is not None:
+        return layer.width / layer.merge * rows * layer.hidden_size * MERGED_ITEM
     inputs = rows - 1
     scored = {"gate": 1, "exact": inputs}.get(score, 0)
     neuron = (scored + (rows - scored) * active) * layer.hidden_size * item

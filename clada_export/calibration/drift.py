@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -124,12 +125,10 @@ class DriftMeter:
                 before it: the surprisal of token t and the entropy of the distribution that it came from.
             step: called after every window.
         """
-        parts: list[Tensor] = []
         active = total = 0
-        current = 0
         prompt = self.prompt
 
-        def inner(index: int, x: Tensor, h: Tensor) -> Tensor:
+        def inner(current: int, index: int, x: Tensor, h: Tensor) -> Tensor:
             nonlocal active, total
             selector = layers[index]
             rows = h.reshape(-1, h.shape[-1])
@@ -144,15 +143,26 @@ class DriftMeter:
             total += selector.layer.width * decided
             return torch.cat((rows[:prompt], remaining)).reshape(h.shape)
 
+        drift = self.through(lambda current: FFNTap(self._ffns, inner=partial(inner, current)), step)
+        return replace(drift, sparsity=1.0 - active / total)
+
+    def through(self, tap: Callable[[int], FFNTap], step: Callable[[], None] = lambda: None) -> Drift:
+        """Run the model with taps that make it sparse after the prompt; the drift's sparsity is not known here, and 0.
+
+        Args:
+            tap: makes the tap of a window, from its number.
+            step: called after every window.
+        """
+        parts: list[Tensor] = []
         with torch.inference_mode():
             for current, window in enumerate(self._windows):
                 dense = self._dense[current]
-                with FFNTap(self._ffns, inner=inner):
-                    sparse = self._logits(window)[prompt:]
-                parts.append(_compare(dense[:-1], sparse[:-1], window[prompt + 1 :], current))
+                with tap(current):
+                    sparse = self._logits(window)[self.prompt :]
+                parts.append(_compare(dense[:-1], sparse[:-1], window[self.prompt + 1 :], current))
                 step()
         nll, dense_nll, kl, top1, place = torch.cat(parts, dim=1).double().numpy()
-        return Drift(nll, dense_nll, kl, top1, place, 1.0 - active / total)
+        return Drift(nll, dense_nll, kl, top1, place, 0.0)
 
 
 def _on_disk(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from clada_export.policies.dejavu import DejaVuPolicy
 from clada_export.policies.ds_moe import DSMoEPolicy
 from clada_export.policies.griffin import GriffinPolicy
 from clada_export.policies.llama_moe import LlamaMoEPolicy
+from clada_export.policies.lory import LoryPolicy
 from clada_export.policies.lte import LTEPolicy
 from clada_export.policies.moefication import MoEficationPolicy
 from clada_export.policies.static import StaticPolicy
@@ -31,6 +32,7 @@ POLICIES: dict[str, Policy] = {
         D2DMoEPolicy(),
         LlamaMoEPolicy(),
         DSMoEPolicy(),
+        LoryPolicy(),
         StaticPolicy("wanda"),
         StaticPolicy("sparsegpt"),
     )

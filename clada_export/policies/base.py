@@ -99,6 +99,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def merges(self) -> bool:
+        """Whether it merges experts for each segment: then there is no threshold to choose, and TensorRT can't run it."""
+        ...
+
+    @property
     def scores(self) -> tuple[str, ...]:
         """The op's scores that it can use, the default first."""
         ...
@@ -130,6 +135,8 @@ class Policy(Protocol):
 
 class Dynamic:
     """What policies share that do not touch the weights."""
+
+    merges = False
 
     def prune_at(self, sparsity: float, settings: PolicySettings) -> PruneSpec | None:
         """Nothing is pruned."""

@@ -23,6 +23,7 @@ class StaticPolicy:
     name: str
     trained: bool = False
     responds: bool = False
+    merges: bool = False
     scores: tuple[str, ...] = ("gate",)
 
     def check(self, ffns: Sequence[EagerFFN], settings: PolicySettings) -> None:

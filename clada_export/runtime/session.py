@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from clada_export.errors import BackendError, UsageError
-from clada_export.manifest import Manifest
+from clada_export.manifest import CacheTensor, Manifest
 from clada_export.runtime.graph import ENTROPY, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
 
 _FED_INPUTS = ("input_ids", "attention_mask", "position_ids", "load")
@@ -111,7 +111,15 @@ class GraphSession:
         return PassOutput(
             logits=found["logits"].astype(np.float32, copy=False),
             active=found.get("active_neurons"),
-            state={tensor.past: value for tensor, value in zip(self._cache, values[first:], strict=True)},
+            state={
+                tensor.past: state[tensor.past] if _is_kept(tensor, value) else value
+                for tensor, value in zip(self._cache, values[first:], strict=True)
+            },
             log_sum_exp=found.get(LOG_SUM_EXP),
             entropy=found.get(ENTROPY),
         )
+
+
+def _is_kept(tensor: CacheTensor, value: ort.OrtValue) -> bool:
+    """Whether the state before the run goes on: a merged FFN comes out empty from a run that did not merge."""
+    return tensor.role.startswith("merged") and value.shape()[0] == 0

@@ -162,7 +162,7 @@ def _rewrite(plan: SparsityPlan, layer: LayerPlan) -> FFNRewrite:
     threshold = np.asarray(layer.threshold, dtype=np.float32)
     tensors = plan.tensors(layer)
     constants = partial(score_constants, plan.score)
-    return FFNRewrite(plan.attributes(layer), threshold, constants, tensors.router, tensors.neurons)
+    return FFNRewrite(plan.attributes(layer), threshold, constants, tensors.router, tensors.neurons, layer.merge)
 
 
 def tensor_spec(value: ir.Value) -> TensorSpec:
@@ -177,7 +177,8 @@ def _numpy_name(dtype: ir.DataType) -> str:
 
 
 def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
-    """Pair `past_key_values.{i}.key` with `present.{i}.key`, and `past_stat.{i}` with `present_stat.{i}`.
+    """Pair `past_key_values.{i}.key` with `present.{i}.key`, `past_stat.{i}` with `present_stat.{i}`, and
+    `past_merged.{i}.in` and `.out` with `present_merged.{i}.in` and `.out`.
 
     Raises:
         UnsupportedModelError: an input of the cache that the graph does not return.
@@ -192,6 +193,9 @@ def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
         elif name.startswith("past_stat."):
             layer, role = name.split(".")[1], "stat"
             present = f"present_stat.{layer}"
+        elif name.startswith("past_merged."):
+            _, layer, part = name.split(".")
+            role, present = f"merged_{part}", f"present_merged.{layer}.{part}"
         else:
             continue
         if present not in outputs:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from clada_export.errors import BackendError
+from clada_export.errors import BackendError, UsageError
 from clada_export.ffn import EagerFFNs
 from clada_export.manifest import Manifest, TensorSpec
 from clada_export.native import TRT_LIBRARY_NAME, check_library, ort_library_path, trt_library_path
@@ -30,7 +30,7 @@ from clada_export.rounding import in_dtype, round_all_weights
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.tensorrt_session import engine_profiles, open_engine
 from clada_export.targets.common import MODEL_NAME, BuildRequest, BuiltModel, Subject, cache_tensors, rewrite, save, tensor_spec
-from clada_export.targets.options import TensorRTOptions
+from clada_export.targets.options import TensorRTOptions, merging_refused
 from clada_export.targets.tensorrt_build import PLUGIN_LAYER, BuiltEngines, build_engines, check_settings
 from clada_export.targets.tensorrt_commands import commands
 from clada_export.targets.tensorrt_inline import write_inlined
@@ -91,6 +91,8 @@ def build(request: BuildRequest) -> BuiltModel:
         UsageError: a layer of the plan has other sizes than the graph, or a profile is larger than the model.
         BackendError: TensorRT or the plugin library is missing, or the build fails.
     """
+    if any(layer.merge is not None for layer in request.plan.layers):
+        raise UsageError(merging_refused(request.plan.policy))
     settings = request.settings or TensorRTOptions()
     backend = find_backend()
     warnings = check_settings(backend, settings)

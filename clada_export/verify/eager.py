@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clada_export.calibration.scorer import layer_tensors
 from clada_export.ffn import EagerFFN
+from clada_export.merge import MergingFFN
 from clada_export.plan import LayerPlan, SparsityPlan
 from clada_export.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
 from clada_export.router import RouterModule
@@ -97,6 +98,7 @@ class _ReferenceLayer:
     tensors: SparseFFNTensors
     shadow: Tensor | None
     router: RouterModule | None
+    merging: MergingFFN | None
 
     def run(self, x: Tensor, load: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(y [T, d] float32, active [T], the statistic [1, f'] after them) of the tokens of one sequence.
@@ -105,6 +107,8 @@ class _ReferenceLayer:
         """
         # The tensors are float32 whatever the model's type is: only what is between the layers is rounded.
         x = x.float()
+        if self.merging is not None:
+            return *self._run_merged(x, load, self.merging), None
         score = past = stat = None
         if self.router is not None:
             score = self.router.under(x, load).unsqueeze(1)
@@ -126,6 +130,28 @@ class _ReferenceLayer:
         )
         return result.y.squeeze(1), result.active.squeeze(1), stat
 
+    def _run_merged(self, x: Tensor, load: Tensor, merging: MergingFFN) -> tuple[Tensor, Tensor]:
+        """(y, active). The dense rows that a text begins with are a segment, as a prompt is, and each later one is a segment of
+        its own, as a dense step is; rows between them run what was merged last, or dense if nothing was."""
+        prompt = load == float("inf")
+        whole = torch.where(load == float("-inf"), load, torch.full_like(load, float("inf")))
+        result = sparse_ffn(x, whole, self.tensors, self.attributes)
+        y, active = result.y.clone(), result.active.clone()
+        merged = None
+        start = 0
+        while start < len(x):
+            end = start + 1
+            leading = start == 0 or not bool(prompt[start])
+            while end < len(x) and leading and prompt[end] == prompt[start]:
+                end += 1
+            if prompt[start]:
+                merged = merging.merge(x[start:end])
+            elif merged is not None:
+                runs = start + torch.nonzero(load[start:end].isfinite()).flatten()
+                y[runs], active[runs] = merging.run(x[runs], merged), merging.granule
+            start = end
+        return y, active
+
 
 def _reference_layer(ffn: EagerFFN, layer: LayerPlan, plan: SparsityPlan) -> _ReferenceLayer:
     attributes = replace(plan.attributes(layer), has_bias=ffn.has_bias)
@@ -135,4 +161,9 @@ def _reference_layer(ffn: EagerFFN, layer: LayerPlan, plan: SparsityPlan) -> _Re
     shadow = None
     if tensors.shadow is not None and tensors.shadow_scale is not None:
         shadow = dequantize_shadow(tensors.shadow, tensors.shadow_scale)
-    return _ReferenceLayer(attributes, tensors, shadow, None if arrays.router is None else RouterModule(arrays.router))
+    merging = None
+    if layer.merge is not None:
+        assert arrays.router is not None
+        merging = MergingFFN(tensors, attributes, arrays.router)
+    router = None if arrays.router is None else RouterModule(arrays.router)
+    return _ReferenceLayer(attributes, tensors, shadow, router, merging)

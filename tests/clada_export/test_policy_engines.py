@@ -31,8 +31,8 @@ ROUTED = tuple(name for name, policy in POLICIES.items() if policy.trained)
 
 
 def options_for(policy: str) -> ExportOptions:
-    # DejaVu predicts single neurons.
-    settings = replace(SETTINGS, granule=None) if policy == "dejavu" else SETTINGS
+    # DejaVu predicts single neurons, and Lory's experts follow from the sparsity.
+    settings = replace(SETTINGS, granule=None) if policy in ("dejavu", "lory") else SETTINGS
     return replace(OPTIONS, policy=policy, settings=settings)
 
 
@@ -144,7 +144,7 @@ def test_routers_of_another_model_are_refused(model_folder: Folder, kept_traces:
 # --- what is refused ---
 
 
-@pytest.mark.parametrize("policy", [name for name in ROUTED if name != "dejavu"])
+@pytest.mark.parametrize("policy", [name for name in ROUTED if name not in ("dejavu", "lory")])
 def test_experts_that_do_not_divide_the_ffn(policy: str) -> None:
     ffns = find_eager_ffns(tiny_model("llama", 0)).found
     with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj has 96 neurons, which experts of 7 do not divide"):
