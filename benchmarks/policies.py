@@ -4,8 +4,10 @@
     python benchmarks/policies.py MODEL.gguf --out benchmarks/results/policies-NAME-rotated.json --rotated
 
 Every cell (a policy at a sparsity) is written when it is finished, and a run that was cut off goes on where it stood; `--again`
-measures anew. At the end come further sparsities, for quality alone, of the policies that train nothing, until the target KLs
-lie between points. `python -m benchmarks.policy_page` then makes the tables and plots of `docs/policies.md`.
+measures anew. The plans are kept in the work folder: a first run with `--no-speed`, on a machine that does other things too,
+and a second without it, when the machine is quiet, calibrate once. At the end come further sparsities, for quality alone, of
+the policies that train nothing, until the target KLs lie between points. `python -m benchmarks.policy_page` then makes the
+tables and plots of `docs/policies.md`.
 
 Calibration uses the tool's own text, quality is measured on the texts of `benchmarks/texts.py`, which calibration never saw.
 """
@@ -42,6 +44,7 @@ def run(
     settings: Settings,
     texts: list[Text],
     work: Path,
+    plans: Path,
     *,
     speed: bool,
     extra: Sequence[float],
@@ -61,7 +64,7 @@ def run(
             # Loading a model takes longer than finding that nothing is left to do.
             from benchmarks.policy_bench import Bench
 
-            bench = Bench(place, settings, texts, work)
+            bench = Bench(place, settings, texts, work, plans)
             results.describe(
                 model=bench.model,
                 **environment.describe(settings.threads),
@@ -73,7 +76,7 @@ def run(
         for done, (contender, sparsity) in enumerate(wanted):
             left = (time.perf_counter() - began) / done * (len(wanted) - done) / 60 if done else None
             say(f"[{done + 1}/{len(wanted)}] {contender.name} {sparsity:g}" + (f", {left:.0f} min left" if left else ""))
-            results.put(bench.cell(contender, sparsity, with_speed))
+            results.put(bench.cell(contender, sparsity, with_speed, None if redo else results.finished(contender, sparsity)))
 
     do(grid(chosen, sparsities), speed, again)
     # Points that the bytes at a KL lie between; one after the other, for the next depends on the last.
@@ -165,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 settings,
                 texts,
                 work,
+                options.work / "plans",
                 speed=not options.no_speed,
                 extra=options.extra,
                 again=options.again,

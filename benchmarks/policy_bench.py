@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from clada_export.errors import CladaError, UsageError
 from clada_export.ffn import require_ffns
 from clada_export.plan import SparsityPlan
 from clada_export.policies import get_policy
+from clada_export.pruning import PruneSpec
 from clada_export.source import load_source
 from clada_export.verify.eager import greedy
 
@@ -39,17 +41,19 @@ class Bench:
         place: where the model is.
         texts: held-out texts.
         work: an existing folder; it holds one engine at a time.
+        plans: where the plan of every cell is kept, so that its speed can be measured later; made when it is missing.
 
     Raises:
         UsageError: a model without a tokenizer, or a text that is too short.
     """
 
-    def __init__(self, place: str, settings: Settings, texts: list[Text], work: Path) -> None:
+    def __init__(self, place: str, settings: Settings, texts: list[Text], work: Path, plans: Path) -> None:
         self._settings, self._work = settings, work
         source = load_source(place)
         if source.tokenizer is None:
             raise UsageError(f"{place}: the model has no tokenizer, and the benchmark needs one for real text")
         self._source = source
+        self._plans = plans / source.weights_digest[:16]
         self._ffns = require_ffns(source.model).found
         self._origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": "float32"}
         data = load_calibration_data(
@@ -87,8 +91,13 @@ class Bench:
         ids = self._source.tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
         return cut(text.name, text.digest, ids, self._settings.windows, self._settings.window_tokens)
 
-    def cell(self, contender: Contender, sparsity: float, speed: bool) -> dict[str, Any]:
-        """Measure a policy at a sparsity. What a policy refuses is recorded as `error`."""
+    def cell(self, contender: Contender, sparsity: float, speed: bool, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Measure a policy at a sparsity. What a policy refuses is recorded as `error`.
+
+        Args:
+            kept: a finished cell that lacks the speed alone; it is added if the cell's plan is still there.
+        """
+        plan = self._kept_plan(contender, sparsity, kept) if speed and kept else None
         head = {
             "contender": contender.name,
             "policy": contender.policy,
@@ -96,8 +105,11 @@ class Bench:
             "trained": contender.trained,
             "sparsity": sparsity,
             "commit": environment.commit(),
+            "torch_threads": torch.get_num_threads(),
         }
         try:
+            if kept is not None and plan is not None:
+                return kept | self._later_speed(plan, dict(kept["seconds"]))
             if contender.kind == "simulated":
                 return head | self._simulated(contender.name, sparsity)
             return head | self._planned(contender, sparsity, speed)
@@ -114,6 +126,10 @@ class Bench:
         plan = self._calibrator.calibrate(get_policy(contender.policy), self._origin, options).plan
         seconds["calibration"] = time.perf_counter() - start
 
+        path = self._plan_path(contender, sparsity)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plan.save(path)
+
         start = time.perf_counter()
         decoder = PlanDecoder(self._ffns, plan, self._heldout.signals, self._settings.prompt)
         found = self._heldout.measure(None if _is_dense(plan) else decoder)
@@ -126,6 +142,7 @@ class Bench:
             "variant": plan.calibration.get("variant"),
             "allocation": plan.calibration.get("allocation"),
             "prune": plan.prune,
+            "plan_sha256": _sha256(path),
             "load_weights": [plan.load.surprisal_weight, plan.load.entropy_weight],
             "expected_sparsity": plan.expected_sparsity if plan.prune is None else sparsity,
             "expected_bytes": relative_bytes(plan),
@@ -141,6 +158,21 @@ class Bench:
         if speed:
             cell |= self._speed(plan, seconds)
         return cell | {"seconds": seconds}
+
+    def _plan_path(self, contender: Contender, sparsity: float) -> Path:
+        return self._plans / f"{contender.name.replace(':', '-')}-{sparsity:g}" / "plan.json"
+
+    def _kept_plan(self, contender: Contender, sparsity: float, cell: dict[str, Any]) -> SparsityPlan | None:
+        """The plan that a finished cell was measured with, if it is there."""
+        path = self._plan_path(contender, sparsity)
+        if not path.is_file() or cell.get("plan_sha256") != _sha256(path):
+            return None
+        return SparsityPlan.load_file(path)
+
+    def _later_speed(self, plan: SparsityPlan, seconds: dict[str, float]) -> dict[str, Any]:
+        """The speed of a plan from an earlier run; the weights are pruned as it says."""
+        self._calibrator.weights.use(None if plan.prune is None else PruneSpec.parse(plan.prune))
+        return {"speed_commit": environment.commit(), **self._speed(plan, seconds), "seconds": seconds}
 
     def _speed(self, plan: SparsityPlan, seconds: dict[str, float]) -> dict[str, Any]:
         settings, folder = self._settings, self._work / "engine"
@@ -196,6 +228,10 @@ class Bench:
             **_quality(found),
             "seconds": {"calibration": spent, "quality": time.perf_counter() - start},
         }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _quality(found: Found) -> dict[str, Any]:

@@ -104,8 +104,12 @@ class Results:
 
     def has(self, contender: Contender, sparsity: float, speed: bool) -> bool:
         """Whether a cell is finished, with speed where it is wanted and the cell can have one."""
-        cell = next((one for one in self.cells if _is(one, contender, sparsity)), None)
-        return cell is not None and "quality" in cell and (not speed or contender.kind == "simulated" or "speed" in cell)
+        cell = self.finished(contender, sparsity)
+        return cell is not None and (not speed or contender.kind == "simulated" or "speed" in cell)
+
+    def finished(self, contender: Contender, sparsity: float) -> dict[str, Any] | None:
+        """The cell, if its quality is there."""
+        return next((one for one in self.cells if _is(one, contender, sparsity) and "quality" in one), None)
 
     def put(self, cell: dict[str, Any]) -> None:
         """Add a cell, in the place of an older one, and write the file."""

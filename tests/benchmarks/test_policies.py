@@ -32,6 +32,7 @@ from benchmarks.policy_quality import HeldOut, PlanDecoder, level_of
 from benchmarks.policy_results import Contender, Results, contenders, grid
 from benchmarks.teal import Teal, line_chance, lines_skipped
 from clada_export.calibration.axis import AXES
+from clada_export.calibration.calibrate import Calibrator
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.drift import DriftMeter
 from clada_export.calibration.selector import Selectors
@@ -294,6 +295,31 @@ def test_a_run_from_end_to_end(run: tuple[Path, list[str], dict[str, Any]]) -> N
     assert teal["bytes"] == pytest.approx(1 - teal["measured_sparsity"]) and "speed" not in teal
     assert str(work) not in json.dumps(result)
     assert not list(work.glob("policies-*"))
+
+
+def test_speed_is_added_to_a_kept_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_llama(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(default_text()[:20000])
+    arguments = [
+        *(str(tmp_path / "tiny"), "--out", str(tmp_path / "out.json"), "--text", str(tmp_path / "text.txt")),
+        *("--work", str(tmp_path), "--windows", "2", "--window-tokens", "64", "--context", "64", "--new-tokens", "6"),
+        *("--prompts", "2", "--threads", "1", "--sparsities", "0.5", "--extra", "", "--policies", "moefication,wanda-neurons"),
+    ]
+    assert policies.main([*arguments, "--no-speed"]) == 0
+    before = json.loads((tmp_path / "out.json").read_text())["cells"]
+
+    def calibrate(*_: Any) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr(Calibrator, "calibrate", calibrate)
+    assert policies.main(arguments) == 0
+    after = json.loads((tmp_path / "out.json").read_text())["cells"]
+    for old, new in zip(before, after, strict=True):
+        assert "speed" not in old and {**new, "seconds": None} == {**new, **old, "seconds": None}
+        assert set(new["seconds"]) == {"calibration", "quality", "build", "speed"}
+    # The routers came along with the plan, and the pruned weights are pruned again.
+    assert after[0]["speed"]["sparse"]["sparsity"] == pytest.approx(after[0]["measured_sparsity"], abs=0.05)
+    assert after[1]["greedy"]["prefix"] == after[1]["greedy"]["prefix_of_dense_side"]
 
 
 def test_a_second_run_measures_nothing(
