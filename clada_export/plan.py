@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,18 @@ class LayerPlan:
     router: RouterForm | None = None
     merge: int | None = None
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> LayerPlan:
+        """The layer of parsed JSON; `PLAN_SCHEMA` has said what it holds."""
+        router = value.get("router")
+        return cls(
+            **{
+                **value,
+                "threshold": tuple(float(t) for t in value["threshold"]),
+                "router": None if router is None else RouterForm(**router),
+            }
+        )
+
     @property
     def scored(self) -> int:
         """How many scores a router gives: one a granule, or one an expert to merge."""
@@ -292,7 +305,7 @@ class SparsityPlan:
                 and what is allowed.
         """
         validate_json(value, PLAN_SCHEMA, origin)
-        layers = tuple(_layer_from(layer) for layer in value["layers"])
+        layers = tuple(LayerPlan.from_dict(layer) for layer in value["layers"])
         names = [layer.name for layer in layers]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -359,17 +372,6 @@ def layer_attributes(layer: LayerPlan, score: str, rule: str) -> SparseFFNAttrib
         prior_gamma=layer.prior_gamma,
         emit_stat=stat,
         stat_norm=layer.stat_norm,
-    )
-
-
-def _layer_from(value: dict[str, Any]) -> LayerPlan:
-    router = value.get("router")
-    return LayerPlan(
-        **{
-            **value,
-            "threshold": tuple(float(t) for t in value["threshold"]),
-            "router": None if router is None else RouterForm(**router),
-        }
     )
 
 

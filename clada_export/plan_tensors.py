@@ -85,23 +85,23 @@ def load_tensors(path: Path, layers: Sequence[LayerPlan], digest: str) -> dict[s
         raise UsageError(
             f"{path}: its arrays have digest {found[:16]}..., and the plan says {digest[:16]}...: they belong to another plan"
         )
-    arrays = {}
-    for layer in layers:
-        tensors = layer_tensors(str(path), layer, named)
-        if tensors.router is not None or tensors.neurons is not None:
-            arrays[layer.name] = tensors
-    return arrays
+    return tensors_of_layers(str(path), layers, named)
 
 
-def layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> LayerTensors:
-    """The arrays of one layer, from `named_arrays`.
+def tensors_of_layers(path: str, layers: Sequence[LayerPlan], named: Mapping[str, np.ndarray]) -> dict[str, LayerTensors]:
+    """The arrays of those layers that have any, from `named_arrays`.
 
     Args:
         path: where they come from, for the message.
 
     Raises:
-        UsageError: arrays that are missing, or do not fit the layer.
+        UsageError: arrays that are missing, or do not fit their layer.
     """
+    found = {layer.name: _layer_tensors(path, layer, named) for layer in layers}
+    return {name: item for name, item in found.items() if item.router is not None or item.neurons is not None}
+
+
+def _layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> LayerTensors:
     neurons = named.get(f"{layer.name}.neurons")
     if neurons is None and (layer.reordered or layer.kept_neurons is not None):
         raise UsageError(f"{path}: holds no order of neurons for {layer.name!r}; it belongs to another model")

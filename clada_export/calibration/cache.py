@@ -38,8 +38,8 @@ from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import CalibrationStatistics, LayerTable
 from clada_export.errors import CladaError, UsageError
 from clada_export.method import Method
-from clada_export.plan import LayerPlan, LoadSignal, RouterForm
-from clada_export.plan_tensors import arrays_digest, layer_tensors, named_arrays, tensors_digest
+from clada_export.plan import LayerPlan, LoadSignal
+from clada_export.plan_tensors import arrays_digest, named_arrays, tensors_digest, tensors_of_layers
 from clada_export.policies import Policy, PolicyContext
 
 FORMAT = "clada-export calibration cache 1"
@@ -322,15 +322,6 @@ def _unpack_methods(piece: Piece) -> tuple[Method, ...]:
 def _unpack_method(piece: Piece, value: Mapping[str, Any], source: int) -> Method:
     prefix = f"{source}."
     named = {name.removeprefix(prefix): array for name, array in piece.arrays.items() if name.startswith(prefix)}
-    layers = tuple(_unpack_layer(layer) for layer in value["layers"])
-    arrays = {}
-    for layer in layers:
-        tensors = layer_tensors("calibration cache", layer, named)
-        if tensors.router is not None or tensors.neurons is not None:
-            arrays[layer.name] = tensors
+    layers = tuple(LayerPlan.from_dict(layer) for layer in value["layers"])
+    arrays = tensors_of_layers("calibration cache", layers, named)
     return Method(**{**value, "layers": layers, "arrays": arrays, "allocations": tuple(value["allocations"])})
-
-
-def _unpack_layer(value: Mapping[str, Any]) -> LayerPlan:
-    router = None if value["router"] is None else RouterForm(**value["router"])
-    return LayerPlan(**{**value, "threshold": tuple(value["threshold"]), "router": router})

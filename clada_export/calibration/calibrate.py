@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,10 +25,10 @@ from clada_export.calibration.weights import FFNWeights
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
 from clada_export.method import Method
-from clada_export.plan import LoadSignal, SparsityPlan
+from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
 from clada_export.plan_tensors import LayerTensors
 from clada_export.policies import Policy, PolicyContext, PolicySettings
-from clada_export.pruning import PruneSpec
+from clada_export.pruning import PruneReport, PruneSpec
 
 SENSITIVITY_TOKENS = 1024
 SENSITIVITY_LENGTH = 256
@@ -64,6 +63,16 @@ class CalibrationResult:
     plan: SparsityPlan
     drift: Drift
     details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a policy has made for the weights as they are: its methods, plainest first, and where their statistics are kept;
+    `pruning` says how the weights were pruned."""
+
+    methods: tuple[Method, ...]
+    cache: CalibrationCache
+    pruning: PruneReport | None
 
 
 @dataclass(frozen=True)
@@ -169,22 +178,8 @@ class Calibrator:
 
     def _merged(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
         """A plan that merges experts: two of them where a budget is given, since more cost more."""
-        prune = options.prune
-        self.weights.use(prune, lambda done, total: self.progress("pruning", done, total))
-        report = self.weights.report
-        context = PolicyContext(
-            self.model,
-            self.ffns,
-            self.data.calibration,
-            sparsity=options.sparsity if options.sparsity is not None else 0.5,
-            prompt=self.prompt,
-            kept={} if report is None else dict(report.kept),
-            seed=options.seed,
-            settings=options.settings,
-            progress=self.progress,
-        )
-        cache = self.cache if prune is None else self.cache.of_weights(self.model)
-        (method,) = cache.methods(policy, context)
+        ready = self._prepare(policy, options, options.prune, options.sparsity if options.sparsity is not None else 0.5)
+        (method,) = ready.methods
         found = measure_merged(self.meter, self.ffns, method, self.step)
         layers = tuple(
             replace(layer, expected_sparsity=1.0 - 1.0 / (layer.merge or 1), expected_cett=float(error))
@@ -202,25 +197,36 @@ class Calibrator:
                     cost,
                     drift.sparsity,
                 )
-        details = {
-            **self._origin(options),
-            "variant": method.label,
-            "allocation": "sparsity",
-            "drift": drift.summary(),
-            **method.details,
-        }
-        if report is not None:
-            details["pruning"] = {**report.to_dict(), "text_digest": self.data.digest}
-        plan = SparsityPlan(
-            policy.name,
-            method.score,
-            method.rule,
-            layers,
-            self._load_signal(),
-            source,
-            prune=None if prune is None else str(prune),
-            arrays=dict(method.arrays),
+        plan = _plan(policy, method, layers, self._load_signal(), source)
+        return self._finish(plan, drift, ready, options, {"variant": method.label, "allocation": "sparsity", **method.details})
+
+    def _prepare(self, policy: Policy, options: CalibrationOptions, prune: PruneSpec | None, sparsity: float) -> _Ready:
+        """Bring the weights into their state, and let the policy make its methods for them."""
+        self.weights.use(prune, lambda done, total: self.progress("pruning", done, total))
+        report = self.weights.report
+        kept = {} if report is None else dict(report.kept)
+        context = PolicyContext(
+            self.model,
+            self.ffns,
+            self.data.calibration,
+            sparsity=sparsity,
+            prompt=self.prompt,
+            kept=kept,
+            seed=options.seed,
+            settings=options.settings,
+            progress=self.progress,
         )
+        cache = self.cache if prune is None else self.cache.of_weights(self.model)
+        return _Ready(tuple(_without_pruned(method, kept) for method in cache.methods(policy, context)), cache, report)
+
+    def _finish(
+        self, plan: SparsityPlan, drift: Drift, ready: _Ready, options: CalibrationOptions, details: dict[str, Any]
+    ) -> CalibrationResult:
+        """The plan with what is told of it; `details` are those of the way it was found."""
+        details = {**self._origin(options), **details, "drift": drift.summary()}
+        if ready.pruning is not None:
+            details["pruning"] = {**ready.pruning.to_dict(), "text_digest": self.data.digest}
+            plan = replace(plan, prune=str(ready.pruning.spec))
         plan = replace(plan, calibration={**details, "relative_bytes": relative_bytes(plan, options.item)})
         return CalibrationResult(plan, drift, {**plan.calibration, "sensitivity": list(self.sensitivity)})
 
@@ -248,25 +254,10 @@ class Calibrator:
     def _dynamic(
         self, policy: Policy, source: dict[str, Any], options: CalibrationOptions, prune: PruneSpec | None
     ) -> CalibrationResult:
-        self.weights.use(prune, lambda done, total: self.progress("pruning", done, total))
-        report = self.weights.report
-        kept = {} if report is None else dict(report.kept)
         aimed = options.sparsity if options.sparsity is not None else COMPARE_AT
-        context = PolicyContext(
-            self.model,
-            self.ffns,
-            self.data.calibration,
-            sparsity=aimed,
-            prompt=self.prompt,
-            kept=kept,
-            seed=options.seed,
-            settings=options.settings,
-            progress=self.progress,
-        )
-        cache = self.cache if prune is None else self.cache.of_weights(self.model)
-        methods = tuple(_without_pruned(method, kept) for method in cache.methods(policy, context))
-        selectors = Selectors(self.ffns, methods)
-        statistics = cache.statistics(
+        ready = self._prepare(policy, options, prune, aimed)
+        selectors = Selectors(self.ffns, ready.methods)
+        statistics = ready.cache.statistics(
             selectors,
             self.prompt,
             lambda missing: collect_statistics(
@@ -292,8 +283,6 @@ class Calibrator:
                 signal, levels, drift = response.signal, response.levels, response.drift
             tried = response.tried
         details = {
-            **self._origin(options),
-            "variant": best.method.label,
             "allocation": best.allocation.name,
             "compared": [
                 {
@@ -306,14 +295,10 @@ class Calibrator:
             ],
             "search": history,
             "load_response": list(tried),
-            "drift": drift.summary(),
             **best.method.details,
         }
-        if report is not None:
-            details["pruning"] = {**report.to_dict(), "text_digest": self.data.digest}
-        plan = replace(_plan(policy, best, levels, signal, source, details), prune=None if prune is None else str(prune))
-        plan = replace(plan, calibration={**details, "relative_bytes": relative_bytes(plan, options.item)})
-        return CalibrationResult(plan, drift, {**plan.calibration, "sensitivity": list(self.sensitivity)})
+        plan = _plan(policy, best.method, _settled(best, levels), signal, source)
+        return self._finish(plan, drift, ready, options, {"variant": best.method.label, **details})
 
     def _candidates(
         self, selectors: Selectors, tables: tuple[tuple[LayerTable, ...], ...], aimed: float, options: CalibrationOptions
@@ -402,9 +387,8 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
     for item in candidates:
         if item.method is plainest:
             continue
-        gain = best.drift.window_kl() - item.drift.window_kl()
-        error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
-        if gain.mean() > error:
+        gain, error = item.drift.gain_over(best.drift)
+        if gain > error:
             best = item
     return best
 
@@ -432,14 +416,8 @@ def _short_windows(data: CalibrationData) -> Tensor:
     return data.calibration[:, :length][: max(1, SENSITIVITY_TOKENS // length)]
 
 
-def _plan(
-    policy: Policy,
-    best: Candidate,
-    levels: np.ndarray,
-    signal: LoadSignal,
-    source: dict[str, Any],
-    details: dict[str, Any],
-) -> SparsityPlan:
+def _settled(best: Candidate, levels: np.ndarray) -> tuple[LayerPlan, ...]:
+    """The layers with their thresholds."""
     layers, axis = [], best.allocation.layers.axis
     for layer, table, level in zip(best.method.layers, best.allocation.layers.tables, levels, strict=True):
         threshold = axis.threshold(float(level), layer.width // layer.granule)
@@ -454,10 +432,13 @@ def _plan(
                 expected_cett=table.cett_at(float(level)),
             )
         )
-    method = best.method
-    return SparsityPlan(
-        policy.name, method.score, method.rule, tuple(layers), signal, source, details, arrays=dict(method.arrays)
-    )
+    return tuple(layers)
+
+
+def _plan(
+    policy: Policy, method: Method, layers: tuple[LayerPlan, ...], signal: LoadSignal, source: dict[str, Any]
+) -> SparsityPlan:
+    return SparsityPlan(policy.name, method.score, method.rule, layers, signal, source, arrays=dict(method.arrays))
 
 
 __all__ = ["CalibrationOptions", "CalibrationResult", "Calibrator", "calibrate"]

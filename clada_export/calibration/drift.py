@@ -61,6 +61,14 @@ class Drift:
         """Mean KL of every window."""
         return np.array([self.kl[self.window == index].mean() for index in np.unique(self.window)])
 
+    def gain_over(self, other: Drift) -> tuple[float, float]:
+        """How much lower the mean KL is than that of `other`, window by window, and the standard error of it (nats a token).
+
+        The error is infinite for a single window.
+        """
+        gain = other.window_kl() - self.window_kl()
+        return float(gain.mean()), float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+
     def summary(self) -> dict[str, float]:
         """Numbers for a report."""
         return {

@@ -93,18 +93,17 @@ def fit_load_response(
             decided = multiplier[:, meter.prompt :].flatten()
             rescaled = allocation.levels_for(sparsity, decided[:: max(1, decided.numel() // 512)].numpy())
             drift = meter.measure(layers, rescaled, multiplier, step)
-            gain = still.window_kl() - drift.window_kl()
-            error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+            gain, error = drift.gain_over(still)
             # More active neurons than the still plan would be an unfair gain.
             fair = drift.sparsity >= still.sparsity - 0.002
-            taken = bool(gain.mean() > error and fair and drift.mean_kl < best.drift.mean_kl)
+            taken = bool(gain > error and fair and drift.mean_kl < best.drift.mean_kl)
             tried.append(
                 {
                     "signal": name,
                     "slope": slope,
                     "kl": drift.mean_kl,
                     "kl_without": still.mean_kl,
-                    "gain": float(gain.mean()),
+                    "gain": gain,
                     "standard_error": error if math.isfinite(error) else -1.0,
                     "sparsity": drift.sparsity,
                     "better": taken,
@@ -112,6 +111,6 @@ def fit_load_response(
             )
             if taken:
                 best = LoadResponse(signal, rescaled, drift, ())
-            if gain.mean() > error:
+            if gain > error:
                 break
     return LoadResponse(best.signal, best.levels, best.drift, tuple(tried))
