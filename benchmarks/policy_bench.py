@@ -29,7 +29,6 @@ from clada_export.errors import CladaError, UsageError
 from clada_export.ffn import require_ffns
 from clada_export.plan import SparsityPlan
 from clada_export.policies import get_policy
-from clada_export.pruning import PruneSpec
 from clada_export.source import load_source
 from clada_export.verify.eager import greedy
 
@@ -170,8 +169,8 @@ class Bench:
         return SparsityPlan.load_file(path)
 
     def _later_speed(self, plan: SparsityPlan, seconds: dict[str, float]) -> dict[str, Any]:
-        """The speed of a plan from an earlier run; the weights are pruned as it says."""
-        self._calibrator.weights.use(None if plan.prune is None else PruneSpec.parse(plan.prune))
+        """The speed of a plan from an earlier run; the weights are brought into the state it was made for."""
+        self._calibrator.weights.follow(plan)
         return {"speed_commit": environment.commit(), **self._speed(plan, seconds), "seconds": seconds}
 
     def _speed(self, plan: SparsityPlan, seconds: dict[str, float]) -> dict[str, Any]:

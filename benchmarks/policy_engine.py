@@ -62,10 +62,10 @@ class Workshop:
             self._traced = trace(self._source.model, fusions=target_ort.FUSIONS)
 
     def build(self, plan: SparsityPlan, folder: Path) -> None:
-        """Write an engine; the model's FFN weights are taken as they are now where the plan says that they are pruned.
+        """Write an engine; the model's FFN weights are taken as they are now where the plan says that they have changed.
 
         Raises:
-            UsageError: a pruned model whose score is made from its weights (`shadow`, `exact`).
+            UsageError: changed weights of a model whose score is made from its weights (`shadow`, `exact`).
         """
         self.trace()
         assert self._traced is not None
@@ -73,7 +73,7 @@ class Workshop:
         folder.mkdir(parents=True)
         graph = self._traced.graph.clone()
         report = rewrite(BuildRequest(TracedModel(graph, self._traced.fusions), plan, folder))
-        if plan.prune is not None:
+        if plan.prune is not None or any(layer.adapter_rank is not None for layer in plan.layers):
             self._take_weights(graph, plan, report)
         RemoveHeadReshapes()(graph)
         save(graph, folder)
@@ -99,10 +99,10 @@ class Workshop:
         write_manifest(folder, manifest.with_files(files))
 
     def _take_weights(self, graph: ir.Model, plan: SparsityPlan, report: RewriteReport) -> None:
-        """Put the eager model's weights into the op nodes: the trace may hold copies from before they were pruned."""
+        """Put the eager model's weights into the op nodes: the trace may hold copies from before they were changed."""
         if plan.score in ("shadow", "exact"):
             raise UsageError(
-                f"policy {plan.policy}: score {plan.score!r} of pruned weights is not built here; use clada-export"
+                f"policy {plan.policy}: score {plan.score!r} of changed weights is not built here; use clada-export"
             )
         for item in report.ffns:
             ffn, layer = self._ffns[item.name], plan.layer(item.name)

@@ -58,6 +58,8 @@ def contenders(names: Sequence[str] | None = None) -> list[Contender]:
             continue
         if policy.prune_at(0.5, PolicySettings()) is None:
             found.append(Contender(name, name, "dynamic", policy.trained))
+            if policy.finetunes:
+                found.append(Contender(f"{name}-finetuned", name, "dynamic", True, PolicySettings(finetune=True)))
             continue
         found.append(Contender(name, name, "static", policy.trained))
         found.append(Contender(f"{name}-neurons", name, "static", policy.trained, PolicySettings(pattern="neurons")))

@@ -11,6 +11,7 @@ from clada_export.calibration.cache import default_cache_folder
 from clada_export.calibration.choose import AUTO
 from clada_export.errors import UsageError
 from clada_export.policies import PolicySettings, get_policy
+from clada_export.policies.base import check_finetune
 from clada_export.pruning import PruneSpec
 from clada_export.targets.common import WEIGHT_TYPES
 from clada_export.targets.options import TensorRTOptions, merging_refused
@@ -59,9 +60,10 @@ class ExportOptions:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.policy != AUTO:
-            merges = get_policy(self.policy).merges
-            if merges and self.target == "trt":
+            policy = get_policy(self.policy)
+            if policy.merges and self.target == "trt":
                 raise UsageError(merging_refused(self.policy))
+            check_finetune(policy, self.settings, self.prune is not None)
         if self.train and self.policy != AUTO:
             raise UsageError(f"--train is for --policy {AUTO}; policy {self.policy!r} trains routers if it has any")
         self.settings.check()

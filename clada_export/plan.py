@@ -76,6 +76,7 @@ PLAN_SCHEMA: dict[str, Any] = {
                         },
                     },
                     "merge": {"type": ["integer", "null"], "minimum": 2},
+                    "adapter_rank": {"type": ["integer", "null"], "minimum": 1},
                     "expected_sparsity": _SHARE,
                     "expected_cett": _NON_NEGATIVE,
                 },
@@ -193,7 +194,8 @@ class LayerPlan:
     op's attributes. `kept_neurons` counts the neurons that the engine holds, if not all (whole neurons were pruned);
     `reordered` says that they are stored in another order (experts). `router` is the form of the network that scores the
     granules. `merge` is the number of experts whose weights are merged for each segment (policy `lory`), or None; the router
-    then scores the experts, and the op runs dense rows only. `expected_sparsity` is the share of neurons skipped and
+    then scores the experts, and the op runs dense rows only. `adapter_rank` is the rank of what fine-tuning adds to the
+    weights (`arrays` holds it), or None for the model's own. `expected_sparsity` is the share of neurons skipped and
     `expected_cett` the relative error of the FFN output (`docs/calibration.md`), both
     measured on the calibration text at load 0 (held-out text with `merge`).
     """
@@ -218,6 +220,7 @@ class LayerPlan:
     reordered: bool = False
     router: RouterForm | None = None
     merge: int | None = None
+    adapter_rank: int | None = None
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> LayerPlan:

@@ -1,4 +1,4 @@
-"""The arrays of a sparsity plan (routers, neuron orders), which JSON does not hold: a safetensors file beside it."""
+"""The arrays of a sparsity plan (routers, neuron orders, adapters), which JSON does not hold: a safetensors file beside it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,27 @@ PLAN_TENSORS = "plan.safetensors"
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """The arrays of one FFN's plan: its router, and the neurons that the engine holds in their new order, int64 [f']."""
+    """The arrays of one FFN's plan.
+
+    Attributes:
+        router: scores the granules.
+        neurons: those that the engine holds, in their new order, int64 [f'].
+        adapters: for gate and up (or both in one) and down, each as the model stores it [m, n], what fine-tuning adds to it:
+            left [m, rank] and right [rank, n], float32, whose product it is; empty without fine-tuning.
+    """
 
     router: Router | None = None
     neurons: np.ndarray | None = None
+    adapters: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no arrays."""
+        return self.router is None and self.neurons is None and not self.adapters
 
 
 def named_arrays(arrays: Mapping[str, LayerTensors]) -> dict[str, np.ndarray]:
-    """The arrays by the names that they have in a file: `LAYER.neurons`, `LAYER.router.0.weight`, ..."""
+    """The arrays by their names in a file: `LAYER.neurons`, `LAYER.router.0.weight`, `LAYER.adapter.0.left`, ..."""
     named: dict[str, np.ndarray] = {}
     for name, tensors in sorted(arrays.items()):
         if tensors.neurons is not None:
@@ -42,6 +55,9 @@ def named_arrays(arrays: Mapping[str, LayerTensors]) -> dict[str, np.ndarray]:
                 named[f"{name}.router.{index}.weight"] = np.ascontiguousarray(weight, dtype=np.float32)
                 if bias is not None:
                     named[f"{name}.router.{index}.bias"] = np.ascontiguousarray(bias, dtype=np.float32)
+        for index, (left, right) in enumerate(tensors.adapters):
+            named[f"{name}.adapter.{index}.left"] = np.ascontiguousarray(left, dtype=np.float32)
+            named[f"{name}.adapter.{index}.right"] = np.ascontiguousarray(right, dtype=np.float32)
     return named
 
 
@@ -98,7 +114,7 @@ def tensors_of_layers(path: str, layers: Sequence[LayerPlan], named: Mapping[str
         UsageError: arrays that are missing, or do not fit their layer.
     """
     found = {layer.name: _layer_tensors(path, layer, named) for layer in layers}
-    return {name: item for name, item in found.items() if item.router is not None or item.neurons is not None}
+    return {name: item for name, item in found.items() if not item.empty}
 
 
 def _layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> LayerTensors:
@@ -112,8 +128,9 @@ def _layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray])
                 f"{path}: {layer.name!r}: the order of neurons has shape {list(neurons.shape)}; wanted {layer.width} different "
                 f"ones of 0 to {layer.intermediate_size - 1}"
             )
+    adapters = _adapters(path, layer, named)
     if layer.router is None:
-        return LayerTensors(None, neurons)
+        return LayerTensors(None, neurons, adapters)
     form = layer.router
     weights = [named.get(f"{layer.name}.router.{index}.weight") for index in range(form.layers)]
     biases = [named.get(f"{layer.name}.router.{index}.bias") for index in range(form.layers)]
@@ -132,4 +149,22 @@ def _layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray])
             f"{path}: the router of {layer.name!r} takes {router.hidden_size} values and scores {router.granules} granules; "
             f"this layer has {wanted[0]} and {wanted[1]}. It was made for another model"
         )
-    return LayerTensors(router, neurons)
+    return LayerTensors(router, neurons, adapters)
+
+
+def _adapters(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """As many pairs as there are; whether their shapes are those of the weights is seen when they are added to them."""
+    if layer.adapter_rank is None:
+        return ()
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    while (left := named.get(f"{layer.name}.adapter.{len(pairs)}.left")) is not None:
+        right = named.get(f"{layer.name}.adapter.{len(pairs)}.right")
+        ranks = [left.shape[1:], None if right is None else right.shape[:1]]
+        if right is None or left.ndim != 2 or right.ndim != 2 or ranks != [(layer.adapter_rank,)] * 2:
+            raise UsageError(
+                f"{path}: {layer.name!r}: adapter {len(pairs)} is no pair of matrices of rank {layer.adapter_rank}"
+            )
+        pairs.append((left, right))
+    if not pairs:
+        raise UsageError(f"{path}: holds no adapters for {layer.name!r}; it belongs to another model")
+    return tuple(pairs)

@@ -80,7 +80,7 @@ def make_plan(
         missing = [layer.name for layer in given.layers if layer.name not in known]
         if missing:
             raise UsageError(f"{options.plan}: layer {missing[0]!r} is not in this model")
-        prune_again(given, source, ffns, data, rounded, str(options.plan))
+        weights_again(given, source, ffns, data, rounded, str(options.plan))
         return given, given.calibration
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
     if is_imported(source.model):
@@ -114,21 +114,19 @@ def round_weights(target: Target, source: SourceModel, ffns: EagerFFNs, dtype: s
         target.round_weights(source.model, ffns, dtype)
 
 
-def prune_again(
+def weights_again(
     plan: SparsityPlan, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, rounded: Callable[[], None], origin: str
 ) -> None:
-    """Prune as a plan was pruned: the same method on the same text gives the same weights.
+    """Change the weights as a plan's were: the same pruning of the same text gives the same, and adapters are in the plan.
 
     Raises:
-        UsageError: the text is another one.
+        UsageError: the text is another one, or adapters that do not fit the model.
     """
-    if plan.prune is None:
-        return
     made_with = plan.calibration.get("pruning", {}).get("text_digest")
-    if made_with != data.digest:
+    if plan.prune is not None and made_with != data.digest:
         raise UsageError(
             f"{origin}: its weights were pruned ({plan.prune}) with the text {plan.calibration.get('text')!r} in windows of "
             f"{data.calibration.shape[1]} tokens or others, and the text here is another one; give the same --calibration-data "
             "and --calibration-context"
         )
-    FFNWeights(source.model, ffns.found, data.calibration, rounded).use(PruneSpec.parse(plan.prune))
+    FFNWeights(source.model, ffns.found, data.calibration, rounded).follow(plan)

@@ -28,6 +28,7 @@ from clada_export.method import Method
 from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
 from clada_export.plan_tensors import LayerTensors
 from clada_export.policies import Policy, PolicyContext, PolicySettings
+from clada_export.policies.base import check_finetune
 from clada_export.pruning import PruneReport, PruneSpec
 
 SENSITIVITY_TOKENS = 1024
@@ -131,6 +132,7 @@ class Calibrator:
 
     def calibrate(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
         """Make a sparsity plan; see the function `calibrate`. The model's weights are left pruned as the plan says."""
+        check_finetune(policy, options.settings, options.prune is not None)
         policy.check(self.ffns, options.settings)
         if policy.prune_at(0.5, PolicySettings()) is not None:
             return self._static(policy, source, options)
@@ -217,7 +219,12 @@ class Calibrator:
             progress=self.progress,
         )
         cache = self.cache if prune is None else self.cache.of_weights(self.model)
-        return _Ready(tuple(_without_pruned(method, kept) for method in cache.methods(policy, context)), cache, report)
+        methods = tuple(_without_pruned(method, kept) for method in cache.methods(policy, context))
+        # All methods of a policy that trains the weights are made for the same ones.
+        self.weights.adapt(methods[0].arrays)
+        if self.weights.adapted:
+            cache = cache.of_weights(self.model)
+        return _Ready(methods, cache, report)
 
     def _finish(
         self, plan: SparsityPlan, drift: Drift, ready: _Ready, options: CalibrationOptions, details: dict[str, Any]

@@ -17,7 +17,6 @@ from clada_export.errors import BackendError, UsageError
 from clada_export.ffn import EagerFFN
 from clada_export.plan import SparsityPlan
 from clada_export.policies import POLICIES, Policy
-from clada_export.pruning import PruneSpec
 
 AUTO = "auto"
 """What `--policy` takes to have the policy chosen."""
@@ -101,8 +100,7 @@ def choose(
     if best is None:
         raise UsageError(_nothing(rows, options))
     chosen, result = best
-    spec = result.plan.prune
-    calibrator.weights.use(None if spec is None else PruneSpec.parse(spec))
+    calibrator.weights.follow(result.plan)
     explained = [_explained(row, chosen, options) for row in rows]
     auto: dict[str, Any] = {
         "goal": str(options.budget) if options.sparsity is None else f"sparsity={options.sparsity:.4g}",

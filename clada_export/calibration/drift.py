@@ -102,8 +102,7 @@ class DriftMeter:
         with torch.inference_mode():
             for window in windows:
                 logits = self._logits(window)
-                size = logits[prompt:].nbytes * len(windows)
-                self._dense.append(logits[prompt:].clone() if size <= KEEP_LIMIT else _on_disk(logits[prompt:]))
+                self._dense.append(hold(logits[prompt:], logits[prompt:].nbytes * len(windows)))
                 signals.append(torch.stack(surprisal_entropy(logits[:-1], window[1:])))
         self.signals = torch.stack(signals)
         """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""
@@ -173,8 +172,15 @@ class DriftMeter:
         return Drift(nll, dense_nll, kl, top1, place, 0.0)
 
 
-def _on_disk(values: Tensor) -> Tensor:
-    """The same values in a file that goes away with them."""
+def hold(values: Tensor, size: int) -> Tensor:
+    """A copy of the values, in memory if it and its like take no more than `KEEP_LIMIT`, else in a file that goes with it.
+
+    Args:
+        values: float32.
+        size: bytes of all that is held.
+    """
+    if size <= KEEP_LIMIT:
+        return values.clone()
     with tempfile.TemporaryFile() as stream:
         mapped = np.memmap(stream, dtype=np.float32, mode="w+", shape=tuple(values.shape))
     mapped[:] = values.numpy()

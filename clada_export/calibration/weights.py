@@ -1,18 +1,21 @@
-"""The FFN weights of the eager model while it is calibrated: pruned for one plan, restored for the next."""
+"""The FFN weights of the eager model while it is calibrated: pruned or adapted for one plan, restored for the next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from clada_export.adapters import apply_adapters
 from clada_export.ffn import EagerFFN
+from clada_export.plan import SparsityPlan
+from clada_export.plan_tensors import LayerTensors
 from clada_export.pruning import PruneReport, PruneSpec, prune
 
 
 class FFNWeights:
-    """Prunes and restores.
+    """Prunes, adds adapters, and restores.
 
     Args:
         windows: int64 [N, context], the calibration text.
@@ -24,6 +27,7 @@ class FFNWeights:
     ) -> None:
         self._model, self._ffns, self._windows, self._rounded = model, tuple(ffns), windows, rounded
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        self._adapted = False
         self.report: PruneReport | None = None
 
     @property
@@ -32,18 +36,44 @@ class FFNWeights:
         return None if self.report is None else self.report.spec
 
     def use(self, spec: PruneSpec | None, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Bring the weights into the state `spec` (None: as they were).
+        """Bring the weights into the state `spec` (None: as they were), without adapters.
 
         Raises:
             UsageError: as `clada_export.pruning.prune`.
         """
-        if spec == self.spec:
+        if spec == self.spec and not self._adapted:
             return
         self._restore()
         if spec is not None:
             self._keep()
             self.report = prune(self._model, self._ffns, self._windows, spec, progress)
             self._rounded()
+
+    def adapt(self, arrays: Mapping[str, LayerTensors]) -> None:
+        """Add the adapters, if there are any, to the weights as `use` has left them.
+
+        Raises:
+            UsageError: adapters that do not fit.
+        """
+        if not any(tensors.adapters for tensors in arrays.values()):
+            return
+        self._keep()
+        self._adapted = apply_adapters(self._ffns, arrays)
+        self._rounded()
+
+    def follow(self, plan: SparsityPlan) -> None:
+        """Bring the weights into the state that a plan was made for, and its engine has.
+
+        Raises:
+            UsageError: as `use` and `adapt`.
+        """
+        self.use(None if plan.prune is None else PruneSpec.parse(plan.prune))
+        self.adapt(plan.arrays)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there are adapters in them."""
+        return self._adapted
 
     def _keep(self) -> None:
         if not self._originals:
@@ -52,8 +82,8 @@ class FFNWeights:
             self._originals = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
 
     def _restore(self) -> None:
-        if self.report is not None:
+        if self.report is not None or self._adapted:
             with torch.no_grad():
                 for parameter, original in self._originals:
                     parameter.copy_(original)
-        self.report = None
+        self.report, self._adapted = None, False

@@ -29,8 +29,9 @@ class PolicySettings:
         allocation: how layers share (`clada_export.calibration.allocation.ALLOCATIONS`).
         prior: whether the prompt statistic may weigh the thresholds (`clada` only).
         granule: neurons of an expert.
-        rank: width of a predictor.
+        rank: width of a predictor, or of what fine-tuning adds to the weights.
         rows: token rows that routers are trained on.
+        finetune: whether the model's weights are trained along with the routers (`lte` only).
         pattern: of static pruning: `unstructured`, `n:m` or `neurons`.
     """
 
@@ -39,6 +40,7 @@ class PolicySettings:
     prior: bool = True
     granule: int | None = None
     rank: int | None = None
+    finetune: bool = False
     rows: int = 2048
     pattern: str | None = None
 
@@ -104,6 +106,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def finetunes(self) -> bool:
+        """Whether it can train the model's weights too, if the user asks for it."""
+        ...
+
+    @property
     def scores(self) -> tuple[str, ...]:
         """The op's scores that it can use, the default first."""
         ...
@@ -137,10 +144,23 @@ class Dynamic:
     """What policies share that do not touch the weights."""
 
     merges = False
+    finetunes = False
 
     def prune_at(self, sparsity: float, settings: PolicySettings) -> PruneSpec | None:
         """Nothing is pruned."""
         return None
+
+
+def check_finetune(policy: Policy, settings: PolicySettings, pruned: bool) -> None:
+    """Refuse fine-tuning where a policy does not have it, or where it would fill what pruning has emptied.
+
+    Raises:
+        UsageError: says which.
+    """
+    if settings.finetune and not policy.finetunes:
+        raise UsageError(f"--finetune: policy {policy.name!r} does not train the model's weights; use --policy lte")
+    if settings.finetune and pruned:
+        raise UsageError("--finetune and --prune exclude each other: training would fill the zeros again")
 
 
 def check_score(name: str, scores: Sequence[str], settings: PolicySettings) -> None:

@@ -1,19 +1,25 @@
 """LTE, learn to be efficient (arXiv 2402.06126): experts with independent sigmoid routers, those above one threshold run.
 
 The router is trained with the efficiency and separability losses, the model frozen; its efficiency weight is found so that the
-threshold 0.5 gives the wanted sparsity. With a budget the threshold moves, the same in all layers (our own derivation).
+threshold 0.5 gives the wanted sparsity. With `--finetune` the routers and low-rank changes of the FFN weights are then trained
+together, through the whole model (`clada_export/experts/finetune.py`). With a budget the threshold moves, the same in all
+layers (our own derivation).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
+from clada_export.adapters import require_own_weights
+from clada_export.experts.finetune import RANK, FinetuneSettings, RoutedFFN, finetune
 from clada_export.experts.layer import ExpertLayer
 from clada_export.experts.lte import SETTINGS, lte_for_sparsity
 from clada_export.experts.train import TrainingReport
+from clada_export.ffn import EagerFFN
 from clada_export.method import Method
-from clada_export.policies.base import PolicyContext
-from clada_export.policies.routed import RoutedPolicy
+from clada_export.policies.base import PolicyContext, PolicySettings
+from clada_export.policies.routed import RoutedLayers, RoutedPolicy
 from graph_passes.router import Router
 
 
@@ -22,6 +28,13 @@ class LTEPolicy(RoutedPolicy):
     """Score `external` of experts, rule `threshold`."""
 
     name: str = "lte"
+    finetunes: bool = True
+
+    def check(self, ffns: Sequence[EagerFFN], settings: PolicySettings) -> None:
+        """Refuse experts that do not divide an FFN, and fine-tuning of weights that FFNs share."""
+        super().check(ffns, settings)
+        if settings.finetune:
+            require_own_weights(ffns)
 
     def train(self, layer: ExpertLayer, context: PolicyContext, seed: int) -> tuple[Router, TrainingReport]:
         """A router that opens the share of experts which the sparsity leaves."""
@@ -29,4 +42,40 @@ class LTEPolicy(RoutedPolicy):
 
     def methods(self, context: PolicyContext) -> tuple[Method, ...]:
         """One method."""
-        return (self.method("lte", "threshold", self.train_all(context), ("level",)),)
+        routed = self.train_all(context)
+        if context.settings.finetune:
+            return (self.method("finetuned", "threshold", _finetuned(routed, context), ("level",)),)
+        return (self.method("lte", "threshold", routed, ("level",)),)
+
+
+def _finetuned(routed: RoutedLayers, context: PolicyContext) -> RoutedLayers:
+    """The same layers after fine-tuning."""
+    settings = FinetuneSettings(rank=context.settings.rank or RANK, seed=context.seed)
+    layers = []
+    for ffn, layer in zip(context.ffns, routed.layers, strict=True):
+        tensors = routed.arrays[layer.name]
+        assert tensors.router is not None
+        layers.append(RoutedFFN(ffn, tensors.router, tensors.neurons, layer.granule))
+    found = finetune(
+        context.model,
+        layers,
+        context.windows,
+        context.prompt,
+        context.sparsity,
+        settings,
+        lambda done, total: context.progress("fine-tuning", done, total),
+    )
+    arrays = {
+        layer.name: replace(routed.arrays[layer.name], router=router, adapters=adapters)
+        for layer, router, adapters in zip(routed.layers, found.routers, found.adapters, strict=True)
+    }
+    told = {
+        "settings": asdict(settings),
+        "epochs": found.epochs,
+        "seconds": found.seconds,
+        "losses": [found.losses[0], found.losses[-1]],
+        "kl_before": found.kl_before,
+        "kl_after": found.kl_after,
+    }
+    changed = tuple(replace(layer, adapter_rank=settings.rank) for layer in routed.layers)
+    return RoutedLayers(changed, arrays, {**routed.training, "finetuning": told})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -33,7 +34,7 @@ class RoutedLayers:
     training: dict[str, object]
 
 
-class RoutedPolicy(Dynamic):
+class RoutedPolicy(Dynamic, ABC):
     """A policy whose scores come from a router that is trained on the calibration text, the model's weights frozen.
 
     A subclass says how one router is trained (`train`) and which rules are measured (`methods`).
@@ -51,9 +52,9 @@ class RoutedPolicy(Dynamic):
         check_score(self.name, self.scores, settings)
         check_granule(self.name, ffns, settings.granule or self.granule)
 
+    @abstractmethod
     def train(self, layer: ExpertLayer, context: PolicyContext, seed: int) -> tuple[Router, TrainingReport]:
         """The router of one layer."""
-        raise NotImplementedError
 
     def train_all(self, context: PolicyContext, **settings: object) -> RoutedLayers:
         """Cluster the neurons of every layer into experts and train its router.

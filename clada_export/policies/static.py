@@ -24,6 +24,7 @@ class StaticPolicy:
     trained: bool = False
     responds: bool = False
     merges: bool = False
+    finetunes: bool = False
     scores: tuple[str, ...] = ("gate",)
 
     def check(self, ffns: Sequence[EagerFFN], settings: PolicySettings) -> None:

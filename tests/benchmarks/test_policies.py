@@ -226,7 +226,7 @@ def test_a_line_is_skipped_only_as_a_whole() -> None:
 def test_rows_of_the_table() -> None:
     found = {one.name: one for one in contenders()}
     masks = {name for name, policy in POLICIES.items() if not policy.merges}
-    assert masks <= set(found) and "lory" not in found and {"wanda-neurons", "sparsegpt-2:4", "teal"} <= set(found)
+    assert masks <= set(found) and "lory" not in found and {"lte-finetuned", "wanda-neurons", "sparsegpt-2:4", "teal"} <= set(found)
     assert [one.name for one in contenders(["wanda", "teal"])] == ["wanda", "wanda-neurons", "wanda-2:4", "teal", "teal-greedy"]
     assert [one.name for one in contenders(["wanda-neurons"])] == ["wanda-neurons"]
     with pytest.raises(UsageError, match=r"'nothing'; known: .*clada"):
