@@ -16,7 +16,7 @@ from benchmarks.child import ChildFailedError
 from benchmarks.decode import say
 from benchmarks.policy_bytes import measured_bytes, packed_bytes
 from benchmarks.policy_engine import Task, Workshop, clock, common_prefix
-from benchmarks.policy_quality import Found, HeldOut, PlanDecoder
+from benchmarks.policy_quality import Found, HeldOut, PlanDecoder, merged_quality
 from benchmarks.policy_results import Contender, Settings
 from benchmarks.quality import cut
 from benchmarks.teal import Teal, line_chance
@@ -130,9 +130,7 @@ class Bench:
         plan.save(path)
 
         start = time.perf_counter()
-        decoder = PlanDecoder(self._ffns, plan, self._heldout.signals, self._settings.prompt)
-        found = self._heldout.measure(None if _is_dense(plan) else decoder)
-        del decoder
+        found = self._found(plan)
         seconds["quality"] = time.perf_counter() - start
 
         cell = {
@@ -157,6 +155,14 @@ class Bench:
         if speed:
             cell |= self._speed(plan, seconds)
         return cell | {"seconds": seconds}
+
+    def _found(self, plan: SparsityPlan) -> Found:
+        if plan.layers[0].merge is not None:
+            return merged_quality(self._heldout, self._ffns, plan)
+        if plan.prune is not None and all(set(layer.threshold) == {0.0} for layer in plan.layers):
+            # Static pruning: every neuron that the engine holds runs.
+            return self._heldout.measure(None)
+        return self._heldout.measure(PlanDecoder(self._ffns, plan, self._heldout.signals, self._settings.prompt))
 
     def _plan_path(self, contender: Contender, sparsity: float) -> Path:
         return self._plans / f"{contender.name.replace(':', '-')}-{sparsity:g}" / "plan.json"
@@ -239,11 +245,6 @@ def _quality(found: Found) -> dict[str, Any]:
         "layer_sparsity": found.layer_sparsity.tolist(),
         "quality": found.drift.summary(),
     }
-
-
-def _is_dense(plan: SparsityPlan) -> bool:
-    """Whether every neuron that the engine holds runs: static pruning."""
-    return plan.prune is not None and all(set(layer.threshold) == {0.0} for layer in plan.layers)
 
 
 def _spread(count: int, wanted: int) -> list[int]:

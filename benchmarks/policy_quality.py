@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.axis import Axis
-from clada_export.calibration.drift import Drift
+from clada_export.calibration.drift import Drift, compare, drift_of
 from clada_export.calibration.load_response import multiplier_of
+from clada_export.calibration.merged import measure_merged
 from clada_export.calibration.selector import LayerSelector, Selectors, decide
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
@@ -84,49 +86,49 @@ class HeldOut:
         """
         prompt, layers = self.prompt, len(self._ffns)
         active = np.zeros(layers)
-        parts: list[Tensor] = []
-        current = 0
 
-        def inner(index: int, x: Tensor, h: Tensor) -> Tensor:
+        def inner(window: int, index: int, x: Tensor, h: Tensor) -> Tensor:
             assert decode is not None
             rows = h.reshape(-1, h.shape[-1])
-            remaining, share = decode(current, index, x.reshape(-1, x.shape[-1]), rows)
+            remaining, share = decode(window, index, x.reshape(-1, x.shape[-1]), rows)
             active[index] += share
             return torch.cat((rows[:prompt], remaining)).reshape(h.shape)
 
+        def tap(window: int) -> FFNTap:
+            return FFNTap(self._ffns, inner=partial(inner, window) if decode is not None else None)
+
+        drift = self.through(tap, step)
+        skipped = np.zeros(layers) if decode is None else 1.0 - active / len(self._windows)
+        widths = [ffn.intermediate_size for ffn in self._ffns]
+        return Found(replace(drift, sparsity=float(np.average(skipped, weights=widths))), skipped)
+
+    def through(self, tap: Callable[[int], FFNTap], step: Callable[[], None] = lambda: None) -> Drift:
+        """As `DriftMeter.through`, with the dense logits of a whole text on disk and compared by rows."""
+        parts: list[Tensor] = []
+        prompt = self.prompt
         with torch.inference_mode():
             for current, window in enumerate(self._windows):
-                with FFNTap(self._ffns, inner=inner if decode is not None else None):
+                with tap(current):
                     sparse = self._logits(window)[prompt:]
                 for start in range(0, len(sparse) - 1, CHUNK):
                     stop = min(start + CHUNK, len(sparse) - 1)
                     dense = torch.from_numpy(np.array(self._dense[current, start:stop]))
                     targets = window[prompt + 1 + start : prompt + 1 + stop]
-                    parts.append(_compare(dense, sparse[start:stop], targets, current))
+                    parts.append(compare(dense, sparse[start:stop], targets, current))
                 step()
-        nll, dense_nll, kl, top1, place = torch.cat(parts, dim=1).double().numpy()
-        skipped = np.zeros(layers) if decode is None else 1.0 - active / len(self._windows)
-        widths = [ffn.intermediate_size for ffn in self._ffns]
-        return Found(Drift(nll, dense_nll, kl, top1, place, float(np.average(skipped, weights=widths))), skipped)
+        return drift_of(parts, 0.0)
 
     def _logits(self, window: Tensor) -> Tensor:
         logits: Tensor = self._model(input_ids=window[None], use_cache=False).logits[0]
         return logits.float()
 
 
-def _compare(dense: Tensor, sparse: Tensor, targets: Tensor, window: int) -> Tensor:
-    """[5, tokens]: nll, dense nll, KL(dense || sparse), the same best token, window."""
-    dense_log, sparse_log = dense.log_softmax(-1), sparse.log_softmax(-1)
-    place = targets.unsqueeze(-1)
-    return torch.stack(
-        (
-            -sparse_log.gather(-1, place).squeeze(-1),
-            -dense_log.gather(-1, place).squeeze(-1),
-            (dense_log.exp() * (dense_log - sparse_log)).sum(-1).clamp(min=0.0),
-            (dense.argmax(-1) == sparse.argmax(-1)).float(),
-            torch.full((len(targets),), float(window)),
-        )
-    )
+def merged_quality(heldout: HeldOut, ffns: Sequence[EagerFFN], plan: SparsityPlan) -> Found:
+    """Of a plan that merges experts: no mask, but another FFN after the prompt. The share that is not run is 1 - 1 / E."""
+    method = Method(plan.policy, plan.score, plan.rule, plan.layers, arrays=dict(plan.arrays))
+    drift = measure_merged(heldout, ffns, method).drift
+    skipped = np.array([1.0 - 1.0 / (layer.merge or 1) for layer in plan.layers])
+    return Found(replace(drift, sparsity=float(np.average(skipped, weights=[layer.width for layer in plan.layers]))), skipped)
 
 
 class PlanDecoder:

@@ -53,8 +53,9 @@ def contenders(names: Sequence[str] | None = None) -> list[Contender]:
     """
     found = []
     for name, policy in POLICIES.items():
-        # The comparison simulates masks, and merged experts are none.
         if policy.merges:
+            # Two experts merged into one; more lie further apart than the table's sparsities.
+            found.append(Contender(name, name, "dynamic", policy.trained, only=0.5))
             continue
         if policy.prune_at(0.5, PolicySettings()) is None:
             found.append(Contender(name, name, "dynamic", policy.trained))

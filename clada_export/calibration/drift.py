@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -82,6 +83,16 @@ class Drift:
             "top1": float(self.top1.mean()),
             "sparsity": self.sparsity,
         }
+
+
+class Meter(Protocol):
+    """Runs windows with the FFNs changed after the prompt, and compares with the dense model."""
+
+    prompt: int
+
+    def through(self, tap: Callable[[int], FFNTap], step: Callable[[], None] = lambda: None) -> Drift:
+        """See `DriftMeter.through`."""
+        ...
 
 
 class DriftMeter:
@@ -166,10 +177,9 @@ class DriftMeter:
                 dense = self._dense[current]
                 with tap(current):
                     sparse = self._logits(window)[self.prompt :]
-                parts.append(_compare(dense[:-1], sparse[:-1], window[self.prompt + 1 :], current))
+                parts.append(compare(dense[:-1], sparse[:-1], window[self.prompt + 1 :], current))
                 step()
-        nll, dense_nll, kl, top1, place = torch.cat(parts, dim=1).double().numpy()
-        return Drift(nll, dense_nll, kl, top1, place, 0.0)
+        return drift_of(parts, 0.0)
 
 
 def hold(values: Tensor, size: int) -> Tensor:
@@ -187,7 +197,19 @@ def hold(values: Tensor, size: int) -> Tensor:
     return torch.from_numpy(mapped)
 
 
-def _compare(dense: Tensor, sparse: Tensor, targets: Tensor, window: int) -> Tensor:
+def drift_of(parts: Sequence[Tensor], sparsity: float) -> Drift:
+    """The drift of rows that `compare` gave."""
+    nll, dense_nll, kl, top1, place = torch.cat(tuple(parts), dim=1).double().numpy()
+    return Drift(nll, dense_nll, kl, top1, place, sparsity)
+
+
+def compare(dense: Tensor, sparse: Tensor, targets: Tensor, window: int) -> Tensor:
+    """What `Drift` holds of some tokens, float32 [5, rows]: nll, dense nll, KL(dense || sparse), top-1 agreement, window.
+
+    Args:
+        dense, sparse: logits, float32 [rows, vocabulary].
+        targets: the tokens that followed, int64 [rows].
+    """
     dense_log, sparse_log = dense.log_softmax(-1), sparse.log_softmax(-1)
     place = targets.unsqueeze(-1)
     return torch.stack(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clada_export.calibration.drift import Drift, DriftMeter
+from clada_export.calibration.drift import Drift, Meter
 from clada_export.calibration.scorer import layer_attributes, layer_tensors
 from clada_export.ffn import EagerFFN
 from clada_export.merge import MergingFFN
@@ -27,7 +27,7 @@ class MergedDrift:
 
 
 def measure_merged(
-    meter: DriftMeter, ffns: Sequence[EagerFFN], method: Method, step: Callable[[], None] = lambda: None
+    meter: Meter, ffns: Sequence[EagerFFN], method: Method, step: Callable[[], None] = lambda: None
 ) -> MergedDrift:
     """Run held-out windows as an engine does: the prompt dense, and as the segment that every FFN is merged for.
 

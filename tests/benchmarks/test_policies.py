@@ -225,8 +225,11 @@ def test_a_line_is_skipped_only_as_a_whole() -> None:
 
 def test_rows_of_the_table() -> None:
     found = {one.name: one for one in contenders()}
-    masks = {name for name, policy in POLICIES.items() if not policy.merges}
-    assert masks <= set(found) and "lory" not in found and {"lte-finetuned", "wanda-neurons", "sparsegpt-2:4", "teal"} <= set(found)
+    assert (
+        set(POLICIES) <= set(found)
+        and found["lory"].only == 0.5
+        and {"lte-finetuned", "wanda-neurons", "sparsegpt-2:4", "teal"} <= set(found)
+    )
     assert [one.name for one in contenders(["wanda", "teal"])] == ["wanda", "wanda-neurons", "wanda-2:4", "teal", "teal-greedy"]
     assert [one.name for one in contenders(["wanda-neurons"])] == ["wanda-neurons"]
     with pytest.raises(UsageError, match=r"'nothing'; known: .*clada"):
@@ -303,7 +306,8 @@ def test_speed_is_added_to_a_kept_plan(tmp_path: Path, monkeypatch: pytest.Monke
     arguments = [
         *(str(tmp_path / "tiny"), "--out", str(tmp_path / "out.json"), "--text", str(tmp_path / "text.txt")),
         *("--work", str(tmp_path), "--windows", "2", "--window-tokens", "64", "--context", "64", "--new-tokens", "6"),
-        *("--prompts", "2", "--threads", "1", "--sparsities", "0.5", "--extra", "", "--policies", "moefication,wanda-neurons"),
+        *("--prompts", "2", "--threads", "1", "--sparsities", "0.5", "--extra", "", "--policies"),
+        "moefication,lte-finetuned,lory,wanda-neurons",
     ]
     assert policies.main([*arguments, "--no-speed"]) == 0
     before = json.loads((tmp_path / "out.json").read_text())["cells"]
@@ -318,8 +322,15 @@ def test_speed_is_added_to_a_kept_plan(tmp_path: Path, monkeypatch: pytest.Monke
         assert "speed" not in old and {**new, "seconds": None} == {**new, **old, "seconds": None}
         assert set(new["seconds"]) == {"calibration", "quality", "build", "speed"}
     # The routers came along with the plan, and the pruned weights are pruned again.
+    cells = {cell["contender"]: cell for cell in after}
     assert after[0]["speed"]["sparse"]["sparsity"] == pytest.approx(after[0]["measured_sparsity"], abs=0.05)
-    assert after[1]["greedy"]["prefix"] == after[1]["greedy"]["prefix_of_dense_side"]
+    pruned = cells["wanda-neurons"]["greedy"]
+    assert pruned["prefix"] == pruned["prefix_of_dense_side"]
+    # Two experts merged into one: no mask, half of the weights, and the dense side is the model.
+    assert cells["lory"]["measured_sparsity"] == 0.5 == cells["lory"]["bytes"] and cells["lory"]["quality"]["kl"] > 1e-3
+    assert cells["lory"]["speed"]["sparse"]["sparsity"] == pytest.approx(0.5)
+    assert cells["lory"]["greedy"]["prefix_of_dense_side"] == [6, 6]
+    assert cells["lte-finetuned"]["quality"]["kl"] > 1e-6
 
 
 def test_a_second_run_measures_nothing(
