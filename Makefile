@@ -47,7 +47,7 @@ $(MODULES): FORCE | $(TOOLS)
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 $(SETUP): $(TOOLS) $(MODULES) pyproject.toml $(NATIVE)
-	$(PIP) install --quiet -c $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) -e '.[ort,rtx,dev,eval]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) -e '.[ort,rtx,dev,eval,sweep]'
 	$(PIP) install --quiet -c $(CONSTRAINTS) --no-deps $(SAMPLE_MODELS)
 	@touch $@
 
