@@ -33,6 +33,24 @@ def ort_library_path() -> Path:
     return _find(LIBRARY_NAME, ENVIRONMENT_VARIABLE, _NATIVE_PART)
 
 
+def require_ort(what: str) -> Path:
+    """The custom-op library, checked, where ONNX Runtime is installed too.
+
+    Args:
+        what: needs it, for the message.
+
+    Raises:
+        BackendError: ONNX Runtime or the library is missing, or the library is not of this package.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise BackendError(f"{what} needs ONNX Runtime: pip install 'clada-export[ort]'") from error
+    library = ort_library_path()
+    check_library(library)
+    return library
+
+
 def ort_cuda_library_path() -> Path:
     """The custom-op library for ONNX Runtime's CUDA and CPU providers: `CLADA_ORT_CUDA_LIBRARY`, else the installed one.
 

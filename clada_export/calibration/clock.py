@@ -26,7 +26,7 @@ from clada_export.calibration.cost import dense_bytes, read_bytes
 from clada_export.calibration.scorer import layer_tensors
 from clada_export.errors import BackendError
 from clada_export.ffn import EagerFFN
-from clada_export.native import check_library, ort_library_path
+from clada_export.native import require_ort
 from clada_export.plan import LayerPlan, SparsityPlan
 from clada_export.plan_tensors import LayerTensors
 from clada_export.reference import prompt_shares
@@ -108,7 +108,7 @@ def read_clock(
     Raises:
         BackendError: ONNX Runtime or the library is missing, or fails.
     """
-    library = _library()
+    library = require_ort("timing a layer")
     threads = threads or len(os.sched_getaffinity(0))
     item = int(getattr(torch, dtype).itemsize)
     by_name = {ffn.name: ffn for ffn in ffns}
@@ -142,16 +142,6 @@ def read_clock(
         read += read_bytes(layer, plan.score, share, item, 0 if router is None else router.parameters)
         total += dense_bytes(layer, item)
     return ClockReading(tuple(layer.name for _, layer in chosen), timed, threads, dense_ms, sparse_ms, idle_ms, read / total)
-
-
-def _library() -> Path:
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise BackendError("timing a layer needs ONNX Runtime: pip install 'clada-export[ort]'") from error
-    library = ort_library_path()
-    check_library(library)
-    return library
 
 
 def _spread(layers: Sequence[LayerPlan], count: int) -> list[LayerPlan]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from clada_export.adapters import apply_adapters
@@ -12,6 +11,7 @@ from clada_export.ffn import EagerFFN
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import LayerTensors
 from clada_export.pruning import PruneReport, PruneSpec, prune
+from clada_export.pruning.projections import Snapshot
 
 
 class FFNWeights:
@@ -26,7 +26,7 @@ class FFNWeights:
         self, model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, rounded: Callable[[], None] = lambda: None
     ) -> None:
         self._model, self._ffns, self._windows, self._rounded = model, tuple(ffns), windows, rounded
-        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        self._originals: Snapshot | None = None
         self._adapted = False
         self.report: PruneReport | None = None
 
@@ -76,14 +76,9 @@ class FFNWeights:
         return self._adapted
 
     def _keep(self) -> None:
-        if not self._originals:
-            modules = {id(module): module for ffn in self._ffns for module in (*ffn.inputs, ffn.down)}
-            parameters = {id(item): item for module in modules.values() for item in module.parameters(recurse=False)}
-            self._originals = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+        self._originals = self._originals or Snapshot(self._ffns)
 
     def _restore(self) -> None:
-        if self.report is not None or self._adapted:
-            with torch.no_grad():
-                for parameter, original in self._originals:
-                    parameter.copy_(original)
+        if self._originals is not None and (self.report is not None or self._adapted):
+            self._originals.restore()
         self.report, self._adapted = None, False

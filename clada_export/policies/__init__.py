@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from clada_export.errors import UsageError
 from clada_export.policies.base import Policy, PolicyContext, PolicySettings
-from clada_export.policies.cats import CatsPolicy
+from clada_export.policies.cats import CATS
 from clada_export.policies.clada import CladaPolicy
 from clada_export.policies.d2dmoe import D2DMoEPolicy
 from clada_export.policies.dejavu import DejaVuPolicy
 from clada_export.policies.ds_moe import DSMoEPolicy
-from clada_export.policies.griffin import GriffinPolicy
+from clada_export.policies.griffin import GRIFFIN
 from clada_export.policies.llama_moe import LlamaMoEPolicy
 from clada_export.policies.lory import LoryPolicy
 from clada_export.policies.lte import LTEPolicy
 from clada_export.policies.moefication import MoEficationPolicy
 from clada_export.policies.static import StaticPolicy
-from clada_export.policies.tda import TDAPolicy
-from clada_export.policies.tt import ThresholdTruncationPolicy
+from clada_export.policies.tda import TDA
+from clada_export.policies.tt import TT
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         CladaPolicy(),
-        GriffinPolicy(),
-        TDAPolicy(),
-        ThresholdTruncationPolicy(),
-        CatsPolicy(),
+        GRIFFIN,
+        TDA,
+        TT,
+        CATS,
         DejaVuPolicy(),
         MoEficationPolicy(),
         LTEPolicy(),

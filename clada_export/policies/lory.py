@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,9 +18,10 @@ from clada_export.errors import UsageError
 from clada_export.experts.lory import SETTINGS, collect_segments, merge_order, train_lory
 from clada_export.ffn import EagerFFN
 from clada_export.method import Method, draft_layers
-from clada_export.plan import LayerPlan, RouterForm
+from clada_export.plan import LayerPlan
 from clada_export.plan_tensors import LayerTensors
 from clada_export.policies.base import Dynamic, PolicyContext, PolicySettings, check_score
+from clada_export.policies.routed import told, with_router
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,8 @@ class LoryPolicy(Dynamic):
                 settings=replace(SETTINGS, seed=context.seed + index),
             )
             arrays[ffn.name] = LayerTensors(router, neurons)
-            reports[ffn.name] = {**asdict(report), "losses": [report.losses[0], report.losses[-1]]}
-            layers.append(
-                replace(
-                    draft,
-                    router=RouterForm.of(router),
-                    reordered=True,
-                    kept_neurons=None if kept is None else len(kept),
-                    merge=experts,
-                )
-            )
+            reports[ffn.name] = told(report)
+            layers.append(replace(with_router(draft, router, neurons, kept), merge=experts))
             context.progress(f"{self.name} routers", index + 1, len(drafts))
         training = {"rows": segments.rows, "seconds": time.perf_counter() - start, "layers": reports}
         details = {"training": training}

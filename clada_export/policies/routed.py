@@ -82,15 +82,8 @@ class RoutedPolicy(Dynamic, ABC):
             layer, neurons = self._experts(samples.layer(index), kept, granule, context.seed)
             router, report = self.train(layer, context, context.seed + index)
             arrays[draft.name] = LayerTensors(router, neurons)
-            reports[draft.name] = {**asdict(report), "losses": [report.losses[0], report.losses[-1]] if report.losses else []}
-            layers.append(
-                replace(
-                    draft,
-                    router=RouterForm.of(router),
-                    reordered=neurons is not None,
-                    kept_neurons=None if kept is None else len(kept),
-                )
-            )
+            reports[draft.name] = told(report)
+            layers.append(with_router(draft, router, neurons, kept))
             context.progress(f"{self.name} routers", index + 1, len(drafts))
         rows = int(samples.inputs[0].shape[0])
         training = {"rows": rows, "seconds": time.perf_counter() - start, "layers": reports}
@@ -113,6 +106,26 @@ class RoutedPolicy(Dynamic, ABC):
         if order is None or kept is None:
             return layer, order if kept is None else kept
         return layer, kept[order]
+
+
+def with_router(draft: LayerPlan, router: Router, neurons: np.ndarray | None, kept: np.ndarray | None) -> LayerPlan:
+    """The layer's plan with a router.
+
+    Args:
+        neurons: their order in the engine, or None for the model's own.
+        kept: those that pruning left, or None for all.
+    """
+    return replace(
+        draft,
+        router=RouterForm.of(router),
+        reordered=neurons is not None,
+        kept_neurons=None if kept is None else len(kept),
+    )
+
+
+def told(report: TrainingReport) -> dict[str, object]:
+    """A training as a plan tells it: of the losses the first and the last."""
+    return {**asdict(report), "losses": [report.losses[0], report.losses[-1]] if report.losses else []}
 
 
 def experts_kept(layer: ExpertLayer, sparsity: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,20 @@ def parameters(ffn: EagerFFN) -> Iterator[nn.Parameter]:
         bias = getattr(module, "bias", None)
         if isinstance(bias, nn.Parameter):
             yield bias
+
+
+class Snapshot:
+    """The parameters of some FFNs as they are now, to go back to."""
+
+    def __init__(self, ffns: Sequence[EagerFFN]) -> None:
+        owned = {id(item): item for ffn in ffns for item in parameters(ffn)}
+        self._values = [(item, item.detach().clone()) for item in owned.values()]
+
+    def restore(self) -> None:
+        """Put them back, in place."""
+        with torch.no_grad():
+            for item, value in self._values:
+                item.copy_(value)
 
 
 def hidden(ffn: EagerFFN, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.ffn import EagerFFN
 from clada_export.pruning import sparsegpt, wanda
-from clada_export.pruning.projections import Projection, hidden, parameters, projections
+from clada_export.pruning.projections import Projection, Snapshot, hidden, projections
 from clada_export.pruning.spec import NEURONS, PruneSpec
 from clada_export.pruning.statistics import product_error, relative_error, require_finite
 from clada_export.tap import FFNTap
@@ -137,12 +137,11 @@ def _check_widths(ffns: Sequence[EagerFFN], spec: PruneSpec) -> None:
 
 @contextmanager
 def _restored_on_error(ffns: Sequence[EagerFFN]) -> Iterator[None]:
-    before = {id(parameter): (parameter, parameter.detach().clone()) for ffn in ffns for parameter in parameters(ffn)}
+    before = Snapshot(ffns)
     try:
         yield
     except BaseException:
-        for parameter, value in before.values():
-            parameter.copy_(value)
+        before.restore()
         raise
 
 

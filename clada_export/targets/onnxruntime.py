@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from clada_export.errors import BackendError, UsageError
+from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFNs
 from clada_export.manifest import Manifest
-from clada_export.native import LIBRARY_NAME, check_library, ort_library_path
+from clada_export.native import LIBRARY_NAME, require_ort
 from clada_export.rounding import round_ffn_weights
 from clada_export.runtime import load_engine
 from clada_export.targets.common import MODEL_NAME, BuildRequest, BuiltModel, Subject, cache_tensors, rewrite, save, tensor_spec
@@ -33,7 +33,7 @@ def require_backend(settings: TensorRTOptions | None = None, verify: bool = True
     """
     if settings is not None:
         raise UsageError("options of TensorRT (profiles, compute capabilities, plugin, ...) need --target trt")
-    _library()
+    require_ort("--target ort")
 
 
 def round_weights(model: nn.Module, ffns: EagerFFNs, dtype: str) -> str:
@@ -54,7 +54,7 @@ def build(request: BuildRequest) -> BuiltModel:
         UsageError: a layer of the plan has other sizes than the graph.
         BackendError: as `require_backend`.
     """
-    library = _library()
+    library = require_ort("--target ort")
     model = request.traced.graph
     report = rewrite(request)
     RemoveHeadReshapes()(model)
@@ -91,13 +91,3 @@ def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
 def verify_deployed(subject: Subject) -> Verification:
     """The same checks again."""
     return verify(subject)
-
-
-def _library() -> Path:
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise BackendError("--target ort needs ONNX Runtime: pip install 'clada-export[ort]'") from error
-    library = ort_library_path()
-    check_library(library)
-    return library
