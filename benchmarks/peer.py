@@ -7,23 +7,17 @@ same hand-over of the cache, same Python around it. Only the graph differs.
 from __future__ import annotations
 
 import argparse
-import platform
 import shutil
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 import onnx_ir as ir
 
-from clada_export import __version__
-from clada_export.manifest import Manifest, file_record, write_manifest
+from benchmarks.engine_folder import write_engine_manifest
 from clada_export.plan import LoadSignal, SparsityPlan
 from clada_export.source import load_source
-from clada_export.targets.common import cache_tensors, tensor_spec
+from clada_export.targets.common import MODEL_NAME
 from clada_export.trace import trace
-from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
-
-MODEL_NAME = "model.onnx"
 
 
 def write_peer(model: str, folder: Path) -> None:
@@ -38,28 +32,12 @@ def write_peer(model: str, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     ir.save(graph, part / MODEL_NAME, external_data=MODEL_NAME + ".data")
-    source.model.config.save_pretrained(part)
     if source.model.generation_config is not None:
         source.model.generation_config.save_pretrained(part)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(part)
     plan = SparsityPlan("dense peer", "gate", "threshold", (), LoadSignal(), {"weights_digest": source.weights_digest})
-    manifest = Manifest(
-        tool_version=__version__,
-        source={**source.record(), "files": {}},
-        target="ort",
-        op={"domain": DOMAIN, "name": OP_TYPE, "version": OP_VERSION},
-        plan=plan.to_dict(),
-        load_signal=plan.load,
-        inputs=tuple(tensor_spec(value) for value in graph.graph.inputs),
-        outputs=tuple(tensor_spec(value) for value in graph.graph.outputs),
-        dtype="float32",
-        cache=cache_tensors(graph),
-        versions={"python": platform.python_version(), "transformers": metadata.version("transformers")},
-        model=MODEL_NAME,
-        tokenizer=source.tokenizer is not None,
-    )
-    write_manifest(part, manifest.with_files({path.name: file_record(path) for path in sorted(part.iterdir())}))
+    write_engine_manifest(part, source, graph, plan)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 

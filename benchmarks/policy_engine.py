@@ -22,10 +22,9 @@ import onnx_ir as ir
 import torch
 
 from benchmarks.child import run_child
-from clada_export import __version__
+from benchmarks.engine_folder import write_engine_manifest
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
-from clada_export.manifest import Manifest, file_record, write_manifest
 from clada_export.native import LIBRARY_NAME, ort_library_path
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import save_plan_tensors
@@ -33,10 +32,9 @@ from clada_export.runtime import load_engine
 from clada_export.runtime.engine import Load
 from clada_export.source import SourceModel
 from clada_export.targets import onnxruntime as target_ort
-from clada_export.targets.common import MODEL_NAME, BuildRequest, cache_tensors, rewrite, save, tensor_spec
+from clada_export.targets.common import BuildRequest, rewrite, save
 from clada_export.trace import TracedModel, trace
 from graph_passes import RewriteReport
-from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 from graph_passes.reshapes import RemoveHeadReshapes
 
 
@@ -78,25 +76,8 @@ class Workshop:
         RemoveHeadReshapes()(graph)
         save(graph, folder)
         shutil.copyfile(ort_library_path(), folder / LIBRARY_NAME)
-        self._source.model.config.save_pretrained(folder)
         save_plan_tensors(folder, plan)
-        manifest = Manifest(
-            tool_version=__version__,
-            source=self._source.record(),
-            target="ort",
-            op={"domain": DOMAIN, "name": OP_TYPE, "version": OP_VERSION},
-            plan=plan.to_dict(),
-            load_signal=plan.load,
-            inputs=tuple(tensor_spec(value) for value in graph.graph.inputs),
-            outputs=tuple(tensor_spec(value) for value in graph.graph.outputs),
-            dtype="float32",
-            cache=cache_tensors(graph),
-            versions={},
-            library=LIBRARY_NAME,
-            model=MODEL_NAME,
-        )
-        files = {path.name: file_record(path) for path in sorted(folder.iterdir())}
-        write_manifest(folder, manifest.with_files(files))
+        write_engine_manifest(folder, self._source, graph, plan, library=LIBRARY_NAME)
 
     def _take_weights(self, graph: ir.Model, plan: SparsityPlan, report: RewriteReport) -> None:
         """Put the eager model's weights into the op nodes: the trace may hold copies from before they were changed."""
