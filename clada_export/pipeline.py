@@ -18,9 +18,9 @@ from clada_export.artifact import ArtifactWriter
 from clada_export.calibration import Budget, CalibrationData, load_calibration_data
 from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import EagerFFNs, require_ffns
+from clada_export.ffn import EagerFFNs, plain_ffns, require_ffns
 from clada_export.manifest import Manifest, read_manifest
-from clada_export.moe_import import IMPORTED, check_import, ignored_options, plain_ffns, require_whole
+from clada_export.moe_import import IMPORTED, check_import, ignored_options, require_whole
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import save_plan_tensors
 from clada_export.planning import make_plan, read_data, round_weights, sequence_limit, weights_again

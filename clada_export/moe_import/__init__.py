@@ -5,7 +5,7 @@ from __future__ import annotations
 from clada_export.moe_import.ds_moe import import_blocks
 from clada_export.moe_import.llama_moe import is_llama_moe, load_llama_moe
 from clada_export.moe_import.plan import IMPORTED, check_import, ignored_options, import_plan, is_imported, require_whole
-from clada_export.moe_import.routed_mlp import RoutedMLP, plain_ffns, routed_mlps
+from clada_export.moe_import.routed_mlp import RoutedMLP, routed_mlps
 
 __all__ = [
     "IMPORTED",
@@ -17,7 +17,6 @@ __all__ = [
     "is_imported",
     "is_llama_moe",
     "load_llama_moe",
-    "plain_ffns",
     "require_whole",
     "routed_mlps",
 ]

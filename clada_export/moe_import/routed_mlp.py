@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from clada_export.ffn import ScoredFFN
 from clada_export.router import RouterModule
 from graph_passes.op import ContractError
 from graph_passes.router import Router
@@ -22,7 +22,7 @@ class Origin:
     layout: str
 
 
-class RoutedMLP(nn.Module):
+class RoutedMLP(ScoredFFN):
     """y = sum over experts e of score_e(x) * down_e(act(gate_e x) * up_e x), the scores of all but k experts being 0.
 
     The experts' neurons are concatenated in order, so that expert e is granule e of the op, and a model that holds this module
@@ -62,7 +62,6 @@ class RoutedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
         self.act_fn = act_fn
         self.origin = origin
-        self.plain = False
         self._scores = RouterModule(router)
         for index, (weight, bias) in enumerate(zip(router.weights, router.biases, strict=True)):
             self.register_buffer(f"router_weight_{index}", torch.from_numpy(weight))
@@ -96,20 +95,6 @@ class RoutedMLP(nn.Module):
 def routed_mlps(model: nn.Module) -> dict[str, RoutedMLP]:
     """The imported mixtures of a model, by the path of their down projection (the FFN's name)."""
     return {f"{path}.down_proj": module for path, module in model.named_modules() if isinstance(module, RoutedMLP)}
-
-
-@contextmanager
-def plain_ffns(model: nn.Module) -> Iterator[None]:
-    """Let every `RoutedMLP` of a model be a plain FFN, as a graph pass that looks for FFNs wants to see it."""
-    mixtures = list(routed_mlps(model).values())
-    before = [module.plain for module in mixtures]
-    for module in mixtures:
-        module.plain = True
-    try:
-        yield
-    finally:
-        for module, plain in zip(mixtures, before, strict=True):
-            module.plain = plain
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.ffn import EagerFFN
+from clada_export.ffn.layer import unpack
 from clada_export.reference import activate
 
 
@@ -60,17 +61,17 @@ def hidden(ffn: EagerFFN, x: Tensor) -> Tensor:
     values: list[Tensor] = [module(x) for module in ffn.inputs]
     if not ffn.gated:
         return activate(ffn.activation, values[0])
-    gate, up = values if len(values) == 2 else values[0].chunk(2, dim=-1)
+    gate, up = values if ffn.packing is None else unpack(values[0], ffn.packing, -1)
     return activate(ffn.activation, gate) * up
 
 
 def _inputs(ffn: EagerFFN) -> tuple[Projection, ...]:
     names = ("gate", "up") if ffn.gated else ("up",)
     whole = [_whole(name, module) for name, module in zip(names, ffn.inputs, strict=False)]
-    if len(whole) == len(names):
+    if ffn.packing is None:
         return tuple(whole)
-    weights = whole[0].weight.chunk(2, dim=0)
-    biases: tuple[Tensor | None, ...] = (None, None) if whole[0].bias is None else whole[0].bias.chunk(2)
+    weights = unpack(whole[0].weight, ffn.packing, 0)
+    biases: tuple[Tensor | None, ...] = (None, None) if whole[0].bias is None else unpack(whole[0].bias, ffn.packing, 0)
     return tuple(Projection(name, weight, bias) for name, weight, bias in zip(names, weights, biases, strict=True))
 
 

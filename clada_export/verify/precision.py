@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import nn
 
 from clada_export.errors import VerificationError
-from clada_export.ffn import require_ffns
+from clada_export.ffn import EagerFFN, on_copy
 from clada_export.plan import SparsityPlan
 from clada_export.rounding import in_dtype
 from clada_export.verify.eager import ReferenceModel, dense_logits
@@ -57,13 +57,14 @@ class RoundedModel:
 
     Args:
         model: float32, its weights rounded to the type already.
+        ffns: of `model`.
         dtype: `float16` or `bfloat16`.
     """
 
-    def __init__(self, model: nn.Module, plan: SparsityPlan, dtype: str) -> None:
+    def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], plan: SparsityPlan, dtype: str) -> None:
         self._dtype = dtype
         self._model = in_dtype(model, dtype)
-        self._reference = ReferenceModel(self._model, require_ffns(self._model).found, plan)
+        self._reference = ReferenceModel(self._model, on_copy(ffns, model, self._model), plan)
         self._neurons = sum(layer.width for layer in plan.layers)
 
     def measure(

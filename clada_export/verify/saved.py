@@ -82,7 +82,7 @@ def save_cases(
     sparse = reference.run(row, np.concatenate([np.full(prompt, np.inf, np.float32), loads]))
     rounding = EXACT
     if manifest.dtype != "float32":
-        rounding = RoundedModel(model, plan, manifest.dtype).measure(reference, [row], loads, [dense])
+        rounding = RoundedModel(model, ffns, plan, manifest.dtype).measure(reference, [row], loads, [dense])
     past = _eager_cache(model, row[:prompt], manifest.cache, reference)
     empty = {tensor.past: torch.zeros(_empty(tensor), dtype=getattr(torch, tensor.dtype)) for tensor in manifest.cache}
     feeds = [

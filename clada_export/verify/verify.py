@@ -59,7 +59,7 @@ def verify(
     vocabulary = engine.vocab_size or int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     plan = engine.manifest.sparsity_plan(engine.folder)
     reference = ReferenceModel(model, ffns, plan)
-    rounded = None if options.computes_in == "float32" else RoundedModel(model, plan, options.computes_in)
+    rounded = None if options.computes_in == "float32" else RoundedModel(model, ffns, plan, options.computes_in)
     rounding = EXACT
     result = Verification()
     rng = np.random.default_rng(options.seed)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.scorer import layer_attributes, layer_tensors
 from clada_export.errors import UnsupportedModelError
-from clada_export.ffn import find_eager_ffns, recognise_activation, require_ffns
+from clada_export.ffn import find_eager_ffns, require_ffns
 from clada_export.reference import sparse_ffn
 from clada_export.tap import FFNTap
 from tests.tiny_models import KINDS, ffn_names, tiny_model
@@ -65,36 +65,3 @@ def test_experts_stay_dense_and_are_named() -> None:
     assert all("experts" in item.reason for item in ffns.skipped)
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp: mixture of experts"):
         require_ffns(tiny_model("mixtral", 0))
-
-
-@pytest.mark.parametrize(
-    ("function", "name"),
-    [
-        (nn.SiLU(), "silu"),
-        (nn.GELU(), "gelu"),
-        (nn.GELU(approximate="tanh"), "gelu_tanh"),
-        (nn.ReLU(), "relu"),
-        (lambda x: torch.relu(x) ** 2, "relu2"),
-        (nn.Identity(), "identity"),
-        (lambda x: x * torch.sigmoid(1.702 * x), None),
-        (nn.Tanh(), None),
-        (None, None),
-        (lambda: 1, None),
-    ],
-)
-def test_activations_are_known_by_their_values(function: object, name: str | None) -> None:
-    assert recognise_activation(function) == name
-
-
-class _OddFFN(nn.Module):
-    def __init__(self, rows: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(8, 16), nn.Linear(8, rows)
-        self.down_proj, self.act_fn = nn.Linear(16, 8), activation
-
-
-def test_reasons_for_leaving_an_ffn_dense() -> None:
-    model = nn.ModuleDict({"sizes": _OddFFN(12, nn.SiLU()), "activation": _OddFFN(16, nn.Tanh())})
-    reasons = {item.name: item.reason for item in find_eager_ffns(model).skipped}
-    assert "28 rows in, 16 columns out" in reasons["sizes.down_proj"]
-    assert "activation" in reasons["activation.down_proj"]

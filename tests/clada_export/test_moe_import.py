@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, LlamaConfi
 from clada_export.cli import main, main_export
 from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import find_eager_ffns
-from clada_export.moe_import import RoutedMLP, import_blocks, plain_ffns, routed_mlps
+from clada_export.ffn import find_eager_ffns, plain_ffns
+from clada_export.moe_import import RoutedMLP, import_blocks, routed_mlps
 from clada_export.moe_import.routed_mlp import Origin
 from clada_export.pipeline import ExportResult, export, verify_folder
 from clada_export.plan import SparsityPlan
@@ -49,6 +49,7 @@ from tests.moe_checkpoints import (
     write_tokenizer,
 )
 from tests.tiny_models import tiny_model
+from tests.token_models import TokenModel
 
 TOKENS = torch.tensor([[3, 17, 101, 5, 200, 44, 90, 12]])
 OPTIONS = ExportOptions(calibration_context=48, load_response=False)
@@ -318,22 +319,25 @@ def test_plain_is_undone_after_an_error() -> None:
 
 
 def test_a_tap_sees_and_replaces_a_mixture() -> None:
-    model = nn.Sequential(mixture())
+    block = mixture()
     x = torch.randn(4, 8)
-    y = model(x)
+    y = block(x)
     seen: list[Tensor] = []
-    ffns = find_eager_ffns(model).found
+    ffns = find_eager_ffns(TokenModel(block, width=8)).found
+    assert [ffn.name for ffn in ffns] == ["blocks.0.down_proj"]
     with FFNTap(ffns, inner=lambda index, x, h: seen.append(h)):
-        model(x)
-    torch.testing.assert_close(model[0].down_proj(seen[0]), y)
+        block(x)
+    torch.testing.assert_close(block.down_proj(seen[0]), y)
     with FFNTap(ffns, replace=lambda index, x: x * 2):
-        torch.testing.assert_close(model(x), x * 2)
+        torch.testing.assert_close(block(x), x * 2)
 
 
 def test_rounding_leaves_the_router() -> None:
     model = nn.Sequential(mixture())
     before = model[0].router_weight_0.clone()
-    round_ffn_weights(find_eager_ffns(model).found, "bfloat16")
+    ffns = find_eager_ffns(TokenModel(model[0], width=8)).found
+    assert len(ffns) == 1
+    round_ffn_weights(ffns, "bfloat16")
     assert (model[0].router_weight_0 == before).all()
     copy = in_dtype(model, "bfloat16")
     x = torch.randn(4, 8)
@@ -552,7 +556,7 @@ def test_bad_weights(change: Callable[[dict[str, Tensor]], None], said: str, tmp
 def test_an_activation_that_the_op_does_not_have(tmp_path: Path) -> None:
     path = write_granite_moe(tmp_path / "tiny", hidden_act="mish")
     assert isinstance(load_source(str(path)).model, GraniteMoeForCausalLM)
-    with pytest.raises(UnsupportedModelError, match="its activation is not one of"):
+    with pytest.raises(UnsupportedModelError, match=r"neither act\(up\) nor act\(gate\) \* up .*with act one of silu"):
         export(path, tmp_path / "out", replace(OPTIONS, policy="ds-moe"))
 
 
