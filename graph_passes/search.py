@@ -40,7 +40,7 @@ class FFNSearch:
 
 
 def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
-    """Find every FFN in the main graph. Nothing is changed and no weight is loaded.
+    """Find every FFN in the main graph; those in bodies of control flow are misses. Nothing is changed and no weight is loaded.
 
     Args:
         expected: module paths of down projections that the source model has; each is matched or reported as a miss.
@@ -51,13 +51,15 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
     search = FFNSearch()
     refusals: dict[str, list[Refusal]] = {}
     rows = row_symbols(model)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         found = candidate(node, rows)
         if found is None:
             continue
         results = [rule(found) for rule in RULES]
         matches = [result for result in results if isinstance(result, FFNMatch)]
-        if matches:
+        if matches and node.graph is not model.graph:
+            refusals.setdefault(found.name, []).append(_in_a_body(model, node))
+        elif matches:
             search.matches.append(matches[0])
         else:
             refusals.setdefault(found.name, []).extend(result for result in results if isinstance(result, Refusal))
@@ -85,6 +87,19 @@ def rewritten_ffns(model: ir.Model) -> set[str]:
     """Names of the FFNs that are `com.clada::SparseFFN` nodes already."""
     nodes = (node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE)
     return {node.metadata_props.get(FFN_NAME, str(node.name)) for node in nodes}
+
+
+def _in_a_body(model: ir.Model, node: ir.Node) -> Refusal:
+    """Why an FFN in the body of an If, Loop or Scan stays as it is: the load and the counts are values of the main graph."""
+    for outer in model.graph.all_nodes():
+        for attribute in outer.attributes.values():
+            bodies = attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
+            if attribute.type == ir.AttributeType.GRAPH:
+                bodies = (attribute.as_graph(),)
+            if any(body is node.graph for body in bodies):
+                what = f"the {attribute.name} of {describe(outer)}"
+                return Refusal(f"it is in a body of control flow ({what}); export the model without", ffn_like=True)
+    return Refusal("it is not in the main graph", ffn_like=True)
 
 
 def _most_specific(refusals: list[Refusal]) -> str:

@@ -287,3 +287,22 @@ def test_without_metadata_the_weight_names_the_layer() -> None:
     hidden = g.op("Relu", g.matmul(g.x, g.weight("u", HIDDEN, WIDTH)))
     y = g.matmul(hidden, g.weight("layers.0.fc2.weight", WIDTH, HIDDEN))
     assert [match.name for match in find_ffns(g.model(y)).matches] == ["layers.0.fc2"]
+
+
+def test_a_layer_in_a_body_of_control_flow_stays_as_it_is() -> None:
+    g = Handmade()
+    inner = Handmade()
+    y = inner.swiglu("inner", x=g.x)
+    body = ir.Graph([], [y], nodes=list(inner.tape.nodes), initializers=inner.initializers, name="body")
+    flag = ir.Value(name="flag", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    g.inputs.append(flag)
+    other = Handmade()
+    alternative = ir.Graph([], [z := other.op("Identity", g.x)], nodes=list(other.tape.nodes), name="other")
+    z.shape = g.x.shape
+    chosen = g.op("If", flag, then_branch=body, else_branch=alternative)
+    model = g.model(g.swiglu("outer", x=chosen))
+    search = find_ffns(model, expected=["inner.down_proj", "outer.down_proj"])
+    assert [match.name for match in search.matches] == ["outer.down_proj"]
+    (miss,) = search.misses
+    assert miss.name == "inner.down_proj"
+    assert "in a body of control flow (the then_branch of If" in miss.reason

@@ -1,0 +1,112 @@
+"""`clada inspect`: show what an engine is, or what would be rewritten in a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from clada_export.cli.options import hub_arguments, hub_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options; `handler` is what runs it."""
+    parser.set_defaults(handler=run)
+    parser.add_argument(
+        "subject",
+        metavar="MODEL_OR_ONNX_OR_OUT",
+        help="what clada-export wrote, an .onnx file or a folder with one, or a model as clada-export takes it",
+    )
+    parser.add_argument("--trace", action="store_true", help="of a model: export the graph too, and match it (minutes)")
+    hub_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit code.
+
+    Raises:
+        CladaError: what a user has to know; it has the exit code.
+    """
+    from clada_export.inspection import inspect_model, inspect_onnx
+    from clada_export.manifest import MANIFEST_NAME
+    from clada_export.onnx_files import is_onnx, locate_onnx
+
+    place = Path(options.subject)
+    if (place / MANIFEST_NAME).is_file():
+        return _show_engine(place, options.json)
+    if is_onnx(place):
+        found = inspect_onnx(locate_onnx(place))
+    else:
+        found = inspect_model(options.subject, traced=options.trace, **hub_options(options))
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return 0
+    print(f"{found.what:<9} {found.name}")
+    for note in found.notes:
+        print(f"note      {note}")
+    sparse = [layer for layer in found.layers if layer.rewritten]
+    print(f"layers    {len(sparse)} would be rewritten, {len(found.layers) - len(sparse)} would be left dense\n")
+    for layer in found.layers:
+        mark, text = ("✓", f"{layer.form}, {layer.hidden_size} x {layer.intermediate_size}") if layer.rewritten else ("✗", "")
+        print(f"[{mark}] {layer.name:<44} {'; '.join(part for part in (text, layer.reason) if part)}")
+    return 0
+
+
+def _show_engine(folder: Path, as_json: bool) -> int:
+    from clada_export.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    if as_json:
+        print(json.dumps(manifest.to_dict(), indent=2))
+        return 0
+    plan, source, op, drift = manifest.sparsity_plan(), manifest.source, manifest.op, manifest.drift
+    signal, budget = plan.load, plan.calibration.get("budget", "given")
+    revision = f", {source['revision']}" if source["revision"] else ""
+    print(f"model     {source['name']} ({source['kind']}{revision})")
+    stored = "FFN weights" if manifest.engine is None else "model"
+    print(f"target    {manifest.target}, {stored} {manifest.dtype}, {op['domain']}::{op['name']} version {op['version']}")
+    if manifest.engine is not None:
+        _inspect_engine(manifest.engine)
+    print(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {budget}")
+    if plan.prune is not None:
+        print(f"pruned    {plan.prune}")
+    if (read := plan.calibration.get("relative_bytes")) is not None:
+        print(f"reads     {read:.2f} of the dense FFNs' bytes for a token at load 0")
+    print(
+        f"load      {signal.surprisal_weight:g} * (S - {signal.surprisal_mean:.3f}) / {signal.surprisal_std:.3f}"
+        f" + {signal.entropy_weight:g} * (H - {signal.entropy_mean:.3f}) / {signal.entropy_std:.3f}  (nats)"
+    )
+    if signal.rule != "exp" or signal.momentum:
+        given = "".join(f", {name} {value:g}" for name, value in signal.parameters.items())
+        print(f"          rule {signal.rule}{given}; momentum {signal.momentum:g}")
+    if drift:
+        print(
+            f"drift     perplexity {drift['ppl_increase']:+.2%}, KL {drift['kl']:.4f} nats, top-1 {drift['top1']:.1%}"
+            f" on {drift['tokens']} tokens"
+        )
+    print(f"sparsity  {plan.expected_sparsity:.1%} expected at load 0\n")
+    print(f"{'layer':<44} {'activation':<10} {'d x f':>13} {'threshold':>10} {'skipped':>8} {'CETT':>6}")
+    for layer in plan.layers:
+        threshold = f"{layer.threshold[0]:.4g}" if len(layer.threshold) == 1 else f"[{len(layer.threshold)}]"
+        kind = layer.activation + ("*" if layer.gated else "")
+        sizes = f"{layer.hidden_size} x {layer.intermediate_size}"
+        shares = f"{layer.expected_sparsity:>8.1%} {layer.expected_cett:>6.3f}"
+        print(f"{layer.name:<44} {kind:<10} {sizes:>13} {threshold:>10} {shares}")
+    print("(* gated)")
+    for warning in manifest.warnings:
+        print(f"warning: {warning}")
+    return 0
+
+
+def _inspect_engine(engine: dict[str, Any]) -> None:
+    plugin = engine["plugin"]
+    held = "embedded in the engine" if plugin and plugin["embedded"] else f"in {plugin['file']}" if plugin else ""
+    layers = f"{plugin['layers']} plugin layers, {held}" if plugin else "no plugin: dense arithmetic"
+    for file in engine["files"]:
+        print(f"engine    {file['file']} for compute capability {', '.join(file['compute_capabilities'])}")
+    print(f"          {engine['package']} {engine['version']}; {layers}")
+    for profile in engine["profiles"]:
+        sizes = ", ".join(f"{key} {profile[key][0]}..{profile[key][2]}" for key in ("batch", "sequence", "past"))
+        print(f"profile   {profile['name']}: {sizes}")

@@ -1,0 +1,86 @@
+"""Options that several commands have, and what they become."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+
+def calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """What calibration works with."""
+    parser.add_argument(
+        "--calibration-data", type=Path, metavar="FILE", help="a UTF-8 text (default: a text that comes with Python)"
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=Path, metavar="FILE", help="token ids as .npy, for models without a tokenizer"
+    )
+    parser.add_argument("--calibration-context", type=int, default=512, metavar="N", help="tokens a window (default: 512)")
+    parser.add_argument(
+        "--calibration-cache",
+        metavar="DIR",
+        help="where calibration keeps what it computed, none for nowhere (default: ~/.cache/clada-export)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="float32, float16 or bfloat16: with ort the type of the FFN weights, with trt of the model (default: float32)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+
+
+def policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fields of `PolicySettings`, by their names; what is not given is not in the namespace."""
+
+    def add(name: str, **settings: Any) -> None:
+        parser.add_argument(name, default=argparse.SUPPRESS, **settings)
+
+    add("--score", help="the policy's score: shadow, gate, exact (default: the policy's choice)")
+    add("--allocation", help="how layers share: cett, sparsity, level, sensitivity, fisher (default: the best measured)")
+    add("--no-prior", dest="prior", action="store_false", help="clada: do not weigh thresholds by the prompt statistic")
+    add("--granule", type=int, metavar="N", help="neurons of an expert (default: the policy's)")
+    add("--rank", type=int, metavar="N", help="dejavu: width of the predictor (default: 4%% of the neurons); of --finetune (8)")
+    add("--finetune", action="store_true", help="lte: train low-rank changes of the FFN weights along with the routers")
+    add("--pattern", help="wanda, sparsegpt: unstructured (default), n:m like 2:4, or neurons")
+    add("--rows", type=int, metavar="N", help="token rows that routers are trained on (default: 2048)")
+
+
+def policy_settings(options: argparse.Namespace) -> Any:
+    """The `PolicySettings` that were given."""
+    from clada_export.policies import PolicySettings
+
+    given = {field.name: getattr(options, field.name) for field in fields(PolicySettings) if hasattr(options, field.name)}
+    return PolicySettings(**given)
+
+
+def hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the model comes from."""
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--token", help="Hub access token")
+    parser.add_argument("--cache-dir", help="where Hub files are kept")
+    parser.add_argument("--local-files-only", action="store_true", help="never use the network")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--allow-pickle", action="store_true", help="accept pickled weights (pytorch_model.bin)")
+
+
+def hub_options(options: argparse.Namespace) -> dict[str, Any]:
+    """`hub_arguments` as keyword arguments of `load_source`."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "allow_pickle")
+    return {name: getattr(options, name) for name in names}
+
+
+def output_arguments(parser: argparse.ArgumentParser) -> None:
+    """How results and progress are shown."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def load_value(text: str) -> Any:
+    """A load on the command line: "auto", "dense" or a number."""
+    if text in ("auto", "dense"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, dense or a number") from None
