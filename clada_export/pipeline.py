@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from clada_export import __version__
 from clada_export.artifact import ArtifactWriter
@@ -21,6 +22,7 @@ from clada_export.export_options import ExportOptions
 from clada_export.ffn import EagerFFNs, plain_ffns, require_ffns
 from clada_export.manifest import Manifest, read_manifest
 from clada_export.moe_import import IMPORTED, check_import, ignored_options, require_whole
+from clada_export.onnx_source.graph import load_graph
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import save_plan_tensors
 from clada_export.planning import make_plan, read_data, round_weights, sequence_limit, weights_again
@@ -78,6 +80,7 @@ def export(
             source = _load(str(model), options)
             ffns = require_ffns(source.model)
             note(f"{source.name}, {len(ffns.found)} FFNs, {source.source_dtype}")
+            _check_graph_source(source, options, given)
             check_import(source.model, source.name, options.policy if given is None else given.policy, options.prune)
         warnings = [*source.warnings, *(f"{item.name} is left dense: {item.reason}" for item in ffns.skipped)]
         warnings += ignored_options(source.model, options.budget, ExportOptions.budget, options.sparsity, options.settings)
@@ -89,11 +92,8 @@ def export(
         with stages("calibrate") as note:
             plan, details = make_plan(source, ffns, data, given, options, target, stages.inner, note)
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
-        with stages("trace"):
-            traceable = target.traceable(source.model, options.dtype)
-            with plain_ffns(traceable):
-                traced = trace(traceable, fusions=target.FUSIONS)
-            del traceable
+        with stages("trace" if source.graph is None else "read graph"):
+            traced = _traced(source, target, options.dtype)
         with stages("rewrite and write") as note:
             built = target.build(_build_request(source, traced, plan, writer.path, options, stages))
             del traced
@@ -194,6 +194,29 @@ def _load(model: str, options: ExportOptions) -> SourceModel:
         allow_pickle=options.allow_pickle,
         dtype=torch.float32,
     )
+
+
+def _check_graph_source(source: SourceModel, options: ExportOptions, given: SparsityPlan | None) -> None:
+    """Refuse what a graph can't be exported with: its weights are taken from its file as they are."""
+    if source.graph is None:
+        return
+    where = f"{source.graph} is an ONNX graph"
+    if options.target != "ort":
+        raise UsageError(f"{where}, and --target {options.target} compiles the PyTorch model; give that, or --target ort")
+    pruned = options.prune or (given.prune if given is not None else None)
+    if pruned:
+        raise UsageError(f"{where}; weights are pruned ({pruned}) in the PyTorch model only")
+    if options.settings.finetune or (given is not None and any(layer.adapter_rank is not None for layer in given.layers)):
+        raise UsageError(f"{where}; --finetune needs gradients, so it needs the PyTorch model")
+
+
+def _traced(source: SourceModel, target: Target, dtype: str) -> TracedModel:
+    if source.graph is not None:
+        return TracedModel(load_graph(source.graph), None)
+    assert isinstance(source.model, PreTrainedModel)
+    traceable = target.traceable(source.model, dtype)
+    with plain_ffns(traceable):
+        return trace(traceable, fusions=target.FUSIONS)
 
 
 def _build_request(

@@ -1,4 +1,5 @@
-"""The source stage: a Hub id, a local folder or a GGUF file becomes an eager float32 PyTorch model with its tokenizer.
+"""The source stage: a Hub id, a local folder, a GGUF file or an ONNX model becomes a float32 model that calibration can run,
+with its tokenizer.
 
 transformers repairs what does not fit (it re-initialises missing or mismatched weights and drops unexpected ones); here each of
 these is an error, because an export of a half-random model would look like a success.
@@ -16,7 +17,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -31,6 +32,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,6 +50,7 @@ from transformers.utils.quantization_config import GgufConfig
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError
 from clada_export.gguf_header import check_layers, read_gguf_header
 from clada_export.moe_import import import_blocks, is_llama_moe, load_llama_moe
+from clada_export.onnx_source.files import is_onnx, locate_onnx
 from clada_export.plan import read_json
 from clada_export.weight_files import (
     PICKLE_SUFFIXES,
@@ -57,6 +60,9 @@ from clada_export.weight_files import (
     has_weights,
     weight_files,
 )
+
+if TYPE_CHECKING:
+    from clada_export.onnx_source.decoder import OnnxDecoder
 
 _TEXT_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "README.md", "LICENSE*"]
 _SAFETENSORS_PATTERNS = ["model.safetensors", "model-*.safetensors"]
@@ -72,6 +78,7 @@ _DESCRIPTION_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_ONNX_NAMES = ("model.onnx", "decoder_model.onnx")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _NAMES_SHOWN = 3
 _MESSAGE_LIMIT = 300
@@ -103,12 +110,13 @@ class SourceModel:
     """A loaded decoder.
 
     `model` is in eval mode; `tokenizer` is None when the source has none (then `warnings` says so). `name` is the Hub id, the
-    folder's name or the GGUF file's stem; `kind` is `hub`, `folder` or `gguf`; `revision` is the commit of a Hub source.
+    folder's name or the file's stem; `kind` is `hub`, `folder`, `gguf` or `onnx`; `revision` is the commit of a Hub source.
     `files` maps paths relative to `path` to their digests; `weights_digest` is over the weights as loaded. `source_dtype` is
-    the type most weights are stored in: `float32`, `bfloat16`, `float16`, or a GGUF type such as `Q4_1`.
+    the type most weights are stored in: `float32`, `bfloat16`, `float16`, or a GGUF type such as `Q4_1`. `graph` is the ONNX
+    file that is compiled as it is; None where the model is traced.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | OnnxDecoder
     tokenizer: Any
     name: str
     revision: str | None
@@ -119,6 +127,7 @@ class SourceModel:
     license: str | None
     source_dtype: str
     warnings: list[str] = field(default_factory=list)
+    graph: Path | None = None
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps of it (`source` in `docs/manifest.md`)."""
@@ -147,7 +156,8 @@ def load_source(
     """Load a decoder LLM for export.
 
     Args:
-        model: a Hub id (`org/name`), a local folder with `config.json` and safetensors, or a `.gguf` file.
+        model: a Hub id (`org/name`), a local folder with `config.json` and safetensors, a `.gguf` file, an `.onnx` file or a
+            folder that holds one.
         revision: branch, tag or commit of a Hub id.
         token: Hub access token; None uses the stored one.
         cache_dir: where Hub files are kept; None is the Hub's default.
@@ -162,6 +172,8 @@ def load_source(
         BackendError: a package that the format needs is missing.
     """
     path = Path(model).expanduser()
+    if path.exists() and is_onnx(path):
+        return _load_onnx(locate_onnx(path), revision)
     if path.is_file():
         with _one_gguf_reader():
             return _load_gguf(path, revision, dtype)
@@ -183,7 +195,7 @@ def load_source(
     )
 
 
-def weights_digest(model: PreTrainedModel) -> str:
+def weights_digest(model: nn.Module) -> str:
     """The sha256 of a model's state dict: names, types, shapes and bytes, in the order of the names.
 
     Tensors that share their memory (tied embeddings) are hashed once.
@@ -285,11 +297,7 @@ def _load_folder(
             str(folder), name, config, dtype=dtype, trust_remote_code=remote, use_safetensors=not pickle_used, weights_only=True
         )
     warnings: list[str] = []
-    tokenizer = None
-    if any((folder / file).is_file() for file in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken")):
-        tokenizer = _tokenizer(str(folder), warnings, trust_remote_code=remote, **described_by)
-    else:
-        warnings.append(f"{name} has no tokenizer files; prompts will have to be token ids")
+    tokenizer = _folder_tokenizer(folder, name, warnings, trust_remote_code=remote, **described_by)
     _check_vocabulary(model, tokenizer, warnings)
     described = [folder / file for file in _DESCRIPTION_FILES if (folder / file).is_file()]
     return SourceModel(
@@ -346,6 +354,35 @@ def _load_gguf(path: Path, revision: str | None, dtype: torch.dtype) -> SourceMo
         license=header.metadata.get("general.license"),
         source_dtype=header.main_type,
         warnings=warnings,
+    )
+
+
+def _load_onnx(path: Path, revision: str | None) -> SourceModel:
+    if revision is not None:
+        raise UsageError(f"{path}: a revision ({revision!r}) belongs to a Hub id, and this is a local file")
+    try:
+        from clada_export.onnx_source.load import load_decoder, weight_files_of
+    except ImportError as error:
+        raise BackendError("an ONNX model as source needs ONNX Runtime: pip install 'clada-export[ort]'") from error
+    decoder, folder = load_decoder(path), path.parent
+    # A file is called by what its folder is called, where it has the name that every exporter gives it.
+    name = folder.resolve().name if path.name in _ONNX_NAMES else path.stem
+    warnings: list[str] = []
+    tokenizer = _folder_tokenizer(folder, name, warnings)
+    described = [folder / file for file in _DESCRIPTION_FILES if (folder / file).is_file()]
+    return SourceModel(
+        model=decoder,
+        tokenizer=tokenizer,
+        name=name,
+        revision=None,
+        kind="onnx",
+        path=folder,
+        files={str(file.relative_to(folder)): _digest_file(file) for file in sorted([*weight_files_of(path), *described])},
+        weights_digest=weights_digest(decoder),
+        license=_license(folder, decoder.config),
+        source_dtype="float32",
+        warnings=warnings,
+        graph=path,
     )
 
 
@@ -492,6 +529,13 @@ def _forget_gguf(model: PreTrainedModel) -> None:
         for name in names:
             if name in vars(owner):
                 delattr(owner, name)
+
+
+def _folder_tokenizer(folder: Path, name: str, warnings: list[str], **arguments: Any) -> Any:
+    if any((folder / file).is_file() for file in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken")):
+        return _tokenizer(str(folder), warnings, **arguments)
+    warnings.append(f"{name} has no tokenizer files; prompts will have to be token ids")
+    return None
 
 
 def _tokenizer(location: str, warnings: list[str], **arguments: Any) -> Any:

@@ -277,7 +277,7 @@ def code_digest() -> str:
 def _weights_digest(model: nn.Module) -> str:
     from clada_export.source import weights_digest
 
-    return weights_digest(model)  # type: ignore[arg-type]
+    return weights_digest(model)
 
 
 def _canonical(value: Any, default: Callable[[Any], Any] | None = None) -> str:

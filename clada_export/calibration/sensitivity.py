@@ -4,6 +4,9 @@ To second order, an error e_l in the output of FFN l raises KL(dense || sparse) 
 gradient of log p(y) with respect to that output and y is drawn from the model's own distribution (the Fisher information). For
 errors without a preferred direction that is 1/2 E|g_l|^2 / d * |e_l|^2, so the root mean square of g_l is the price of a unit
 of error.
+
+A model without gradients is asked in another way: small normal noise of a known size is added to one FFN's output, and the KL
+that this makes is solved for the price.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from torch import Tensor, nn
 
 from clada_export.ffn import EagerFFN
 from clada_export.tap import FFNTap
+
+NOISE = 0.03
+"""Of the root mean square of an FFN's output: small enough for the second order to hold, and far above rounding."""
 
 
 def layer_sensitivity(
@@ -28,9 +34,12 @@ def layer_sensitivity(
     """The root mean square of d log p(y) / d FFN_l(x), one number an FFN.
 
     Args:
+        model: one whose `differentiable` is False is measured by noise.
         windows: int64 [N, length]; 1,000 tokens in all are enough for a number a layer.
         seed: of the draw of y.
     """
+    if not getattr(model, "differentiable", True):
+        return _by_noise(model, ffns, windows, seed, progress)
     generator = torch.Generator().manual_seed(seed)
     outputs: dict[int, Tensor] = {}
     squares = torch.zeros(len(ffns), dtype=torch.float64)
@@ -63,3 +72,40 @@ def layer_sensitivity(
         for parameter, flag in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(flag)
     return tuple((squares / max(tokens, 1)).sqrt().tolist())
+
+
+def _by_noise(
+    model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, seed: int, progress: Callable[[int, int], None]
+) -> tuple[float, ...]:
+    """The same numbers from KL(clean || noisy) = 1/2 T d s^2 sigma^2 (summed over T tokens, noise of variance sigma^2)."""
+    generator = torch.Generator().manual_seed(seed)
+    squares = torch.zeros(len(ffns), dtype=torch.float64)
+    done, total = 0, len(windows) * len(ffns)
+    with torch.inference_mode():
+        for window in windows:
+            sizes: dict[int, float] = {}
+
+            def measure(index: int, y: Tensor, sizes: dict[int, float] = sizes) -> None:
+                sizes[index] = float(y.double().square().mean().sqrt())
+
+            with FFNTap(ffns, outer=measure):
+                clean = _log_p(model, window)
+            for chosen, ffn in enumerate(ffns):
+                sigma = NOISE * sizes[chosen]
+
+                def add(index: int, y: Tensor, sigma: float = sigma) -> Tensor:
+                    return y + sigma * torch.randn(y.shape, generator=generator, dtype=y.dtype)
+
+                with FFNTap([ffn], outer=add):
+                    noisy = _log_p(model, window)
+                kl = float((clean.exp() * (clean - noisy)).sum())
+                if sigma > 0:
+                    squares[chosen] += 2.0 * max(kl, 0.0) / (len(window) * ffn.hidden_size * sigma**2)
+                done += 1
+                progress(done, total)
+    return tuple((squares / max(len(windows), 1)).sqrt().tolist())
+
+
+def _log_p(model: nn.Module, window: Tensor) -> Tensor:
+    log_p: Tensor = model(input_ids=window[None], use_cache=False).logits[0].double().log_softmax(-1)
+    return log_p

@@ -22,7 +22,7 @@ from clada_export.console import ConsoleProgress
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; `handler` is what runs it."""
     parser.set_defaults(handler=run)
-    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, or a .gguf file")
+    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, a .gguf file, or an ONNX model")
     parser.add_argument(
         "--target",
         required=True,

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from clada_export.inspection import inspect_model, inspect_onnx
     from clada_export.manifest import MANIFEST_NAME
-    from clada_export.onnx_files import is_onnx, locate_onnx
+    from clada_export.onnx_source.files import is_onnx, locate_onnx
 
     place = Path(options.subject)
     if (place / MANIFEST_NAME).is_file():

@@ -13,7 +13,7 @@ from clada_export.console import ConsoleProgress
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; `handler` is what runs it."""
     parser.set_defaults(handler=run)
-    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, or a .gguf file")
+    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, a .gguf file, or an ONNX model")
     parser.add_argument("-o", "--output", type=Path, help="the folder for the results (default: MODEL's name with -load)")
     parser.add_argument("--sparsity", type=float, default=0.5, help="mean share of neurons that every arm skips (default: 0.5)")
     parser.add_argument("--documents", type=int, default=6, metavar="N", help="documents of each text (default: 6)")

@@ -18,7 +18,7 @@ from clada_export.cli.options import (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; `handler` is what runs it."""
     parser.set_defaults(handler=run)
-    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, or a .gguf file")
+    parser.add_argument("model", metavar="MODEL", help="a Hub id, a folder with safetensors, a .gguf file, or an ONNX model")
     parser.add_argument("--policies", required=True, metavar="A,B,...", help="policies with commas between")
     parser.add_argument("--sparsities", required=True, metavar="S,T,...", help="mean sparsities with commas between")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="its folder (default: MODEL's name with -sweep)")

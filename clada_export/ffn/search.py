@@ -66,7 +66,7 @@ class _Form:
 
 
 def find_eager_ffns(model: nn.Module) -> EagerFFNs:
-    """Find every dense FFN of `model`.
+    """Find every dense FFN of `model`; one that has `known_ffns` says itself which they are.
 
     Returns:
         The FFNs in the order in which they run, and those that stay dense with the reason: routed experts, hidden values that
@@ -75,6 +75,9 @@ def find_eager_ffns(model: nn.Module) -> EagerFFNs:
     Raises:
         UnsupportedModelError: the model does not run on token ids alone.
     """
+    known = getattr(model, "known_ffns", None)
+    if isinstance(known, EagerFFNs):
+        return known
     moe = list(_moe_parents(model))
     skipped = [SkippedFFN(path, "mixture of experts: routed experts are left dense") for path in moe]
     with plain_ffns(model):

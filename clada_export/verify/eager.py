@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ class SparseRun:
 def dense_logits(model: nn.Module, row: Sequence[int]) -> npt.NDArray[np.float32]:
     """Logits [T, V] of the untouched model for one row alone."""
     with torch.inference_mode():
-        result: Tensor = model(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()
+        result: Tensor = _untouched(model)(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()
     return result.numpy()
 
 
@@ -47,15 +48,21 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) 
         For each prompt its new tokens, and each step's gap between the two best logits.
     """
     tokens, gaps = [], []
+    run = _untouched(model)
     with torch.inference_mode():
-        output = model(input_ids=torch.tensor([list(prompt) for prompt in prompts]), use_cache=True)
+        output = run(input_ids=torch.tensor([list(prompt) for prompt in prompts]), use_cache=True)
         for step in range(new_tokens):
             best = output.logits[:, -1].float().topk(2)
             tokens.append(best.indices[:, 0])
             gaps.append(best.values[:, 0] - best.values[:, 1])
             if step + 1 < new_tokens:
-                output = model(input_ids=tokens[-1][:, None], past_key_values=output.past_key_values, use_cache=True)
+                output = run(input_ids=tokens[-1][:, None], past_key_values=output.past_key_values, use_cache=True)
     return torch.stack(tokens, dim=1).tolist(), torch.stack(gaps, dim=1).tolist()
+
+
+def _untouched(model: nn.Module) -> Callable[..., Any]:
+    """The model itself, or, of one that was taken apart to be calibrated, the whole that it came from."""
+    return getattr(model, "untouched", model)
 
 
 class ReferenceModel:

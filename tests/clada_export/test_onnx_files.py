@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from clada_export.errors import UsageError
-from clada_export.onnx_files import is_onnx, locate_onnx, read_onnx
+from clada_export.onnx_source.files import is_onnx, locate_onnx, read_onnx
 
 WEIGHT = np.arange(64, dtype=np.float32).reshape(8, 8)
 

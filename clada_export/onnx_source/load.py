@@ -1,0 +1,85 @@
+"""The source stage for ONNX: a model file and what lies beside it become a decoder that can be calibrated."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from clada_export.errors import UnsupportedModelError, VerificationError
+from clada_export.onnx_source.decoder import OnnxDecoder
+from clada_export.onnx_source.files import read_onnx
+from clada_export.onnx_source.graph import load_graph
+from graph_passes.rules.common import fixed_size
+from graph_passes.search import find_ffns
+
+SAME = 1e-4
+"""Of the largest logit: what cutting the graph may change. Products are summed in another order, and nothing else."""
+_SAMPLE = 12
+
+
+def load_decoder(path: Path) -> OnnxDecoder:
+    """The decoder of a model file.
+
+    Raises:
+        UsageError, UnsupportedModelError: as `load_graph`; also, weights that are not float32.
+        VerificationError: the decoder does not compute what the graph does.
+    """
+    model = load_graph(path)
+    search = find_ffns(model)
+    narrow = next((match for match in search.matches if match.dtype != ir.DataType.FLOAT), None)
+    if narrow is not None:
+        raise UnsupportedModelError(f"{path}: FFN {narrow.name!r} is {narrow.dtype}; export the ONNX model in float32")
+    decoder = OnnxDecoder(
+        path, model, search.matches, search.misses, _config(path, model), _digest(path, model), torch.get_num_threads()
+    )
+    generation = path.parent / "generation_config.json"
+    if generation.is_file():
+        decoder.generation_config = GenerationConfig.from_pretrained(path.parent)
+    _check_cut(decoder, path)
+    return decoder
+
+
+def weight_files_of(path: Path, model: ir.Model | None = None) -> list[Path]:
+    """The model file and the files that hold its weights, in the order of their names."""
+    model = model or read_onnx(path)
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    names = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return [path, *(path.parent / name for name in sorted(names))]
+
+
+def _digest(path: Path, model: ir.Model) -> bytes:
+    result = hashlib.sha256()
+    for file in weight_files_of(path, model):
+        with file.open("rb") as stream:
+            result.update(hashlib.file_digest(stream, "sha256").digest())
+    return result.digest()
+
+
+def _config(path: Path, model: ir.Model) -> Any:
+    """The configuration in the folder, or one with the size of the vocabulary alone."""
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    vocabulary = fixed_size(logits.shape[-1]) if logits.shape is not None and len(logits.shape) == 3 else None
+    if (path.parent / "config.json").is_file():
+        config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
+        return config.get_text_config(decoder=True)
+    if vocabulary is None:
+        raise UnsupportedModelError(f"{path}: neither its output 'logits' nor a config.json says how many tokens there are")
+    return PretrainedConfig.from_dict({"vocab_size": vocabulary})
+
+
+def _check_cut(decoder: OnnxDecoder, path: Path) -> None:
+    """Raise VerificationError unless the decoder in parts gives the logits of the graph in one piece."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, int(decoder.config.vocab_size), (2, _SAMPLE), generator=generator)
+    with torch.inference_mode():
+        wanted, found = decoder.untouched(ids).logits, decoder(ids).logits
+    difference, largest = float((wanted - found).abs().max()), float(wanted.abs().max())
+    if not difference <= SAME * max(largest, 1.0):
+        raise VerificationError(
+            f"{path}: with its FFNs computed apart, the graph's logits differ by {difference:.3g} (largest: {largest:.3g})"
+        )
