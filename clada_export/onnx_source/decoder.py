@@ -16,10 +16,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 from clada_export.errors import UnsupportedModelError
 from clada_export.ffn import EagerFFN, EagerFFNs, SkippedFFN
+from clada_export.onnx_source.graph import SOURCE_NAME
 from clada_export.onnx_source.stages import Stage, cut
 from clada_export.reference import activate
 from graph_passes.rules.common import FFNMatch, fixed_size
@@ -89,7 +91,7 @@ class OnnxDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config: Any = None
-        self.folder = path.parent
+        self.path = path
         self.threads = threads
         self.ffns = nn.ModuleList(OnnxFFN(match) for match in matches)
         found = [ffn.described(match) for ffn, match in zip(self.ffns, matches, strict=True)]  # type: ignore[operator]
@@ -98,6 +100,8 @@ class OnnxDecoder(nn.Module):
         self._flat = [len(match.y.shape or ()) == 2 for match in matches]
         self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
         self._proto = ir.to_proto(model)
+        interface = (*model.graph.inputs, *model.graph.outputs)
+        self._source_names = {str(value.name): str(value.meta.get(SOURCE_NAME, value.name)) for value in interface}
         self._inputs = [value.name for value in self._proto.graph.input]
         self._cache = {
             str(value.name): (_cache_shape(value), value.dtype.numpy())
@@ -135,13 +139,20 @@ class OnnxDecoder(nn.Module):
     def untouched(
         self, input_ids: Tensor, past_key_values: Mapping[str, Array] | None = None, use_cache: bool = False
     ) -> DecoderOutput:
-        """The graph as it was given, in one piece; but with the FFNs of this model where their weights have been changed."""
+        """The file as it was given, in one piece; but with the FFNs of this model where their weights have been changed."""
         if self._state() != self._as_given:
             return self(input_ids, past_key_values, use_cache)  # type: ignore[no-any-return]
         if self._whole is None:
-            self._whole = self._session(self._proto)
+            self._whole = self._session(self.path)
+        given = self._feeds(input_ids.numpy(), past_key_values)
+        feeds = {self._source_names[name]: value for name, value in given.items()}
+        for value in self._whole.get_inputs():
+            # An input that the graph does not use was left out here.
+            if value.name not in feeds:
+                shape = [size if isinstance(size, int) else 1 for size in value.shape]
+                feeds[value.name] = np.zeros(shape, dtype=helper.tensor_dtype_to_np_dtype(_ELEMENTS[value.type]))
         names = [value.name for value in self._proto.graph.output]
-        found = self._whole.run(names, self._feeds(input_ids.numpy(), past_key_values))
+        found = self._whole.run([self._source_names[name] for name in names], feeds)
         return self._output(dict(zip(names, found, strict=True)), use_cache)
 
     def _state(self) -> list[tuple[int, int]]:
@@ -181,15 +192,17 @@ class OnnxDecoder(nn.Module):
                     types[value.name] = _tensor_type(_ELEMENTS[value.type])
             self._stages.append((stage, session))
 
-    def _session(self, proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    def _session(self, model: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         # Dozens of sessions take turns: threads that wait for work by spinning would take it from the one that has some.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
+        if not isinstance(model, Path):
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
         try:
-            return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            source = str(model) if isinstance(model, Path) else model.SerializeToString()
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         # The exceptions of ONNX Runtime share no base but Exception.
         except Exception as error:
             text = str(error).strip().splitlines()

@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
+from onnxscript.optimizer import fold_constants
 
 from clada_export.errors import UnsupportedModelError
 from clada_export.onnx_source.files import read_onnx
+from clada_export.plan import read_json
 from graph_passes.naming import name_interface
 from graph_passes.rewrite import RewriteFFNs
+from graph_passes.rules.common import fixed_size
 from graph_passes.search import rewritten_ffns
+from graph_passes.shape_reads import HoistShapeReads
+
+SOURCE_NAME = "clada.source_name"
+"""By this the inputs and outputs of `load_graph`'s result remember what they are called in the file."""
+
+
+def readable_graph(path: Path) -> ir.Model:
+    """The model with what the rules look at: no functions but the op's own, and shapes of intermediate values.
+
+    Raises:
+        UsageError: damaged, or weights are missing (`clada_export.onnx_source.files`).
+    """
+    model = read_onnx(path)
+    if not rewritten_ffns(model):
+        InlinePass()(model)
+    # Some exporters write no shapes, and leave sizes that are numbers ("half of the last axis") to be computed at run time.
+    ShapeInferencePass()(model)
+    fold_constants(model, onnx_shape_inference=True)
+    HoistShapeReads()(model)
+    RemoveUnusedNodesPass()(model)
+    for value in (value for node in model.graph for value in node.outputs):
+        if value.shape is not None and any(_invented(size) for size in value.shape):
+            value.shape = ir.Shape([None if _invented(size) else size for size in value.shape])
+    return model
+
+
+def _settle_head_size(model: ir.Model, folder: Path) -> None:
+    """Write the size of a head into the cache's shapes where the graph has a name for it, and a file beside it the number."""
+    size = _head_size(folder)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        cached = re.fullmatch(r"(past_key_values|present)\.\d+\.(key|value)", str(value.name))
+        if (
+            cached
+            and size is not None
+            and value.shape is not None
+            and len(value.shape) == 4
+            and fixed_size(value.shape[3]) is None
+        ):
+            value.shape = ir.Shape([*list(value.shape)[:3], size])
+
+
+def _head_size(folder: Path) -> int | None:
+    """What the configuration of onnxruntime-genai or transformers says, if one is there."""
+    for name, path in (("genai_config.json", ("model", "decoder", "head_size")), ("config.json", ("head_dim",))):
+        found: Any = read_json(folder / name) if (folder / name).is_file() else None
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _invented(size: int | ir.SymbolicDim) -> bool:
+    """Whether a size is a name that shape inference made up: it says nothing about being equal to another."""
+    return isinstance(size, ir.SymbolicDim) and str(size.value).startswith("unk__")
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -20,7 +81,7 @@ def load_graph(path: Path) -> ir.Model:
         UsageError: damaged, or weights are missing (`clada_export.onnx_source.files`).
         UnsupportedModelError: not a decoder with a cache of keys and values, or an opset that is too old.
     """
-    model = read_onnx(path)
+    model = readable_graph(path)
     if rewritten_ffns(model):
         raise UnsupportedModelError(f"{path} was written by clada-export already; give it the model that it was made from")
     try:
@@ -30,6 +91,9 @@ def load_graph(path: Path) -> ir.Model:
     if not any(value.name == "logits" for value in model.graph.outputs):
         names = ", ".join(str(value.name) for value in model.graph.outputs[:4])
         raise UnsupportedModelError(f"{path}: the graph has no output 'logits'; it has {names}")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.meta[SOURCE_NAME] = str(value.name)
+    _settle_head_size(model, path.parent)
     report = name_interface(model)
     known = {"input_ids", "attention_mask", "position_ids"}
     others = [

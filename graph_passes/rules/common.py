@@ -54,13 +54,19 @@ def describe(node: ir.Node | None) -> str:
 
 
 def module_path(node: ir.Node) -> str | None:
-    """The path of the module that the node was traced from, as the exporter's metadata has it."""
+    """The path of the module that the node was traced from.
+
+    It is in the exporter's metadata, or in the names that TorchScript's exporter gives ("/model/layers.0/mlp/fc2/MatMul").
+    """
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
     if len(scopes) >= 2:
         return scopes[-2] or None
     # "path: class/path: class/operator: target"
     parts = [part.split(":")[0].strip() for part in node.metadata_props.get("namespace", "").split("/")]
-    return parts[-2] or None if len(parts) >= 2 else None
+    if len(parts) >= 2:
+        return parts[-2] or None
+    scope = str(node.name).split("/") if node.name else []
+    return ".".join(scope[1:-1]) or None if len(scope) >= 3 and scope[0] == "" else None
 
 
 def through_reshapes(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node | None]]:
