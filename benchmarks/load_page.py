@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markers import fill
 from clada_export.load_experiment.report import plot, tables, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "load-experiment.md"
-BEGIN = "<!-- results: written by python -m benchmarks.load_page -->"
-END = "<!-- end of results -->"
+NOTHING = "No results are recorded yet."
 
 
 def section(name: str, result: dict[str, Any], picture: bool) -> str:
@@ -42,19 +42,6 @@ def section(name: str, result: dict[str, Any], picture: bool) -> str:
     return "\n\n".join(parts)
 
 
-def filled(page: str, sections: Sequence[str]) -> str:
-    """The page with these sections between its markers.
-
-    Raises:
-        ValueError: the markers are not there, once each and in order.
-    """
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"the page needs the markers {BEGIN!r} and {END!r}, once each and in this order")
-    head, rest = page.split(BEGIN)
-    body = "\n\n".join(sections) if sections else "No results are recorded yet."
-    return f"{head}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}"
-
-
 def recorded() -> dict[str, dict[str, Any]]:
     """The recorded results, by the name of their file without its suffix."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("load-*.json"))}
@@ -64,7 +51,7 @@ def current() -> str:
     """The page that the recorded results give."""
     found = recorded().items()
     sections = [section(name, result, (RESULTS / f"{name}.png").is_file()) for name, result in found]
-    return filled(PAGE.read_text(encoding="utf-8"), sections)
+    return fill(PAGE.read_text(encoding="utf-8"), "\n\n".join(sections) or NOTHING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

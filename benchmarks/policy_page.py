@@ -13,31 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markers import fill
 from benchmarks.policy_bytes import TARGETS, curve, needed_bytes
 from benchmarks.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 PAGE, TEAL = ROOT / "docs" / "policies.md", ROOT / "docs" / "decisions" / "0007-teal.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTHING = "No results are recorded yet."
 
 
 def title(name: str) -> str:
     """How a row is called."""
     return f"{name} (simulated, not exported)" if name.startswith("teal") else name
-
-
-def fill(page: str, text: str) -> str:
-    """Put a text between the markers.
-
-    Raises:
-        ValueError: there are no markers.
-    """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no lines {BEGIN!r} and {END!r}")
-    head, _, rest = page.partition(BEGIN)
-    return f"{head}{BEGIN}\n\n{text.strip()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def section(name: str, result: Mapping[str, Any], pictures: set[str]) -> str:

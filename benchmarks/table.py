@@ -11,9 +11,9 @@ EXPORT_SECONDS, EXPORT_BYTES = 300.0, 4e9
 BUDGET = "ppl=2%"
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; every column but the first is aligned to the right."""
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+    """A table; with `numbers` every column but the first is aligned to the right."""
+    lines = [_line(head), _line(["---", *["---:" if numbers else "---"] * (len(head) - 1)])]
     return "\n".join([*lines, *map(_line, rows)])
 
 

@@ -357,10 +357,6 @@ def test_the_page_has_a_row_for_every_cell(run: tuple[Path, list[str], dict[str,
     assert "| clada | 80% |" in section
     result["cells"].append({"contender": "lte", "sparsity": 0.5, "error": "no | such"})
     assert "lte at 50%: no | such" in policy_page.section("tiny", result, set())
-    page = "head\n<!-- results: begin -->\nold\n<!-- results: end -->\ntail\n"
-    assert policy_page.fill(page, "new") == "head\n<!-- results: begin -->\n\nnew\n\n<!-- results: end -->\ntail\n"
-    with pytest.raises(ValueError, match="results: begin"):
-        policy_page.fill("no markers", "new")
 
 
 def test_pictures_of_a_result(run: tuple[Path, list[str], dict[str, Any]], tmp_path: Path) -> None:
