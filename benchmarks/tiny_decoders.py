@@ -88,7 +88,10 @@ def _changes(default: Mapping[str, Any], *, heads: bool, cut: bool) -> dict[str,
     sizes = {name: size for size, names in _SIZES for name in names} | (_HEAD_SIZES if heads else {})
     changes: dict[str, Any] = dict(_TOKENS)
     for name, value in default.items():
-        if name in sizes and isinstance(value, int) and not isinstance(value, bool):
+        # Latent attention has as many heads for keys as for queries, and its sizes follow from that.
+        if name == "num_key_value_heads" and value == default.get("num_attention_heads"):
+            changes[name] = sizes["num_attention_heads"]
+        elif name in sizes and isinstance(value, int) and not isinstance(value, bool):
             changes[name] = sizes[name]
         elif name in sizes and isinstance(value, list):
             changes[name] = [sizes[name]] * LAYERS

@@ -20,6 +20,8 @@ from clada_export.plan import PLAN_SCHEMA, LoadSignal, SparsityPlan, read_json, 
 MANIFEST_NAME = "clada.json"
 MANIFEST_VERSION = 1
 
+PADDINGS = ("left", "none")
+"""Rows of a batch may be padded on the left, or have to be of one length."""
 TARGETS = ("ort", "trt")
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
 CACHE_ROLES = ("key", "value", "stat", "merged_in", "merged_out")
@@ -185,6 +187,7 @@ MANIFEST_SCHEMA: dict[str, Any] = {
         "drift": {"type": "object"},
         "warnings": {"type": "array", "items": {"type": "string"}},
         "tokenizer": {"type": "boolean"},
+        "padding": {"enum": list(PADDINGS)},
         "files": _FILES,
         "digest": _SHA256,
     },
@@ -221,7 +224,8 @@ class CacheTensor:
 class Manifest:
     """Everything that is known about an export. `files` is filled in by `ArtifactWriter.commit`.
 
-    `engine` is what a TensorRT export has beside the graph: backend, files, profiles, plugin; see `docs/manifest.md`.
+    `padding` is one of `PADDINGS`. `engine` is what a TensorRT export has beside the graph: backend, files, profiles, plugin;
+    see `docs/manifest.md`.
     """
 
     tool_version: str
@@ -242,6 +246,7 @@ class Manifest:
     drift: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     tokenizer: bool = False
+    padding: str = "left"
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     schema_version: int = MANIFEST_VERSION
 

@@ -23,6 +23,7 @@ from clada_export.ffn import EagerFFNs, plain_ffns, require_ffns
 from clada_export.manifest import Manifest, read_manifest
 from clada_export.moe_import import IMPORTED, check_import, ignored_options, require_whole
 from clada_export.onnx_source.graph import load_graph
+from clada_export.padding import NONE, padding_of
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import save_plan_tensors
 from clada_export.planning import make_plan, read_data, round_weights, sequence_limit, weights_again
@@ -106,6 +107,9 @@ def export(
         _write_companions(source, writer.path)
         save_plan_tensors(writer.path, plan)
         manifest = _manifest(source, plan, built, target, options, warnings)
+        if manifest.padding == NONE:
+            one_length = "the model does not take padding: prompts of a batch have to be of one length"
+            manifest = replace(manifest, warnings=(*manifest.warnings, one_length))
         writer.draft(manifest)
         verification: Verification | None = None
         if options.verify:
@@ -261,6 +265,7 @@ def _manifest(
         model=built.model,
         warnings=tuple(warnings),
         tokenizer=source.tokenizer is not None,
+        padding=padding_of(source.model),
     )
 
 

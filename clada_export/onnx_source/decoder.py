@@ -116,15 +116,20 @@ class OnnxDecoder(nn.Module):
         self._as_given = self._state()
 
     def forward(
-        self, input_ids: Tensor, past_key_values: Mapping[str, Array] | None = None, use_cache: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Mapping[str, Array] | None = None,
+        use_cache: bool = False,
     ) -> DecoderOutput:
         """Run the stages, and the FFNs between them.
 
         Args:
-            input_ids: int64 [batch, sequence], without padding.
+            input_ids: int64 [batch, sequence].
+            attention_mask: int64 [batch, past + sequence], 0 for padding; None for none.
             past_key_values: what an earlier call returned.
         """
-        values: dict[str, Array] = self._feeds(input_ids.numpy(), past_key_values)
+        values: dict[str, Array] = self._feeds(input_ids.numpy(), attention_mask, past_key_values)
         for stage, session in self._stages:
             if stage.nodes:
                 found = session.run(list(stage.outputs), {name: values[name] for name in stage.inputs})
@@ -141,10 +146,10 @@ class OnnxDecoder(nn.Module):
     ) -> DecoderOutput:
         """The file as it was given, in one piece; but with the FFNs of this model where their weights have been changed."""
         if self._state() != self._as_given:
-            return self(input_ids, past_key_values, use_cache)  # type: ignore[no-any-return]
+            return self(input_ids, None, past_key_values, use_cache)  # type: ignore[no-any-return]
         if self._whole is None:
             self._whole = self._session(self.path)
-        given = self._feeds(input_ids.numpy(), past_key_values)
+        given = self._feeds(input_ids.numpy(), None, past_key_values)
         feeds = {self._source_names[name]: value for name, value in given.items()}
         for value in self._whole.get_inputs():
             # An input that the graph does not use was left out here.
@@ -159,14 +164,15 @@ class OnnxDecoder(nn.Module):
         """Which tensors the weights are, and how often they have been written to."""
         return [(id(parameter), parameter._version) for parameter in self.ffns.parameters()]
 
-    def _feeds(self, ids: Array, past: Mapping[str, Array] | None) -> dict[str, Array]:
+    def _feeds(self, ids: Array, mask: Tensor | None, past: Mapping[str, Array] | None) -> dict[str, Array]:
         batch, sequence = ids.shape
         feeds: dict[str, Array] = {"input_ids": ids.astype(np.int64)}
         for name, (shape, dtype) in self._cache.items():
             feeds[name] = past[name] if past is not None else np.zeros((batch, shape[0], 0, shape[1]), dtype=dtype)
         before = next((feeds[name].shape[2] for name in self._cache), 0)
-        feeds["attention_mask"] = np.ones((batch, before + sequence), dtype=np.int64)
-        feeds["position_ids"] = np.broadcast_to(np.arange(before, before + sequence, dtype=np.int64), (batch, sequence)).copy()
+        whole = np.ones((batch, before + sequence), dtype=np.int64) if mask is None else mask.numpy().astype(np.int64)
+        feeds["attention_mask"] = whole
+        feeds["position_ids"] = np.maximum(whole.cumsum(axis=1) - 1, 0)[:, before:]
         return {name: value for name, value in feeds.items() if name in self._inputs}
 
     def _output(self, values: Mapping[str, Array], use_cache: bool) -> DecoderOutput:

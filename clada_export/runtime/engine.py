@@ -398,6 +398,12 @@ class Engine:
                 )
             self._check_tokens(values)
             rows.append([int(value) for value in values])
+        lengths = {len(row) for row in rows}
+        if len(lengths) > 1 and self.manifest.padding == "none":
+            raise UsageError(
+                f"prompts of {min(lengths)} to {max(lengths)} tokens in one batch, and this model takes no padding; "
+                "give prompts of one length, or one at a time"
+            )
         return rows
 
     def _check_tokens(self, ids: npt.NDArray[Any]) -> None:

@@ -23,8 +23,10 @@ class Case:
         return [list(row[: len(row) - DECODE]) for row in self.rows]
 
 
-def make_cases(text: np.ndarray | None, vocab_size: int, limit: int | None, seed: int = 0) -> tuple[Case, ...]:
-    """Real text and random tokens, batch 1 and 2; the rows of a batch of 2 differ in length.
+def make_cases(
+    text: np.ndarray | None, vocab_size: int, limit: int | None, seed: int = 0, *, ragged: bool = True
+) -> tuple[Case, ...]:
+    """Real text and random tokens, batch 1 and 2; the rows of a batch of 2 differ in length, if `ragged`.
 
     Args:
         text: int64 [windows, context] of real text, or None if there is none.
@@ -32,15 +34,16 @@ def make_cases(text: np.ndarray | None, vocab_size: int, limit: int | None, seed
     """
     rng = np.random.default_rng(seed)
     prompt = PROMPT if limit is None else max(2, min(PROMPT, limit - DECODE))
-    length, short = prompt + DECODE, max(1, prompt // 2) + DECODE
+    length, short = prompt + DECODE, (max(1, prompt // 2) if ragged else prompt) + DECODE
+    pair = "batch 2, ragged" if ragged else "batch 2"
     noise = rng.integers(0, vocab_size, (2, length))
     cases = []
     if text is not None and text.shape[1] >= length:
         last = len(text) - 1
         cases.append(Case("text, batch 1", (_row(text[0], length),)))
-        cases.append(Case("text, batch 2, ragged", (_row(text[last], length), _row(text[0], short))))
+        cases.append(Case(f"text, {pair}", (_row(text[last], length), _row(text[0], short))))
     cases.append(Case("random, batch 1", (_row(noise[0], length),)))
-    cases.append(Case("random, batch 2, ragged", (_row(noise[0], short), _row(noise[1], length))))
+    cases.append(Case(f"random, {pair}", (_row(noise[0], short), _row(noise[1], length))))
     return tuple(cases)
 
 

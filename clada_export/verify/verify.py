@@ -63,7 +63,7 @@ def verify(
     rounding = EXACT
     result = Verification()
     rng = np.random.default_rng(options.seed)
-    for case in make_cases(text, vocabulary, limit, options.seed):
+    for case in make_cases(text, vocabulary, limit, options.seed, ragged=engine.manifest.padding == "left"):
         if engine.max_batch is not None and len(case.rows) > engine.max_batch:
             continue
         progress(f"dense parity, {case.name}")
