@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.dead_columns import DropDeadColumns
 from graph_passes.function_body import (
     MIN_OPSET,
     PLUGIN_ATTRIBUTES,
@@ -150,6 +151,7 @@ class RewriteFFNs(ir.passes.InPlacePass):
             for match in chosen:
                 report.ffns.append(writer.rewrite(match, self.rewrites[match.name], self.emit_active))
             writer.finish()
+            DropDeadColumns()(model)
         report.nodes_after = graph.num_nodes()
         return ir.passes.PassResult(model, bool(chosen))
 

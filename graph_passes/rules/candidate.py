@@ -97,7 +97,8 @@ def assemble(
     if wrong_rows is not None:
         return wrong_rows
     y, tail, down_bias = _result(found.node, down.bias, hidden_size)
-    nodes = dict.fromkeys(node for projection in projections for node in projection.nodes)
+    inside = {*found.hidden.nodes, *(node for projection in projections for node in projection.nodes)}
+    nodes = dict.fromkeys(node for projection in projections for node in _own_nodes(projection, inside))
     nodes.update(dict.fromkeys((*reversed(found.hidden.nodes), found.node, *tail)))
     outside = _refuse_users(tuple(nodes), y)
     if outside is not None:
@@ -175,6 +176,19 @@ def _result(node: ir.Node, bias: VectorSource | None, width: int) -> tuple[ir.Va
 def _back_to_rank_3(reshape: ir.Node) -> bool:
     source = reshape.inputs[0]
     return source is not None and rank(source) != 3 and rank(reshape.outputs[0]) == 3 and keeps_last_axis(reshape)
+
+
+def _own_nodes(projection: Projection, inside: set[ir.Node]) -> tuple[ir.Node, ...]:
+    """The nodes that compute this projection alone: not those up to a Split that also serves others than the layer.
+
+    What is packed with attention stays, and `graph_passes.dead_columns` takes the layer's columns out of it later.
+    """
+    for index, node in enumerate(projection.nodes):
+        if node.op_type == "Split":
+            others = (value.is_graph_output() or any(user not in inside for user, _ in value.uses()) for value in node.outputs)
+            if any(others):
+                return projection.nodes[index + 1 :]
+    return projection.nodes
 
 
 def _refuse_users(nodes: tuple[ir.Node, ...], y: ir.Value) -> Refusal | None:

@@ -126,16 +126,23 @@ def _last_axis(node: ir.Node, axis: int) -> bool:
 
 def _split_columns(node: ir.Node, value: ir.Value) -> Columns | None:
     """Which columns of its input the Split's output `value` holds."""
+    widths = split_widths(node)
+    if widths is None:
+        return None
+    index = next(i for i, output in enumerate(node.outputs) if output is value)
+    start = sum(widths[:index])
+    return Columns(start, start + widths[index])
+
+
+def split_widths(node: ir.Node) -> list[int] | None:
+    """How many columns each result of a Split of the last axis has, if that is known."""
     if not _last_axis(node, node.attributes.get_int("axis", 0)):
         return None
     sizes = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
-    widths = [int(size) for size in sizes] if sizes is not None else [last_dim(output) for output in node.outputs]
-    index = next(i for i, output in enumerate(node.outputs) if output is value)
-    if any(width is None for width in widths[: index + 1]):
-        return None
-    known = [width or 0 for width in widths]
-    start = sum(known[:index])
-    return Columns(start, start + known[index])
+    if sizes is not None:
+        return [int(size) for size in sizes]
+    widths = [last_dim(output) for output in node.outputs]
+    return None if any(width is None for width in widths) else [width or 0 for width in widths]
 
 
 def _slice_columns(node: ir.Node) -> Columns | None:

@@ -195,17 +195,6 @@ def _different_x() -> ir.Model:
     return g.model(g.matmul(g.op("Mul", gate, up), g.weight("d", WIDTH, HIDDEN), module="mlp.down_proj"))
 
 
-def _packed_with_others() -> ir.Model:
-    g = Handmade()
-    packed = g.matmul(g.x, g.weight("p", HIDDEN, 3 * WIDTH))
-    parts = g.tape.op_multi_out("Split", [packed], {"axis": -1, "num_outputs": 3}, num_outputs=3)
-    for index, part in enumerate(parts):
-        part.name, part.shape = f"part{index}", ir.Shape(["b", "s", WIDTH])
-    hidden = g.op("Mul", g.silu(parts[0]), parts[1])
-    y = g.matmul(hidden, g.weight("d", WIDTH, HIDDEN), module="mlp.down_proj")
-    return g.model(y, g.op("Neg", parts[2]))
-
-
 def _expert() -> ir.Model:
     g = Handmade()
     return g.model(g.swiglu("mlp.experts.3"))
@@ -233,7 +222,6 @@ def _scaled_gemm() -> ir.Model:
         (_dequantised, "quantised weights behind DequantizeLinear"),
         (_four_bits, "quantised weights in MatMulNBits"),
         (_different_x, "gate and up start from different values"),
-        (_packed_with_others, "has another user"),
         (_expert, "MoE"),
         (_last_token_only, "not the graph's batch and sequence"),
         (_scaled_gemm, "has alpha 0.5"),
