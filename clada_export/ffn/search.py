@@ -25,7 +25,12 @@ from graph_passes.op import ACTIVATIONS
 NEAR = 1e-3
 """Of the largest hidden value: what the first pass lets pass. Small numbers do not tell activations apart; the second does."""
 EXACT = 2e-6
-"""Of the largest possible product: what rounding may differ by in the second pass."""
+"""Of the largest possible product: what rounding may differ by in the second pass, in float32 (16 units in the last place)."""
+NARROW = 4.0
+"""Units in the last place for types of 16 bits: the values are computed in the same type, and the closest form is taken.
+
+Exports search in float32. In 16 bits gelu and gelu_tanh, which differ by less than rounding, may be taken for each other.
+"""
 RANGE = 12.0
 """Numbers of the second pass are within it; clamps of published models (7, 10) are too."""
 FEW = 3
@@ -85,7 +90,7 @@ def find_eager_ffns(model: nn.Module) -> EagerFFNs:
         outside = [item for item in records.values() if not any(item.path.startswith(f"{path}.experts.") for path in moe)]
         likely: list[_Likely] = []
         for down in outside:
-            found_here = tuple(item for item in _sources(down, outside) if _forms(item, item.values, down.x, NEAR))
+            found_here = tuple(item for item in _sources(down, outside) if _forms(item, item.values, down, NEAR))
             why = _not_an_ffn(down, found_here[0], _width(model)) if found_here else _looks_like_an_ffn(down, outside)
             if found_here and why is None:
                 likely.append(_Likely(down, found_here))
@@ -139,18 +144,23 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
 
 
-def _forms(sources: _Sources, values: Sequence[Tensor], h: Tensor, tolerance: float) -> list[_Form]:
-    """The ways in which the values give h; `tolerance` is relative to the largest of what they give."""
-    found = []
-    for form, hidden in _hidden(sources, values):
-        if hidden.shape != h.shape:
+def _forms(sources: _Sources, values: Sequence[Tensor], down: Record, tolerance: float) -> list[_Form]:
+    """The ways in which the values give what went into `down`, closest first; `tolerance` is relative to the largest of what
+    they give."""
+    found: list[tuple[float, _Form]] = []
+    h, dtype = down.x, down.given.dtype
+    if dtype.itemsize < torch.float32.itemsize:
+        tolerance = max(tolerance, NARROW * torch.finfo(dtype).eps)
+    for form, narrow in _hidden(sources, [each.to(dtype) for each in values]):
+        if narrow.shape != h.shape:
             continue
+        hidden = narrow.float()
         # What is not finite can't be compared; the second pass puts finite numbers in its place.
         usable = hidden.isfinite() & h.isfinite()
         difference, size = (float(torch.where(usable, values.abs(), 0.0).max()) for values in (hidden - h, hidden))
         if difference <= tolerance * size:
-            found.append(form)
-    return found
+            found.append((difference, form))
+    return [form for _, form in sorted(found, key=lambda item: item[0])]
 
 
 def _hidden(sources: _Sources, values: Sequence[Tensor]) -> Iterator[tuple[_Form, Tensor]]:
@@ -211,9 +221,9 @@ def _proven(model: nn.Module, likely: Sequence[_Likely]) -> tuple[list[EagerFFN]
     records = probe(model, inject) if likely else {}
     found, skipped = [], []
     for item in likely:
-        h = records[item.down.path].x
+        down = records[item.down.path]
         for sources in item.sources:
-            forms = _forms(sources, [values[id(record.module)] for record in sources.records], h, EXACT)
+            forms = _forms(sources, [values[id(record.module)] for record in sources.records], down, EXACT)
             if forms:
                 found.append(_ffn(item.down, sources, forms[0]))
                 break

@@ -20,6 +20,7 @@ from clada_export.ffn.probe import TOKENS
 from clada_export.pruning.projections import hidden, projections
 from clada_export.reference import activate, sparse_ffn
 from graph_passes.op import ACTIVATIONS
+from tests.tiny_models import tiny_model
 from tests.token_models import Attention, Block, TokenModel
 
 WIDTH, NEURONS = 16, 40
@@ -294,3 +295,13 @@ def test_the_search_leaves_no_hooks() -> None:
     find_eager_ffns(model)
     assert not any(module._forward_hooks for module in model.modules())
     assert torch.equal(model(torch.arange(5)[None], False).logits, model(torch.arange(5)[None], False).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi3", "opt"])
+def test_models_in_16_bits(kind: str, dtype: torch.dtype) -> None:
+    wanted = find_eager_ffns(tiny_model(kind)).found
+    found = find_eager_ffns(tiny_model(kind).to(dtype)).found
+    assert [(ffn.name, ffn.activation, ffn.gated, ffn.packing) for ffn in found] == [
+        (ffn.name, ffn.activation, ffn.gated, ffn.packing) for ffn in wanted
+    ]

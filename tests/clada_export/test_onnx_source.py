@@ -11,10 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from clada_export import export, load_engine, verify_folder
 from clada_export.calibration.sensitivity import layer_sensitivity
@@ -27,6 +23,7 @@ from clada_export.source import load_source
 from clada_export.verify.eager import dense_logits
 from graph_passes import find_ffns
 from tests.tiny_models import export_tiny, tiny_model
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
 KINDS = ("llama", "gemma3_text", "phi3", "gpt2")
 Graph = Callable[..., Path]
@@ -146,9 +143,7 @@ def test_the_tokenizer_of_the_folder_is_taken(graph: Graph, tmp_path: Path) -> N
     folder.mkdir()
     for path in graph("llama").parent.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    words = Tokenizer(WordLevel({f"w{index}": index for index in range(250)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    save_tiny_tokenizer(folder)
     source = load_source(str(folder))
     assert source.tokenizer("w7 w9")["input_ids"] == [7, 9]
     assert not any("tokenizer" in warning for warning in source.warnings)
