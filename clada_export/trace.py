@@ -69,10 +69,10 @@ def trace(model: nn.Module, *, fusions: str | None = "cpu") -> TracedModel:
             raise UnsupportedModelError(f"{name}: transformers.exporters can't trace it: {_first_line(error)}") from error
     graph: ir.Model = exported.program
     report = name_interface(graph)
-    if report.unresolved:
-        raise UnsupportedModelError(
-            f"{name}: its cache has inputs that are neither keys nor values: {', '.join(report.unresolved)}"
-        )
+    # A name that was not settled is the exporter's own, with dots where its arguments are nested.
+    strange = [str(value.name) for value in graph.graph.inputs if str(value.name).startswith("input.")]
+    if unresolved := list(dict.fromkeys((*report.unresolved, *strange))):
+        raise UnsupportedModelError(f"{name}: its cache has inputs that are neither keys nor values: {', '.join(unresolved)}")
     if report.truncated_layers:
         raise UnsupportedModelError(
             f"{name}: layers {report.truncated_layers} drop tokens in the traced graph: their sliding window is shorter than "
@@ -83,7 +83,7 @@ def trace(model: nn.Module, *, fusions: str | None = "cpu") -> TracedModel:
 
 def _sample(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
     """The inputs of a step that goes on with several tokens from a past: the general case of prompt and decode."""
-    config: Any = model.config
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     low = 3 if config.vocab_size > 8 else 0
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_TOKENS).reshape(SAMPLE_BATCH, SAMPLE_TOKENS) % (config.vocab_size - low) + low
     mask = torch.ones_like(ids)

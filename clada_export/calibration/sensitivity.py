@@ -51,7 +51,8 @@ def layer_sensitivity(
         if not kept.is_leaf:
             kept.retain_grad()
         outputs[index] = kept
-        return kept
+        # A model may add to what an FFN returns in place (Falcon does), and that must not be the tensor whose gradient is read.
+        return kept.clone()
 
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,29 @@ def readable_graph(path: Path) -> ir.Model:
     if not rewritten_ffns(model):
         InlinePass()(model)
     # Some exporters write no shapes, and leave sizes that are numbers ("half of the last axis") to be computed at run time.
-    ShapeInferencePass()(model)
-    fold_constants(model, onnx_shape_inference=True)
+    with _quiet():
+        ShapeInferencePass()(model)
+        fold_constants(model, onnx_shape_inference=True)
     HoistShapeReads()(model)
     RemoveUnusedNodesPass()(model)
     for value in (value for node in model.graph for value in node.outputs):
         if value.shape is not None and any(_invented(size) for size in value.shape):
             value.shape = ir.Shape([None if _invented(size) else size for size in value.shape])
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep both tools from logging what they can't infer: the rules say what they miss, where it matters."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnx_ir.passes.common.shape_inference", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _settle_head_size(model: ir.Model, folder: Path) -> None:
