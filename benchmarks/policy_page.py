@@ -171,7 +171,8 @@ def draw(name: str, result: Mapping[str, Any], path: Path) -> None:
         for target in TARGETS:
             axes.axhline(target, color="0.8", zorder=0)
         axes.set(yscale="log", ylabel="KL to the dense model, nats a token")
-        axes.legend(fontsize=7)
+        if axes.get_legend_handles_labels()[0]:  # no cell was timed yet: nothing to name
+            axes.legend(fontsize=7)
     left.set(xlabel="FFN bytes a token, dense = 1", title="Quality against bytes")
     middle.set(xlabel="decode speed, the same graph dense = 1", title="Quality against measured speed")
     for cell in result["cells"]:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.tiny_decoders import tiny_decoder
 from clada_export.calibration import Budget, CalibrationOptions, calibrate, load_calibration_data
 from clada_export.calibration.allocation import ALLOCATIONS, Layers, allocate
 from clada_export.calibration.axis import AXES
@@ -184,6 +185,17 @@ def test_sensitivity_predicts_kl() -> None:
         # Noise in earlier tokens reaches later ones through attention, so the gradient of one token's loss alone falls short.
         predicted = 0.5 * price[layer] ** 2 * scale**2 * ffns[layer].hidden_size
         assert predicted == pytest.approx(kl, rel=0.6)
+
+
+def test_sensitivity_of_a_model_that_adds_to_an_ffn_in_place() -> None:
+    """Falcon sums its parallel branches in place: the gradient is that of the FFN's own output, and the sum is unharmed."""
+    model = tiny_decoder("falcon").eval()
+    ffns = find_eager_ffns(model).found
+    ids = torch.arange(64).reshape(2, 32) % model.config.vocab_size
+    before = model(input_ids=ids, use_cache=False).logits.detach()
+    price = layer_sensitivity(model, ffns, list(ids))
+    assert len(price) == len(ffns) and all(np.isfinite(price)) and min(price) > 0
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
 
 
 # --- allocation ---
