@@ -124,3 +124,12 @@ def test_finished_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert architectures.main(["--out", str(out), "--types", "a,b,c"]) == 0
     assert asked == ["a", "b", "c"]
     assert [row["model_type"] for row in json.loads(out.read_text())["rows"]] == ["a", "b", "c"]
+
+
+def test_recorded_results_reach_what_is_promised() -> None:
+    rows = json.loads(architecture_page.RESULTS.read_text(encoding="utf-8"))["rows"]
+    assert {row["model_type"] for row in rows} == set(model_types())
+    graphs = [row for row in rows if architecture_page.has_graph(row)]
+    assert len(graphs) >= 40
+    assert sum(map(architecture_page.all_matched, graphs)) >= 0.95 * len(graphs)
+    assert not any(row["false"] for row in rows)
