@@ -27,6 +27,7 @@ from clada_export.calibration.calibrate import Calibrator
 from clada_export.calibration.cost import relative_bytes
 from clada_export.errors import CladaError, UsageError
 from clada_export.ffn import require_ffns
+from clada_export.model_config import vocab_size
 from clada_export.plan import SparsityPlan
 from clada_export.policies import get_policy
 from clada_export.source import load_source
@@ -55,9 +56,7 @@ class Bench:
         self._plans = plans / source.weights_digest[:16]
         self._ffns = require_ffns(source.model).found
         self._origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": "float32"}
-        data = load_calibration_data(
-            source.tokenizer, source.model.config.vocab_size, context=settings.context, seed=settings.seed
-        )
+        data = load_calibration_data(source.tokenizer, vocab_size(source.model), context=settings.context, seed=settings.seed)
         say("sensitivity, and the dense side of calibration")
         start = time.perf_counter()
         # Tables do not depend on the sparsity: the first cell of a row makes them, and its seconds are the ones to look at.

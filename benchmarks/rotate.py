@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from clada_export.calibration.text import default_text
 from clada_export.errors import CladaError, UnsupportedModelError, UsageError, VerificationError
+from clada_export.model_config import vocab_size
 from clada_export.source import load_source
 
 PPL_TOLERANCE = 3e-6
@@ -149,7 +150,7 @@ def write_rotated(source: str, output: Path, seed: int = 0) -> RotationCheck:
     if output.exists():
         raise UsageError(f"{output} exists")
     loaded = load_source(source)
-    check = rotate(loaded.model, _tokens(loaded.tokenizer, loaded.model.config.vocab_size), seed)
+    check = rotate(loaded.model, _tokens(loaded.tokenizer, vocab_size(loaded.model)), seed)
     # A rename at the end: a run that is cut off leaves nothing that looks like a model.
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -21,7 +22,8 @@ from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
 from clada_export.ffn import EagerFFNs, plain_ffns, require_ffns
 from clada_export.manifest import Manifest, read_manifest
-from clada_export.moe_import import IMPORTED, check_import, ignored_options, require_whole
+from clada_export.model_config import vocab_size
+from clada_export.moe_import import IMPORTED, check_import, ignored_options, require_dense, require_whole, takes_experts
 from clada_export.onnx_source.graph import load_graph
 from clada_export.padding import NONE, padding_of
 from clada_export.plan import SparsityPlan
@@ -76,13 +78,14 @@ def export(
     target = TARGETS[options.target]
     target.require_backend(options.tensorrt, options.verify)
     given = SparsityPlan.load_file(options.plan) if options.plan is not None else None
+    policy = options.policy if given is None else given.policy
     with ArtifactWriter(Path(output), options.overwrite) as writer:
         with stages("source") as note:
-            source = _load(str(model), options)
-            ffns = require_ffns(source.model)
+            source = _load(str(model), options, policy)
+            ffns = require_dense(source.model, source.name, policy, options.prune)
             note(f"{source.name}, {len(ffns.found)} FFNs, {source.source_dtype}")
             _check_graph_source(source, options, given)
-            check_import(source.model, source.name, options.policy if given is None else given.policy, options.prune)
+            check_import(source.model, source.name, policy, options.prune)
         warnings = [*source.warnings, *(f"{item.name} is left dense: {item.reason}" for item in ffns.skipped)]
         warnings += ignored_options(source.model, options.budget, ExportOptions.budget, options.sparsity, options.settings)
         if options.dtype != "float32":
@@ -98,7 +101,7 @@ def export(
         with stages("rewrite and write") as note:
             built = target.build(_build_request(source, traced, plan, writer.path, options, stages))
             del traced
-            note(f"matched {len(built.report.ffns)}/{len(ffns.found)} FFNs")
+            note(f"matched {len({item.name for item in built.report.ffns})}/{len(ffns.found)} FFNs")
         warnings += [*built.warnings, *(f"{miss.name} is left dense: {miss.reason}" for miss in built.report.misses)]
         # What the graph does not have can't be checked or reported as sparse.
         rewritten = {item.name for item in built.report.ffns}
@@ -169,8 +172,10 @@ def verify_folder(
         raise UsageError(
             f"{folder} was exported from a local {recorded['kind']} called {recorded['name']!r}; say where it is with --source"
         )
+    plan = manifest.sparsity_plan(Path(folder))
     with stages("source"):
-        loaded = load_source(place, **{"revision": recorded["revision"], **source_options})
+        experts = takes_experts(plan.policy)
+        loaded = load_source(place, **{"revision": recorded["revision"], "import_experts": experts, **source_options})
         if loaded.weights_digest != recorded["weights_digest"]:
             raise UsageError(
                 f"{place} is not the model that {folder} was exported from: its weights have digest "
@@ -179,15 +184,14 @@ def verify_folder(
         ffns = require_ffns(loaded.model)
         if manifest.dtype != "float32":
             target.round_weights(loaded.model, ffns, manifest.dtype)
-    plan = manifest.sparsity_plan(Path(folder))
     context = int(plan.calibration.get("context", ExportOptions.calibration_context))
-    data = load_calibration_data(loaded.tokenizer, loaded.model.config.vocab_size, text_file=calibration_data, context=context)
+    data = load_calibration_data(loaded.tokenizer, vocab_size(loaded.model), text_file=calibration_data, context=context)
     weights_again(plan, loaded, ffns, data, partial(round_weights, target, loaded, ffns, manifest.dtype), str(folder))
     with stages("verify"):
         return target.verify_deployed(_subject(Path(folder), manifest, loaded, ffns, data, stages))
 
 
-def _load(model: str, options: ExportOptions) -> SourceModel:
+def _load(model: str, options: ExportOptions, policy: str) -> SourceModel:
     return load_source(
         model,
         revision=options.revision,
@@ -196,6 +200,7 @@ def _load(model: str, options: ExportOptions) -> SourceModel:
         local_files_only=options.local_files_only,
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
+        import_experts=takes_experts(policy),
         dtype=torch.float32,
     )
 
@@ -266,6 +271,7 @@ def _manifest(
         warnings=tuple(warnings),
         tokenizer=source.tokenizer is not None,
         padding=padding_of(source.model),
+        ffn_runs={name: count for name, count in Counter(item.name for item in built.report.ffns).items() if count > 1},
     )
 
 

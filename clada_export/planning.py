@@ -16,6 +16,7 @@ from clada_export.calibration.weights import FFNWeights
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.ffn import EagerFFNs
+from clada_export.model_config import text_config, vocab_size
 from clada_export.moe_import import import_plan, is_imported
 from clada_export.plan import SparsityPlan
 from clada_export.policies import get_policy
@@ -30,7 +31,7 @@ def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:
     context = options.calibration_context if limit is None else min(options.calibration_context, limit)
     return load_calibration_data(
         source.tokenizer,
-        source.model.config.vocab_size,
+        vocab_size(source.model),
         text_file=options.calibration_data,
         tokens_file=options.calibration_tokens,
         context=context,
@@ -40,7 +41,7 @@ def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:
 
 def sequence_limit(source: SourceModel) -> int | None:
     """The longest sequence that the model takes, or None if it does not say."""
-    config = source.model.config
+    config = text_config(source.model)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return limit if isinstance(limit, int) else None
 

@@ -151,6 +151,7 @@ def load_source(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    import_experts: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> SourceModel:
     """Load a decoder LLM for export.
@@ -164,6 +165,8 @@ def load_source(
         local_files_only: use the cache only, never the network.
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: accept `pytorch_model.bin` (read with `weights_only=True`).
+        import_experts: take routed experts of a known layout as FFNs that the op can run (`moe_import`); without it they stay
+            what they are, and the dense FFNs beside them are the model's FFNs.
         dtype: the type of the loaded weights.
 
     Raises:
@@ -176,7 +179,7 @@ def load_source(
         return _load_onnx(locate_onnx(path), revision)
     if path.is_file():
         with _one_gguf_reader():
-            return _load_gguf(path, revision, dtype)
+            return _load_gguf(path, revision, import_experts, dtype)
     if path.is_dir():
         if revision is not None:
             raise UsageError(f"{model}: a revision ({revision!r}) belongs to a Hub id, and this is a local folder")
@@ -187,11 +190,19 @@ def load_source(
             revision=None,
             remote=trust_remote_code,
             pickled=allow_pickle,
+            experts=import_experts,
             dtype=dtype,
         )
     folder = _fetch(model, revision, token, cache_dir, local_files_only, trust_remote_code, allow_pickle)
     return _load_folder(
-        folder, name=model, kind="hub", revision=folder.name, remote=trust_remote_code, pickled=allow_pickle, dtype=dtype
+        folder,
+        name=model,
+        kind="hub",
+        revision=folder.name,
+        remote=trust_remote_code,
+        pickled=allow_pickle,
+        experts=import_experts,
+        dtype=dtype,
     )
 
 
@@ -275,7 +286,15 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
 
 
 def _load_folder(
-    folder: Path, *, name: str, kind: str, revision: str | None, remote: bool, pickled: bool, dtype: torch.dtype
+    folder: Path,
+    *,
+    name: str,
+    kind: str,
+    revision: str | None,
+    remote: bool,
+    pickled: bool,
+    experts: bool,
+    dtype: torch.dtype,
 ) -> SourceModel:
     check_config_file(folder)
     weights = weight_files(folder, pickled)
@@ -294,7 +313,14 @@ def _load_folder(
         if source_dtype == "unknown":
             source_dtype = str(config.dtype or dtype).removeprefix("torch.")
         model = _build(
-            str(folder), name, config, dtype=dtype, trust_remote_code=remote, use_safetensors=not pickle_used, weights_only=True
+            str(folder),
+            name,
+            config,
+            import_experts=experts,
+            dtype=dtype,
+            trust_remote_code=remote,
+            use_safetensors=not pickle_used,
+            weights_only=True,
         )
     warnings: list[str] = []
     tokenizer = _folder_tokenizer(folder, name, warnings, trust_remote_code=remote, **described_by)
@@ -315,7 +341,7 @@ def _load_folder(
     )
 
 
-def _load_gguf(path: Path, revision: str | None, dtype: torch.dtype) -> SourceModel:
+def _load_gguf(path: Path, revision: str | None, experts: bool, dtype: torch.dtype) -> SourceModel:
     if path.suffix != ".gguf":
         raise UsageError(
             f"{path}: a single file must be a .gguf file; for safetensors give the folder that holds config.json too"
@@ -337,7 +363,10 @@ def _load_gguf(path: Path, revision: str | None, dtype: torch.dtype) -> SourceMo
     _check_decoder(config, str(path))
     check_layers(header, getattr(config.get_text_config(), "num_hidden_layers", None), path)
     # Without `dequantize`, transformers would keep packed blocks and could fetch matmul kernels from the Hub.
-    model = _build(folder, str(path), config, dtype=dtype, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True))
+    quantization = GgufConfig(dequantize=True)
+    model = _build(
+        folder, str(path), config, import_experts=experts, dtype=dtype, gguf_file=path.name, quantization_config=quantization
+    )
     _forget_gguf(model)
     warnings: list[str] = []
     tokenizer = _tokenizer(folder, warnings, gguf_file=path.name)
@@ -424,7 +453,7 @@ def _check_decoder(config: PreTrainedConfig, place: str) -> None:
         )
 
 
-def _build(location: str, place: str, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+def _build(location: str, place: str, config: PreTrainedConfig, *, import_experts: bool, **arguments: Any) -> PreTrainedModel:
     """Load the weights and refuse every difference between them and the config."""
     try:
         with _quiet():
@@ -445,7 +474,8 @@ def _build(location: str, place: str, config: PreTrainedConfig, **arguments: Any
     model: PreTrainedModel
     model, info = loaded
     _check_loading(info, place)
-    import_blocks(model)
+    if import_experts:
+        import_blocks(model)
     return _finished(model, place)
 
 

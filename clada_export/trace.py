@@ -22,6 +22,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_for_generation, prepare_for_export
 
 from clada_export.errors import UnsupportedModelError
+from clada_export.model_config import vocab_size
 from graph_passes.naming import name_interface
 
 SAMPLE_BATCH, SAMPLE_TOKENS, SAMPLE_PADDING = 2, 8, 3
@@ -83,9 +84,9 @@ def trace(model: nn.Module, *, fusions: str | None = "cpu") -> TracedModel:
 
 def _sample(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
     """The inputs of a step that goes on with several tokens from a past: the general case of prompt and decode."""
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-    low = 3 if config.vocab_size > 8 else 0
-    ids = torch.arange(SAMPLE_BATCH * SAMPLE_TOKENS).reshape(SAMPLE_BATCH, SAMPLE_TOKENS) % (config.vocab_size - low) + low
+    size = vocab_size(model)
+    low = 3 if size > 8 else 0
+    ids = torch.arange(SAMPLE_BATCH * SAMPLE_TOKENS).reshape(SAMPLE_BATCH, SAMPLE_TOKENS) % (size - low) + low
     mask = torch.ones_like(ids)
     mask[-1, :SAMPLE_PADDING] = 0
     with _quiet():

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 HIDDEN, NEURONS, EXPERTS, CHOSEN, LAYERS, VOCABULARY = 64, 96, 6, 2, 2, 256
 SIZE = NEURONS // EXPERTS
@@ -116,7 +123,10 @@ def write_granite_moe(folder: Path, **fields: Any) -> Path:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    model = GraniteMoeForCausalLM(GraniteMoeConfig(**{**settings, **fields})).eval()
+    # With an expert that every token runs beside those that are chosen, it is another class.
+    shared = "shared_intermediate_size" in fields
+    config = (GraniteMoeSharedConfig if shared else GraniteMoeConfig)(**{**settings, **fields})
+    model = (GraniteMoeSharedForCausalLM if shared else GraniteMoeForCausalLM)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(_random(tuple(parameter.shape)))

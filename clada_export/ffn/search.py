@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clada_export.errors import UnsupportedModelError
 from clada_export.ffn.layer import PACKINGS, EagerFFN, EagerFFNs, SkippedFFN, plain_ffns, unpack, weight_rows
 from clada_export.ffn.probe import TOKENS, Record, probe
+from clada_export.model_config import text_config
 from clada_export.reference import activate
 from graph_passes.op import ACTIVATIONS
 
@@ -199,10 +200,7 @@ def _not_an_ffn(down: Record, sources: _Sources, width: int | None) -> str | Non
 
 def _width(model: nn.Module) -> int | None:
     """The width of the residual stream, if the model's configuration says it."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    found = getattr(config, "hidden_size", None)
+    found = getattr(text_config(model), "hidden_size", None)
     return found if isinstance(found, int) else None
 
 

@@ -29,6 +29,7 @@ from clada_export.load_experiment.documents import Documents, cut, ending_tokens
 from clada_export.load_experiment.intervals import paired_interval
 from clada_export.load_experiment.simulate import Outcome, Run, document_signals, simulate
 from clada_export.method import Method, draft_layers
+from clada_export.model_config import vocab_size
 from clada_export.plan import LoadSignal
 from clada_export.progress import Progress, Stages
 from clada_export.source import load_source
@@ -126,10 +127,10 @@ def run_experiment(
     options.check()
     stages = Stages(progress)
     with stages("source") as note:
-        source = load_source(str(model), dtype=torch.float32, **source_options)
+        source = load_source(str(model), import_experts=False, dtype=torch.float32, **source_options)
         ffns = require_ffns(source.model).found
         note(f"{source.name}, {len(ffns)} FFNs")
-    vocabulary = int(source.model.config.vocab_size)
+    vocabulary = vocab_size(source.model)
     data = load_calibration_data(
         source.tokenizer,
         vocabulary,

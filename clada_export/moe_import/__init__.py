@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from clada_export.moe_import.ds_moe import import_blocks
 from clada_export.moe_import.llama_moe import is_llama_moe, load_llama_moe
-from clada_export.moe_import.plan import IMPORTED, check_import, ignored_options, import_plan, is_imported, require_whole
+from clada_export.moe_import.plan import (
+    IMPORTED,
+    check_import,
+    ignored_options,
+    import_plan,
+    is_imported,
+    require_dense,
+    require_whole,
+    takes_experts,
+)
 from clada_export.moe_import.routed_mlp import RoutedMLP, routed_mlps
 
 __all__ = [
@@ -17,6 +26,8 @@ __all__ = [
     "is_imported",
     "is_llama_moe",
     "load_llama_moe",
+    "require_dense",
     "require_whole",
     "routed_mlps",
+    "takes_experts",
 ]

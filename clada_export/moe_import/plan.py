@@ -12,7 +12,9 @@ from clada_export.calibration.choose import AUTO
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.load_response import LOAD_SLOPE
 from clada_export.errors import UnsupportedModelError, UsageError
-from clada_export.ffn import EagerFFN
+from clada_export.ffn import EagerFFN, EagerFFNs, require_ffns
+from clada_export.moe_import.ds_moe import ORIGIN as DS_MOE
+from clada_export.moe_import.ds_moe import import_blocks
 from clada_export.moe_import.routed_mlp import RoutedMLP, routed_mlps
 from clada_export.plan import LayerPlan, LoadSignal, RouterForm, SparsityPlan
 from clada_export.plan_tensors import LayerTensors
@@ -27,6 +29,11 @@ LOAD_MIN, LOAD_MAX = 1.0, 4.0
 def is_imported(model: nn.Module) -> bool:
     """Whether the model is an imported mixture of experts."""
     return bool(routed_mlps(model))
+
+
+def takes_experts(policy: str) -> bool:
+    """Whether a policy is about the routed experts of a checkpoint; for others they stay as they are, and left dense."""
+    return policy in (DS_MOE.policy, AUTO)
 
 
 def check_import(model: nn.Module, name: str, policy: str, prune: str | None) -> None:
@@ -51,6 +58,21 @@ def check_import(model: nn.Module, name: str, policy: str, prune: str | None) ->
             raise UsageError(
                 f"{name} is a mixture of experts already ({origin.layout}); --prune {prune} is for dense models, leave it out"
             )
+
+
+def require_dense(model: nn.Module, name: str, policy: str, prune: str | None) -> EagerFFNs:
+    """The FFNs of a model, at least one.
+
+    Raises:
+        UnsupportedModelError: it has none.
+        UsageError: it has none but routed experts that another policy takes.
+    """
+    try:
+        return require_ffns(model)
+    except UnsupportedModelError:
+        import_blocks(model)
+        check_import(model, name, policy, prune)
+        raise
 
 
 def ignored_options(

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from clada_export.errors import UnsupportedModelError, VerificationError
+from clada_export.model_config import vocab_size
 from clada_export.onnx_source.decoder import OnnxDecoder
 from clada_export.onnx_source.files import read_onnx
 from clada_export.onnx_source.graph import load_graph
@@ -75,7 +76,7 @@ def _config(path: Path, model: ir.Model) -> Any:
 def _check_cut(decoder: OnnxDecoder, path: Path) -> None:
     """Raise VerificationError unless the decoder in parts gives the logits of the graph in one piece."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, int(decoder.config.vocab_size), (2, _SAMPLE), generator=generator)
+    ids = torch.randint(0, vocab_size(decoder), (2, _SAMPLE), generator=generator)
     with torch.inference_mode():
         wanted, found = decoder.untouched(ids).logits, decoder(ids).logits
     difference, largest = float((wanted - found).abs().max()), float(wanted.abs().max())

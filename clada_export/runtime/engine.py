@@ -114,7 +114,11 @@ class Engine:
     @cached_property
     def sparse_neurons(self) -> int:
         """The neurons of all sparse layers together: how many the op decides on for each token."""
-        return sum(layer.get("kept_neurons") or layer["intermediate_size"] for layer in self.manifest.plan["layers"])
+        runs = self.manifest.ffn_runs
+        return sum(
+            (layer.get("kept_neurons") or layer["intermediate_size"]) * runs.get(layer["name"], 1)
+            for layer in self.manifest.plan["layers"]
+        )
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:

@@ -14,6 +14,7 @@ from clada_export.calibration.calibrate import CalibrationOptions, Calibrator
 from clada_export.calibration.text import load_calibration_data
 from clada_export.errors import CladaError
 from clada_export.ffn import require_ffns
+from clada_export.model_config import vocab_size
 from clada_export.planning import sequence_limit
 from clada_export.policies import PolicySettings, get_policy
 from clada_export.rounding import round_ffn_weights
@@ -100,7 +101,7 @@ class SweepWorker:
     def _load(self) -> tuple[Calibrator, dict[str, Any]]:
         job = self._job
         torch.set_num_threads(job.threads)
-        source = load_source(job.model, dtype=torch.float32, **job.hub)
+        source = load_source(job.model, import_experts=False, dtype=torch.float32, **job.hub)
         ffns = require_ffns(source.model)
 
         def rounded() -> None:
@@ -111,7 +112,7 @@ class SweepWorker:
         limit = sequence_limit(source)
         data = load_calibration_data(
             source.tokenizer,
-            source.model.config.vocab_size,
+            vocab_size(source.model),
             text_file=job.text_file,
             tokens_file=job.tokens_file,
             context=job.context if limit is None else min(job.context, limit),

@@ -23,6 +23,7 @@ from torch import nn
 from clada_export.errors import BackendError, UsageError
 from clada_export.ffn import EagerFFNs
 from clada_export.manifest import Manifest, TensorSpec
+from clada_export.model_config import vocab_size
 from clada_export.native import TRT_LIBRARY_NAME, check_library, ort_library_path, trt_library_path
 from clada_export.plan import read_json
 from clada_export.profiles import Profile, plan_profiles
@@ -330,5 +331,4 @@ def polygraphy_runner(backend: Backend) -> Any:
 def _tokens(subject: Subject) -> list[int]:
     if subject.text is not None:
         return [int(token) for token in subject.text[0]]
-    vocabulary = int(subject.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
-    return [int(token) for token in np.random.default_rng(0).integers(0, vocabulary, 64)]
+    return [int(token) for token in np.random.default_rng(0).integers(0, vocab_size(subject.model), 64)]

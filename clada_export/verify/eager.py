@@ -23,8 +23,8 @@ from graph_passes.op import SparseFFNAttributes
 
 @dataclass(frozen=True)
 class SparseRun:
-    """Logits [T, V] float32 of one row, how many neurons each layer ran, int32 [layers, T], and the prompt statistic of every
-    layer that keeps one, float32 [1, f'], in the order of the layers."""
+    """Logits [T, V] float32 of one row, how many neurons each FFN ran, int32 [runs, T], and the prompt statistic of every one
+    that keeps one, float32 [1, f']. In the order in which they run; one that runs more than once is there as often."""
 
     logits: npt.NDArray[np.float32]
     active: npt.NDArray[np.int32]
@@ -85,18 +85,20 @@ class ReferenceModel:
     def run(self, row: Sequence[int], load: npt.NDArray[np.float32]) -> SparseRun:
         """Run one row alone; `load` float32 [T] is the load of every token."""
         loads = torch.from_numpy(np.asarray(load, dtype=np.float32))
-        active = torch.zeros(len(self._layers), len(row), dtype=torch.int32)
-        stats: dict[int, npt.NDArray[np.float32]] = {}
+        active: list[npt.NDArray[np.int32]] = []
+        stats: list[npt.NDArray[np.float32]] = []
 
         def replace(index: int, x: Tensor) -> Tensor:
-            y, active[index], stat = self._layers[index].run(x.reshape(len(row), -1), loads)
+            y, count, stat = self._layers[index].run(x.reshape(len(row), -1), loads)
+            active.append(count.numpy().astype(np.int32))
             if stat is not None:
-                stats[index] = stat.numpy()
+                stats.append(stat.numpy())
             return y.to(x.dtype).reshape(x.shape)
 
         with torch.inference_mode(), FFNTap(self._ffns, replace=replace):
             logits: Tensor = self._model(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()
-        return SparseRun(logits.numpy(), active.numpy(), tuple(stats[index] for index in sorted(stats)))
+        counts = np.stack(active) if active else np.zeros((0, len(row)), np.int32)
+        return SparseRun(logits.numpy(), counts, tuple(stats))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import nn
 
 from clada_export.ffn import EagerFFN
+from clada_export.model_config import vocab_size
 from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
 from clada_export.verify.drift import drift_check, measure_drift, sparse_greedy_prefix
@@ -56,7 +57,7 @@ def verify(
         text: int64 [windows, context] of real text that calibration did not see, or None.
     """
     limit = engine.max_positions
-    vocabulary = engine.vocab_size or int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    vocabulary = engine.vocab_size or vocab_size(model)
     plan = engine.manifest.sparsity_plan(engine.folder)
     reference = ReferenceModel(model, ffns, plan)
     rounded = None if options.computes_in == "float32" else RoundedModel(model, ffns, plan, options.computes_in)

@@ -485,6 +485,17 @@ def test_what_an_imported_mixture_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("policy", "rewritten"), [("clada", "shared_mlp"), ("ds-moe", "block_sparse_moe")])
+def test_a_shared_expert_is_an_ffn_beside_the_routed_ones(policy: str, rewritten: str, tmp_path: Path) -> None:
+    model = write_granite_moe(tmp_path / "model", shared_intermediate_size=48)
+    result = export(model, tmp_path / "out", replace(OPTIONS, policy=policy, sparsity=0.3, calibration_cache=None))
+    assert result.verification is not None and result.verification.passed
+    assert [layer.name.split(".")[3] for layer in result.plan.layers] == [rewritten] * LAYERS
+    left = "block_sparse_moe" if policy == "clada" else "shared_mlp"
+    assert sum(left in warning and "left dense" in warning for warning in result.manifest.warnings) == LAYERS
+    assert verify_folder(tmp_path / "out", source=str(model)).passed
+
+
 # --- bad checkpoints ---
 
 EXPERT = "model.layers.0.mlp.calculator.experts.weight_up.3"

@@ -23,8 +23,16 @@ def test_models_with_positions_that_follow_the_mask(kind: str) -> None:
     assert padding_of(tiny_model(kind)) == "left"
 
 
-def test_a_model_whose_positions_do_not() -> None:
-    assert padding_of(tiny_decoder("bart")) == "none"
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("bart", id="positions from the first token, padding or not"),
+        pytest.param("roformer", id="a mask that only lowers the scores of padding"),
+        pytest.param("git", id="a mask that is wrong after a cache"),
+    ],
+)
+def test_a_model_that_does_not_take_padding(kind: str) -> None:
+    assert padding_of(tiny_decoder(kind)) == "none"
 
 
 def test_such_a_model_is_exported_for_rows_of_one_length(tmp_path: Path) -> None:
