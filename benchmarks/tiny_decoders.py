@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ VOCABULARY = 256
 MAX_PARAMETERS = 20_000_000
 """A model with more was not made small by these settings."""
 
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers")
 _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (LAYERS, ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers")),
+    (LAYERS, _LAYER_COUNTS),
     (4, ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "linear_num_value_heads")),
-    (2, ("num_key_value_heads", "num_experts_per_tok", "moe_topk", "moe_k", "linear_num_key_heads")),
+    (2, ("num_key_value_heads", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "linear_num_key_heads")),
     (0, ("num_kv_shared_layers",)),
     (1, ("n_group", "topk_group", "first_k_dense_replace")),
     (16, ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "hidden_size_per_layer_input",
@@ -42,6 +44,31 @@ _HEAD_SIZES = {"head_dim": 16, "rotary_dim": 8, "qk_head_dim": 32, "mamba_d_head
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _DERIVED = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "mlp_only_layers", "hybrid_override_pattern")
 """Lists with an entry for each layer: left out, so that the configuration makes its own."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is made small.
+
+    Attributes:
+        heads: sizes of heads too.
+        cut: lists by layer are cut, else they are left to the configuration.
+        fill: sizes that the configuration does not set are set too.
+        layers: the number of layers too, else it stays what other settings may have been made for.
+    """
+
+    heads: bool
+    cut: bool
+    fill: bool = False
+    layers: bool = True
+
+
+_HEADS_AND_LISTS = ((True, True), (False, True), (True, False), (False, False))
+_SETTINGS = (
+    *(_Settings(heads, cut) for heads, cut in _HEADS_AND_LISTS),
+    *(_Settings(heads, cut, fill=True) for heads, cut in _HEADS_AND_LISTS),
+    *(_Settings(heads, False, layers=False) for heads in (True, False)),
+)
 
 
 class NotMadeError(Exception):
@@ -62,10 +89,10 @@ def tiny_decoder(model_type: str, seed: int = 0) -> nn.Module:
         NotMadeError: none of the settings gives a model that runs.
     """
     reasons: dict[str, None] = {}
-    for heads, cut in ((True, True), (False, True), (True, False), (False, False)):
+    for settings in _SETTINGS:
         try:
             with _quiet():
-                return _checked(_model(_config(model_type, heads=heads, cut=cut), seed))
+                return _checked(_model(_config(model_type, settings), seed))
         # Modeling code raises anything at all.
         except Exception as error:
             text = str(error).strip()
@@ -73,34 +100,44 @@ def tiny_decoder(model_type: str, seed: int = 0) -> nn.Module:
     raise NotMadeError("; ".join(reasons))
 
 
-def _config(model_type: str, *, heads: bool, cut: bool) -> PretrainedConfig:
-    """Small settings; `heads`: sizes of heads too; `cut`: lists by layer are cut, else they are left to the configuration."""
+def _config(model_type: str, settings: _Settings) -> PretrainedConfig:
     kind = CONFIG_MAPPING[model_type]
     default = kind()
-    changes = _changes(default.to_dict(), heads=heads, cut=cut)
+    changes = _changes(default.to_dict(), settings)
     config = kind(**changes)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config
 
 
-def _changes(default: Mapping[str, Any], *, heads: bool, cut: bool) -> dict[str, Any]:
-    sizes = {name: size for size, names in _SIZES for name in names} | (_HEAD_SIZES if heads else {})
+def _changes(default: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
+    sizes = {name: size for size, names in _SIZES for name in names} | (_HEAD_SIZES if settings.heads else {})
+    if not settings.layers:
+        sizes = {name: size for name, size in sizes.items() if name not in _LAYER_COUNTS}
     changes: dict[str, Any] = dict(_TOKENS)
     for name, value in default.items():
         # Latent attention has as many heads for keys as for queries, and its sizes follow from that.
         if name == "num_key_value_heads" and value == default.get("num_attention_heads"):
             changes[name] = sizes["num_attention_heads"]
-        elif name in sizes and isinstance(value, int) and not isinstance(value, bool):
+        elif name in sizes and (_is_number(value) or (value is None and settings.fill)):
             changes[name] = sizes[name]
         elif name in sizes and isinstance(value, list):
-            changes[name] = [sizes[name]] * LAYERS
-        elif name in _DERIVED and isinstance(value, list) and cut:
+            changes[name] = [sizes[name]] * (LAYERS if settings.layers else len(value))
+        elif name in _DERIVED and isinstance(value, list) and settings.cut:
             changes[name] = value[:LAYERS]
-        elif name.endswith("_config") and isinstance(value, Mapping) and name != "quantization_config":
-            inner = {**value, **_changes(value, heads=heads, cut=cut)}
-            changes[name] = {key: item for key, item in inner.items() if cut or key not in _DERIVED}
+        elif _is_config(name, value):
+            inner = {**value, **_changes(value, settings)}
+            changes[name] = {key: item for key, item in inner.items() if settings.cut or key not in _DERIVED}
     return changes
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_config(name: str, value: Any) -> bool:
+    """Whether a setting is the configuration of a part, and not just called so (`per_layer_config`)."""
+    return name.endswith("_config") and isinstance(value, Mapping) and "model_type" in value
 
 
 def _model(config: PretrainedConfig, seed: int) -> nn.Module:

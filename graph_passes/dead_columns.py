@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.repack import free_unused
-from graph_passes.rules.projection import split_widths
+from graph_passes.rules.packing import split_widths
 from graph_passes.rules.weights import is_constant
 
 

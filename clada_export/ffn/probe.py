@@ -56,8 +56,11 @@ def probe(model: nn.Module, inject: Mapping[int, Callable[[Tensor], Tensor]] | N
     changes = inject or {}
     handles = []
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def after(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], object], Tensor | None]:
+        def after(module: nn.Module, args: tuple[Tensor, ...], y: object) -> Tensor | None:
+            if not isinstance(y, Tensor):
+                # A router that is written as a projection returns weights and choices together (Llama 4).
+                return None
             if path in records:
                 records[path].calls += 1
             elif args:

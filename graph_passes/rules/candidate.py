@@ -10,9 +10,7 @@ import onnx_ir as ir
 from graph_passes.rules.common import FFNMatch, Refusal, describe, keeps_last_axis, module_path, rank, through_reshapes
 from graph_passes.rules.elementwise import Elementwise, expression
 from graph_passes.rules.projection import MATMUL_OPS, NoProjection, Projection, match_product, match_projection
-from graph_passes.rules.weights import QUANTISED_OPS, VectorSource, vector_source
-
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+from graph_passes.rules.weights import FLOATS, QUANTISED_OPS, VectorSource, vector_source
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,12 @@ def assemble(
         wanted = [intermediate_size, hidden_size]
         return Refusal(f"the down projection is {list(down.weight.shape)}; {wanted} is needed", ffn_like=True)
     # A matrix product has operands and a result of one type: the weights' tells those of x and y too.
-    dtype = up.weight.value.dtype
+    dtype = up.weight.dtype
     for source in (*(projection.weight for projection in projections), down.weight):
-        if source.value.dtype not in FLOATS:
-            return Refusal(f"weight {source.value.name!r} is {source.value.dtype}, not floating point", ffn_like=True)
-        if source.value.dtype != dtype:
-            found_types = f"{source.value.dtype}, and {up.weight.value.name!r} is {dtype}"
+        if source.dtype not in FLOATS:
+            return Refusal(f"weight {source.value.name!r} is {source.dtype}, not floating point", ffn_like=True)
+        if source.dtype != dtype:
+            found_types = f"{source.dtype}, and {up.weight.value.name!r} is {dtype}"
             return Refusal(f"weight {source.value.name!r} is {found_types}; one type is needed", ffn_like=True)
     assert dtype is not None
     x = _common_x(projections)

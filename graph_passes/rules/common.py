@@ -91,9 +91,17 @@ def keeps_last_axis(reshape: ir.Node) -> bool:
 
 def last_dim(value: ir.Value | None) -> int | None:
     """The size of the last axis, if it is known."""
-    if value is None or value.shape is None or len(value.shape) == 0:
+    dims = trailing_dims(value, 1)
+    return None if dims is None else dims[0]
+
+
+def trailing_dims(value: ir.Value | None, count: int) -> tuple[int, ...] | None:
+    """The sizes of the last `count` axes, if there are as many and all are known."""
+    if value is None or value.shape is None or len(value.shape) < count:
         return None
-    return fixed_size(value.shape[-1])
+    sizes = [fixed_size(size) for size in list(value.shape)[-count:]]
+    known = tuple(size for size in sizes if size is not None)
+    return known if len(known) == count else None
 
 
 def fixed_size(size: int | ir.SymbolicDim) -> int | None:

@@ -1,7 +1,7 @@
 """Recognise a linear projection, walking backwards from its result.
 
-Looked through on the way: a bias Add, Reshapes that regroup rows, and the Split or Slice of a projection that is packed with
-others.
+Looked through on the way: a bias Add, Reshapes that regroup rows, and what takes the columns of a projection that is packed
+with others (`packing`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from graph_passes.rules.common import describe, keeps_last_axis, last_dim
+from graph_passes.rules.common import describe, keeps_last_axis
+from graph_passes.rules.packing import packed_part
 from graph_passes.rules.weights import (
     QUANTISED_OPS,
     Columns,
     MatrixSource,
     VectorSource,
-    constant_array,
-    constant_scalar,
     matrix_source,
     vector_source,
 )
@@ -87,6 +86,7 @@ def match_projection(value: ir.Value) -> Projection | NoProjection:
         if node.op_type in MATMUL_OPS or node.op_type in QUANTISED_OPS:
             break
         previous: ir.Value | None = None
+        nodes: tuple[ir.Node, ...] = (node,)
         if node.op_type == "Identity" or (node.op_type == "Reshape" and keeps_last_axis(node)):
             previous = node.inputs[0]
         elif node.op_type == "Add":
@@ -96,15 +96,14 @@ def match_projection(value: ir.Value) -> Projection | NoProjection:
                     if bias is not None:
                         return NoProjection(f"{describe(node)} adds a second bias", linear=True)
                     bias, previous = replace(found, columns=columns), node.inputs[index]
-        elif node.op_type in ("Split", "Slice"):
-            inner = _split_columns(node, value) if node.op_type == "Split" else _slice_columns(node)
-            if inner is not None:
-                if columns is not None:
-                    return NoProjection(f"{describe(node)} takes a part of a part of a packed projection", linear=True)
-                columns, previous = inner, node.inputs[0]
+        elif (part := packed_part(node, value)) is not None:
+            if columns is not None:
+                return NoProjection(f"{describe(node)} takes a part of a part of a packed projection", linear=True)
+            columns, previous = part.columns, part.source
+            nodes = part.nodes
         if previous is None:
             return NoProjection(f"{value.name!r} is the result of {describe(node)}, not of a projection", linear=False)
-        passed.append(node)
+        passed.extend(nodes)
         value = previous
     product = match_product(node)
     if isinstance(product, str):
@@ -117,42 +116,3 @@ def match_projection(value: ir.Value) -> Projection | NoProjection:
     if bias is not None and bias.size != weight.shape[1]:
         return NoProjection(f"a bias of {bias.size} values is added to {weight.shape[1]} columns", linear=True)
     return Projection(product.x, weight, bias, (*product.nodes, *reversed(passed)))
-
-
-def _last_axis(node: ir.Node, axis: int) -> bool:
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    return axis == -1 or (shape is not None and axis == len(shape) - 1)
-
-
-def _split_columns(node: ir.Node, value: ir.Value) -> Columns | None:
-    """Which columns of its input the Split's output `value` holds."""
-    widths = split_widths(node)
-    if widths is None:
-        return None
-    index = next(i for i, output in enumerate(node.outputs) if output is value)
-    start = sum(widths[:index])
-    return Columns(start, start + widths[index])
-
-
-def split_widths(node: ir.Node) -> list[int] | None:
-    """How many columns each result of a Split of the last axis has, if that is known."""
-    if not _last_axis(node, node.attributes.get_int("axis", 0)):
-        return None
-    sizes = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
-    if sizes is not None:
-        return [int(size) for size in sizes]
-    widths = [last_dim(output) for output in node.outputs]
-    return None if any(width is None for width in widths) else [width or 0 for width in widths]
-
-
-def _slice_columns(node: ir.Node) -> Columns | None:
-    """Which columns of its input a Slice of the last axis holds."""
-    numbers = [constant_scalar(value) for value in node.inputs[1:]]
-    source = node.inputs[0]
-    width = last_dim(source)
-    if len(numbers) < 3 or width is None or any(number is None for number in numbers):
-        return None
-    start, stop, axis, step = [int(number or 0) for number in (*numbers, 1.0)[:4]]
-    if step < 1 or not _last_axis(node, axis):
-        return None
-    return Columns(*slice(start, stop, step).indices(width))

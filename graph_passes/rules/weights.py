@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 QUANTISED_OPS = (
     "DequantizeLinear",
     "MatMulNBits",
@@ -34,11 +35,20 @@ class Columns:
 
 @dataclass(frozen=True)
 class MatrixSource:
-    """A weight [in, out] that lies in an initializer; `transposed`: the initializer is [out, in]."""
+    """A weight [in, out] that lies in an initializer; `transposed`: the initializer is [out, in].
+
+    `cast`: the type that a Cast makes of it before it is used, if there is one: weights may be kept in fewer bits.
+    """
 
     value: ir.Value
     transposed: bool = False
     columns: Columns | None = None
+    cast: ir.DataType | None = None
+
+    @property
+    def dtype(self) -> ir.DataType | None:
+        """The type that the product computes with."""
+        return self.cast or self.value.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,7 +59,7 @@ class MatrixSource:
         return rows, columns if self.columns is None else self.columns.count
 
     def read(self) -> np.ndarray:
-        """The weight [in, out], as a view where possible."""
+        """The weight [in, out], as a view where possible, in the type that the initializer has."""
         array = _read(self.value)
         return _take(array.T if self.transposed else array, self.columns)
 
@@ -113,17 +123,22 @@ def constant_array(value: ir.Value | None, limit: int = 1024) -> np.ndarray | No
 def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSource | str:
     """Describe the weight operand of a projection, or say why it is not a constant matrix.
 
-    Transposes of an initializer are looked through.
+    Transposes and Casts of an initializer are looked through.
     """
     if value is None:
         return "the weight is missing"
     node = value.producer()
-    if node is not None and node.op_type == "Transpose" and is_constant(node.inputs[0]):
+    if node is not None and node.op_type == "Transpose":
         permutation = node.attributes.get_ints("perm", (1, 0))
         if tuple(permutation) == (1, 0):
             return matrix_source(node.inputs[0], not transposed)
     if node is not None and node.op_type == "Identity":
         return matrix_source(node.inputs[0], transposed)
+    if node is not None and node.op_type == "Cast":
+        inner = matrix_source(node.inputs[0], transposed)
+        if isinstance(inner, str) or inner.value.dtype not in FLOATS:
+            return inner
+        return replace(inner, cast=inner.cast or ir.DataType(node.attributes.get_int("to", ir.DataType.FLOAT)))
     if node is not None and node.op_type in QUANTISED_OPS:
         return f"quantised weights behind {node.op_type} {node.name!r}"
     if not is_constant(value):
@@ -135,6 +150,9 @@ def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSou
 
 def vector_source(value: ir.Value | None) -> VectorSource | None:
     """Describe a bias operand: a constant with one axis longer than one, the last. None if it is not one."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype in FLOATS:
+        return vector_source(node.inputs[0])
     if value is None or not is_constant(value):
         return None
     dims = _dims(value)

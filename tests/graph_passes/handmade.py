@@ -5,9 +5,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from graph_passes import FFNRewrite, find_ffns, rewrite_ffns
+from graph_passes.op import SparseFFNAttributes
+from graph_passes.rules.common import FFNMatch
 
 HIDDEN, WIDTH = 16, 24
+FEEDS = {
+    "input_ids": np.zeros((2, 3), np.int64),
+    "x": np.random.default_rng(1).standard_normal((2, 3, HIDDEN)).astype(np.float32),
+}
+
+
+def run(model: ir.Model, **more: np.ndarray) -> dict[str, np.ndarray]:
+    """Check the graph, and run it in `onnx.reference` on fixed random numbers."""
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    names = {value.name for value in proto.graph.input}
+    found = ReferenceEvaluator(proto).run(None, {k: v for k, v in {**FEEDS, **more}.items() if k in names})
+    return dict(zip((value.name for value in proto.graph.output), found, strict=True))
+
+
+def scale_by_norm(w_in: np.ndarray, w_out: np.ndarray) -> dict[str, np.ndarray]:
+    """The constants of score `exact`."""
+    return {"neuron_scale": np.linalg.norm(w_out, axis=1).astype(np.float32)}
+
+
+def rewrite_only(model: ir.Model) -> FFNMatch:
+    """Rewrite the only layer of a graph, in place; its match."""
+    (match,) = find_ffns(model).matches
+    rewrite = FFNRewrite(SparseFFNAttributes(score="exact"), np.zeros(1, np.float32), scale_by_norm)
+    rewrite_ffns(model, {match.name: rewrite})
+    return match
+
+
+def rewritten_alike(before: ir.Model, after: ir.Model) -> FFNMatch:
+    """Rewrite the only layer of `after`, which is the same graph as `before`, and hold what both compute together, dense."""
+    wanted = run(before)
+    match = rewrite_only(after)
+    found = run(after, load=np.full((2, 3), np.inf, np.float32))
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
+    return match
 
 
 class Handmade:
