@@ -188,6 +188,7 @@ MANIFEST_SCHEMA: dict[str, Any] = {
         "warnings": {"type": "array", "items": {"type": "string"}},
         "tokenizer": {"type": "boolean"},
         "padding": {"enum": list(PADDINGS)},
+        "first_position": {"type": "integer", "minimum": 0},
         "ffn_runs": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 2}},
         "files": _FILES,
         "digest": _SHA256,
@@ -225,8 +226,9 @@ class CacheTensor:
 class Manifest:
     """Everything that is known about an export. `files` is filled in by `ArtifactWriter.commit`.
 
-    `padding` is one of `PADDINGS`. `ffn_runs` says how often a token runs each FFN that it runs more than once. `engine` is
-    what a TensorRT export has beside the graph: backend, files, profiles, plugin; see `docs/manifest.md`.
+    `padding` is one of `PADDINGS`. `first_position` is what the graph adds to `position_ids`: the model has as many positions
+    less. `ffn_runs` says how often a token runs each FFN that it runs more than once. `engine` is what a TensorRT export has
+    beside the graph: backend, files, profiles, plugin; see `docs/manifest.md`.
     """
 
     tool_version: str
@@ -248,6 +250,7 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     tokenizer: bool = False
     padding: str = "left"
+    first_position: int = 0
     ffn_runs: dict[str, int] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     schema_version: int = MANIFEST_VERSION

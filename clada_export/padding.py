@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from clada_export.manifest import PADDINGS
-from clada_export.model_config import vocab_size
+from clada_export.positions import first_position, sample_tokens, takes_positions
 
 LEFT, NONE = PADDINGS
 SAME = 1e-3
@@ -25,13 +24,12 @@ def padding_of(model: nn.Module) -> str:
     Args:
         model: takes `input_ids`, `attention_mask` and, if it says so, `position_ids`; `config.vocab_size` is set.
     """
-    vocabulary = vocab_size(model)
-    ids = torch.randint(0, vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = sample_tokens(model, _TOKENS)
     padded = torch.cat((torch.zeros((1, _PADDING), dtype=torch.int64), ids), 1)
     mask = torch.cat((torch.zeros((1, _PADDING), dtype=torch.int64), torch.ones_like(ids)), 1)
     inputs: dict[str, Tensor] = {"input_ids": padded, "attention_mask": mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if takes_positions(model):
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + first_position(model)
     with torch.inference_mode():
         wanted = model(input_ids=ids, use_cache=False).logits
         found = model(**inputs, use_cache=False).logits[:, _PADDING:]

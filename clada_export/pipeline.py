@@ -29,6 +29,7 @@ from clada_export.padding import NONE, padding_of
 from clada_export.plan import SparsityPlan
 from clada_export.plan_tensors import save_plan_tensors
 from clada_export.planning import make_plan, read_data, round_weights, sequence_limit, weights_again
+from clada_export.positions import first_position
 from clada_export.progress import Progress, Stages
 from clada_export.report import write_model_card, write_report
 from clada_export.source import SourceModel, load_source
@@ -271,6 +272,7 @@ def _manifest(
         warnings=tuple(warnings),
         tokenizer=source.tokenizer is not None,
         padding=padding_of(source.model),
+        first_position=first_position(source.model),
         ffn_runs={name: count for name, count in Counter(item.name for item in built.report.ffns).items() if count > 1},
     )
 

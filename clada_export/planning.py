@@ -20,6 +20,7 @@ from clada_export.model_config import text_config, vocab_size
 from clada_export.moe_import import import_plan, is_imported
 from clada_export.plan import SparsityPlan
 from clada_export.policies import get_policy
+from clada_export.positions import first_position
 from clada_export.pruning import PruneSpec
 from clada_export.source import SourceModel
 from clada_export.targets.common import Target
@@ -43,7 +44,8 @@ def sequence_limit(source: SourceModel) -> int | None:
     """The longest sequence that the model takes, or None if it does not say."""
     config = text_config(source.model)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return limit if isinstance(limit, int) else None
+    # Embeddings of positions that a text never has are in the number.
+    return limit - first_position(source.model) if isinstance(limit, int) else None
 
 
 def make_plan(

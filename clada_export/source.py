@@ -444,7 +444,7 @@ def _check_decoder(config: PreTrainedConfig, place: str) -> None:
             f"{place}: {kind!r} is an encoder-decoder model; only decoder-only language models are supported"
         )
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    if _loader(config) is None and not remote:
         raise UnsupportedModelError(f"{place}: {kind!r} is not a decoder: transformers has no causal language model for it")
     # Encoders such as BERT can be *turned into* a causal model with `is_decoder`; as they come they look both ways.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
@@ -453,11 +453,25 @@ def _check_decoder(config: PreTrainedConfig, place: str) -> None:
         )
 
 
+def _loader(config: PreTrainedConfig) -> Any:
+    """What loads the decoder of a configuration, or None if transformers has none.
+
+    The decoder of a model of text and images may be saved alone; its configuration names a class of transformers then.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    for name in getattr(config, "architectures", None) or ():
+        kind = getattr(transformers, name, None) if str(name).endswith("ForCausalLM") else None
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(config):
+            return kind
+    return None
+
+
 def _build(location: str, place: str, config: PreTrainedConfig, *, import_experts: bool, **arguments: Any) -> PreTrainedModel:
     """Load the weights and refuse every difference between them and the config."""
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = (_loader(config) or AutoModelForCausalLM).from_pretrained(
                 location,
                 config=config,
                 local_files_only=True,

@@ -23,7 +23,9 @@ from transformers.exporters.utils import decompose_for_generation, prepare_for_e
 
 from clada_export.errors import UnsupportedModelError
 from clada_export.model_config import vocab_size
+from clada_export.positions import first_position
 from graph_passes.naming import name_interface
+from graph_passes.positions import ShiftPositions
 
 SAMPLE_BATCH, SAMPLE_TOKENS, SAMPLE_PADDING = 2, 8, 3
 """The traced example: two rows, so that the batch stays dynamic, the second with padding, so that the mask is an input."""
@@ -79,6 +81,7 @@ def trace(model: nn.Module, *, fusions: str | None = "cpu") -> TracedModel:
             f"{name}: layers {report.truncated_layers} drop tokens in the traced graph: their sliding window is shorter than "
             f"{SAMPLE_TOKENS + 2} tokens"
         )
+    ShiftPositions(first_position(model))(graph)
     return TracedModel(graph, fusions)
 
 

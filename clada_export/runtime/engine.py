@@ -98,6 +98,8 @@ class Engine:
         stated = _first_int(
             config.get("max_position_embeddings"), text_config.get("max_position_embeddings"), config.get("n_positions")
         )
+        if stated is not None:
+            stated -= manifest.first_position
         limits = [limit for limit in (stated, session.max_tokens) if limit is not None]
         self.max_positions = min(limits, default=None)
         """The longest sequence in tokens that the model and the engine take, or None if neither says."""

@@ -15,6 +15,7 @@ from clada_export.calibration.scorer import layer_tensors
 from clada_export.ffn import EagerFFN
 from clada_export.merge import MergingFFN
 from clada_export.plan import LayerPlan, SparsityPlan
+from clada_export.positions import counted
 from clada_export.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
 from clada_export.router import RouterModule
 from clada_export.tap import FFNTap
@@ -33,8 +34,10 @@ class SparseRun:
 
 def dense_logits(model: nn.Module, row: Sequence[int]) -> npt.NDArray[np.float32]:
     """Logits [T, V] of the untouched model for one row alone."""
+    positions = counted(model, len(row))
     with torch.inference_mode():
-        result: Tensor = _untouched(model)(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()
+        output = _untouched(model)(input_ids=torch.tensor([list(row)]), use_cache=False, **positions)
+        result: Tensor = output.logits[0].float()
     return result.numpy()
 
 
@@ -48,15 +51,16 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) 
         For each prompt its new tokens, and each step's gap between the two best logits.
     """
     tokens, gaps = [], []
-    run = _untouched(model)
+    run, length = _untouched(model), len(prompts[0])
     with torch.inference_mode():
-        output = run(input_ids=torch.tensor([list(prompt) for prompt in prompts]), use_cache=True)
+        output = run(input_ids=torch.tensor([list(prompt) for prompt in prompts]), use_cache=True, **counted(model, length))
         for step in range(new_tokens):
             best = output.logits[:, -1].float().topk(2)
             tokens.append(best.indices[:, 0])
             gaps.append(best.values[:, 0] - best.values[:, 1])
             if step + 1 < new_tokens:
-                output = run(input_ids=tokens[-1][:, None], past_key_values=output.past_key_values, use_cache=True)
+                past = {"past_key_values": output.past_key_values, **counted(model, 1, length + step)}
+                output = run(input_ids=tokens[-1][:, None], use_cache=True, **past)
     return torch.stack(tokens, dim=1).tolist(), torch.stack(gaps, dim=1).tolist()
 
 
@@ -95,8 +99,9 @@ class ReferenceModel:
                 stats.append(stat.numpy())
             return y.to(x.dtype).reshape(x.shape)
 
+        positions = counted(self._model, len(row))
         with torch.inference_mode(), FFNTap(self._ffns, replace=replace):
-            logits: Tensor = self._model(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()
+            logits: Tensor = self._model(input_ids=torch.tensor([list(row)]), use_cache=False, **positions).logits[0].float()
         counts = np.stack(active) if active else np.zeros((0, len(row)), np.int32)
         return SparseRun(logits.numpy(), counts, tuple(stats))
 

@@ -40,3 +40,10 @@ def test_an_ffn_that_a_token_runs_more_than_once(tmp_path: Path) -> None:
     output = engine.prefill([[5, 6, 7]])
     assert output.active is not None and output.active.shape == (1, sum(runs.values())) and output.active.sum() == neurons
     assert 0.1 < result.manifest.drift["sparsity"] < 0.5
+
+
+def test_the_decoder_of_a_model_of_text_and_images_may_come_alone(tmp_path: Path) -> None:
+    result = exported("emu3", tmp_path)
+    assert result.verification is not None and result.verification.passed
+    # No configuration of text alone is in the table of decoders; the class's name tells.
+    assert load_source(str(tmp_path / "model")).model.config.model_type == "emu3_text_model"
