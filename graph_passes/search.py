@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -50,7 +51,7 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
     """
     search = FFNSearch()
     refusals: dict[str, list[Refusal]] = {}
-    rows = row_symbols(model)
+    rows, places = row_symbols(model), _Places(model)
     for node in model.graph.all_nodes():
         found = candidate(node, rows)
         if found is None:
@@ -58,7 +59,7 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
         results = [rule(found) for rule in RULES]
         matches = [result for result in results if isinstance(result, FFNMatch)]
         if matches and node.graph is not model.graph:
-            refusals.setdefault(found.name, []).append(_in_a_body(model, node))
+            refusals.setdefault(found.name, []).append(places.in_a_body(node))
         elif matches:
             search.matches.append(matches[0])
         else:
@@ -66,7 +67,8 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
     done = {match.name for match in search.matches} | rewritten_ffns(model)
     for name in expected:
         if name not in done:
-            search.misses.append(FFNMiss(name, _reason(model, name, refusals.get(name, []))))
+            reasons = refusals.get(name)
+            search.misses.append(FFNMiss(name, _most_specific(reasons) if reasons else places.missing(name)))
     for name, reasons in refusals.items():
         if name not in done and name not in expected and any(refusal.ffn_like for refusal in reasons):
             search.misses.append(FFNMiss(name, _most_specific(reasons)))
@@ -89,36 +91,59 @@ def rewritten_ffns(model: ir.Model) -> set[str]:
     return {node.metadata_props.get(FFN_NAME, str(node.name)) for node in nodes}
 
 
-def _in_a_body(model: ir.Model, node: ir.Node) -> Refusal:
-    """Why an FFN in the body of an If, Loop or Scan stays as it is: the load and the counts are values of the main graph."""
-    for outer in model.graph.all_nodes():
-        for attribute in outer.attributes.values():
-            bodies = attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
-            if attribute.type == ir.AttributeType.GRAPH:
-                bodies = (attribute.as_graph(),)
-            if any(body is node.graph for body in bodies):
-                what = f"the {attribute.name} of {describe(outer)}"
-                return Refusal(f"it is in a body of control flow ({what}); export the model without", ffn_like=True)
-    return Refusal("it is not in the main graph", ffn_like=True)
+class _Places:
+    """What is said of layers that are not matched: where nodes lie. Made once a search, when there is something to say."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+
+    @cached_property
+    def _bodies(self) -> dict[ir.Graph, str]:
+        """Which body of which node a graph is."""
+        found: dict[ir.Graph, str] = {}
+        for outer in self._model.graph.all_nodes():
+            for attribute in outer.attributes.values():
+                bodies = attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
+                if attribute.type == ir.AttributeType.GRAPH:
+                    bodies = (attribute.as_graph(),)
+                found.update(dict.fromkeys(bodies, f"the {attribute.name} of {describe(outer)}"))
+        return found
+
+    @cached_property
+    def _modules(self) -> tuple[dict[str, ir.Node], dict[str, ir.Node]]:
+        """By module path: the first node of the module or of one inside it, and the first that routes tokens to experts."""
+        first: dict[str, ir.Node] = {}
+        routing: dict[str, ir.Node] = {}
+        for node in self._model.graph:
+            names = (module_path(node) or "").split(".")
+            for depth in range(1, len(names) + 1):
+                path, inner = ".".join(names[:depth]), names[depth : depth + 1]
+                first.setdefault(path, node)
+                if node.op_type == "TopK" or inner in (["experts"], ["router"]):
+                    routing.setdefault(path, node)
+        return first, routing
+
+    def in_a_body(self, node: ir.Node) -> Refusal:
+        """Why an FFN in the body of an If, Loop or Scan stays as it is: load and counts are values of the main graph."""
+        what = self._bodies.get(node.graph) if isinstance(node.graph, ir.Graph) else None
+        if what is None:
+            return Refusal("it is not in the main graph", ffn_like=True)
+        return Refusal(f"it is in a body of control flow ({what}); export the model without", ffn_like=True)
+
+    def missing(self, name: str) -> str:
+        """Why no matrix product of this name is in the graph."""
+        parent = name.rpartition(".")[0]
+        block = parent.removesuffix(".experts")
+        first, routing = self._modules
+        routed = routing.get(block) or (first.get(block) if ".experts" in name else None)
+        if routed is not None:
+            return f"MoE: {block!r} routes tokens to experts ({describe(routed)})"
+        if parent in first:
+            return f"no matrix product carries this module path, though other nodes of {parent!r} are in the graph"
+        return "no node of the graph carries this module path"
 
 
 def _most_specific(refusals: list[Refusal]) -> str:
     """The reason of the rule that came furthest: the counts of operands, which every rule checks first, say least."""
     ranked = sorted(refusals, key=lambda refusal: (refusal.ffn_like, "values meet" not in refusal.reason), reverse=True)
     return ranked[0].reason
-
-
-def _reason(model: ir.Model, name: str, refusals: list[Refusal]) -> str:
-    if refusals:
-        return _most_specific(refusals)
-    parent = name.rpartition(".")[0]
-    block = parent.removesuffix(".experts")
-    for node in model.graph:
-        path = module_path(node) or ""
-        if path == block or path.startswith(block + "."):
-            tail = path.removeprefix(block).strip(".").split(".")[0]
-            if node.op_type == "TopK" or tail in ("experts", "router") or ".experts" in name:
-                return f"MoE: {block!r} routes tokens to experts ({describe(node)})"
-    if parent and any((module_path(node) or "").startswith(parent) for node in model.graph):
-        return f"no matrix product carries this module path, though other nodes of {parent!r} are in the graph"
-    return "no node of the graph carries this module path"
