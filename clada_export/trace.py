@@ -187,5 +187,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    """What went wrong first: the exporter wraps it in advice on how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
