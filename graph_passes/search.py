@@ -8,13 +8,14 @@ pattern that fails says at which node it stopped, not what is wrong with the lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import onnx_ir as ir
 
 from graph_passes.op import DOMAIN, OP_TYPE
+from graph_passes.repack import weight_key
 from graph_passes.rules import gated_ffn, plain_ffn
 from graph_passes.rules.candidate import candidate
 from graph_passes.rules.common import FFNMatch, Refusal, describe, module_path
@@ -64,6 +65,7 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
             search.matches.append(matches[0])
         else:
             refusals.setdefault(found.name, []).extend(result for result in results if isinstance(result, Refusal))
+    search = FFNSearch(_told_apart(search.matches), search.misses)
     done = {match.name for match in search.matches} | rewritten_ffns(model)
     for name in expected:
         if name not in done:
@@ -89,6 +91,19 @@ def rewritten_ffns(model: ir.Model) -> set[str]:
     """Names of the FFNs that are `com.clada::SparseFFN` nodes already."""
     nodes = (node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE)
     return {node.metadata_props.get(FFN_NAME, str(node.name)) for node in nodes}
+
+
+def _told_apart(matches: list[FFNMatch]) -> list[FFNMatch]:
+    """The same matches, where no two layers with weights of their own share a name; graphs may repeat names, or lack them."""
+    taken: dict[str, Hashable] = {}
+    result = []
+    for match in matches:
+        key, name, count = weight_key(match), match.name, 1
+        while taken.setdefault(name, key) != key:
+            count += 1
+            name = f"{match.name}.{count}"
+        result.append(match if name == match.name else replace(match, name=name))
+    return result
 
 
 class _Places:

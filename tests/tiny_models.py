@@ -88,17 +88,25 @@ def _digest() -> str:
     return hashlib.sha256("\n".join([*versions, *made_by]).encode()).hexdigest()[:16]
 
 
-def export_tiny(kind: str, fusions: str | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> ir.Model:
+def export_tiny(
+    kind: str,
+    fusions: str | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    opset: int | None = None,
+) -> ir.Model:
     """The decode graph (any number of tokens, with past) of `tiny_model(kind, seed)`; a fresh copy at each call.
 
     Args:
         fusions: `ort_fusions` of `transformers.exporters.OnnxConfig`: None or "cpu".
         dtype: what the weights are rounded to, and what the graph computes in.
+        opset: of the graph; None is the exporter's own choice.
     """
     suffix = "" if dtype == torch.float32 else "-" + str(dtype).removeprefix("torch.")
+    suffix += "" if opset is None else f"-opset{opset}"
     path = CACHE / _digest() / f"{kind}-{fusions or 'none'}-{seed}{suffix}.onnx"
     if not path.exists():
-        program = _export(tiny_model(kind, seed).to(dtype), fusions)
+        program = _export(tiny_model(kind, seed).to(dtype), fusions, opset)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             ir.save(program, Path(folder) / path.name)
@@ -110,7 +118,7 @@ def export_tiny(kind: str, fusions: str | None = None, seed: int = 0, dtype: tor
     return model
 
 
-def _export(model: PreTrainedModel, fusions: str | None) -> ir.Model:
+def _export(model: PreTrainedModel, fusions: str | None, opset: int | None) -> ir.Model:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
@@ -120,7 +128,8 @@ def _export(model: PreTrainedModel, fusions: str | None) -> ir.Model:
     module, inputs = decompose_for_generation(model, {"input_ids": ids, "attention_mask": mask}, multi_token_decode=True)[
         "decode"
     ]
-    exported = OnnxExporter().export(module, inputs, config=OnnxConfig(dynamic=True, ort_fusions=fusions))
+    config = OnnxConfig(dynamic=True, ort_fusions=fusions, opset_version=opset)
+    exported = OnnxExporter().export(module, inputs, config=config)
     return exported.program.model if hasattr(exported.program, "model") else exported.program
 
 

@@ -48,12 +48,17 @@ def candidate(node: ir.Node, rows: tuple[str, str] | None) -> Candidate | None:
 
 
 def product_name(node: ir.Node) -> str:
-    """The module path; for graphs without the exporter's metadata the weight's name or, if that tells nothing, the node's."""
+    """The module path; without the exporter's metadata the weight's name, if it ends like a parameter's, or the node's.
+
+    Nodes need no names: then the weight's, whatever it is, has to do.
+    """
     path = module_path(node)
     if path is not None:
         return path
     weight = node.inputs[1].name if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    return weight.removesuffix(".weight") if weight and weight.endswith(".weight") else str(node.name)
+    if weight and weight.endswith(".weight"):
+        return weight.removesuffix(".weight")
+    return node.name or weight or "ffn"
 
 
 def refuse_leaves(found: Candidate, leaves: Sequence[Projection | NoProjection]) -> Refusal | None:

@@ -172,6 +172,25 @@ def _edited(graph: Graph, folder: Path, change: Callable[[ir.Model], None]) -> P
     return folder / "model.onnx"
 
 
+def _call_every_node(name: str) -> Callable[[ir.Model], None]:
+    def change(model: ir.Model) -> None:
+        for node in model.graph:
+            node.name = name
+            node.metadata_props.clear()
+        for index, value in enumerate(list(model.graph.initializers.values())):
+            value.name = f"onnx::MatMul_{index}"
+
+    return change
+
+
+def test_nodes_without_names(graph: Graph, tmp_path: Path) -> None:
+    path = _edited(graph, tmp_path, _call_every_node(""))
+    result = export(path, tmp_path / "out", sparsity=0.3, calibration_context=32, calibration_cache=None)
+    names = [layer.name for layer in result.plan.layers]
+    assert len(set(names)) == 2 and all(name.startswith("onnx::MatMul_") for name in names)
+    assert result.verification is not None and result.verification.passed
+
+
 def _older(model: ir.Model) -> None:
     model.graph.opset_imports[""] = 13
 
@@ -186,7 +205,12 @@ def _other_output(model: ir.Model) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(_older, "opset 13; 18 or later"), (_flag, "use_cache_branch"), (_other_output, "no output 'logits'")],
+    [
+        (_call_every_node("same"), "does not run this graph: .*two nodes with same node name"),
+        (_older, "opset 13; 18 or later"),
+        (_flag, "use_cache_branch"),
+        (_other_output, "no output 'logits'"),
+    ],
 )
 def test_graphs_that_are_no_decoders(
     change: Callable[[ir.Model], None], reason: str, graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -277,6 +277,19 @@ def test_without_metadata_the_weight_names_the_layer() -> None:
     assert [match.name for match in find_ffns(g.model(y)).matches] == ["layers.0.fc2"]
 
 
+@pytest.mark.parametrize(("given", "names"), [("", ["c", "f"]), ("same", ["same", "same.2"])])
+def test_layers_whose_nodes_have_no_names_or_one_are_told_apart(given: str, names: list[str]) -> None:
+    g = Handmade()
+    outputs = []
+    for up, gate, down in ("abc", "def"):
+        hidden = g.op("Mul", g.silu(g.matmul(g.x, g.weight(gate, HIDDEN, WIDTH))), g.matmul(g.x, g.weight(up, HIDDEN, WIDTH)))
+        outputs.append(g.matmul(hidden, g.weight(down, WIDTH, HIDDEN)))
+    model = g.model(*outputs)
+    for node in model.graph:
+        node.name = given
+    assert [match.name for match in find_ffns(model).matches] == names
+
+
 def test_a_layer_in_a_body_of_control_flow_stays_as_it_is() -> None:
     g = Handmade()
     inner = Handmade()
