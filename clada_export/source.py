@@ -50,7 +50,7 @@ from transformers.utils.quantization_config import GgufConfig
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError
 from clada_export.gguf_header import check_layers, read_gguf_header
 from clada_export.moe_import import import_blocks, is_llama_moe, load_llama_moe
-from clada_export.onnx_source.files import is_onnx, locate_onnx
+from clada_export.onnx_source.files import companions, is_onnx, locate_onnx
 from clada_export.plan import read_json
 from clada_export.weight_files import (
     PICKLE_SUFFIXES,
@@ -393,7 +393,7 @@ def _load_onnx(path: Path, revision: str | None) -> SourceModel:
         from clada_export.onnx_source.load import load_decoder, weight_files_of
     except ImportError as error:
         raise BackendError("an ONNX model as source needs ONNX Runtime: pip install 'clada-export[ort]'") from error
-    decoder, folder = load_decoder(path), path.parent
+    decoder, folder = load_decoder(path), companions(path)
     # A file is called by what its folder is called, where it has the name that every exporter gives it.
     name = folder.resolve().name if path.name in _ONNX_NAMES else path.stem
     warnings: list[str] = []

@@ -21,6 +21,7 @@ from graph_passes.rules.candidate import candidate
 from graph_passes.rules.common import FFNMatch, Refusal, describe, module_path
 
 RULES = (gated_ffn.match, plain_ffn.match)
+MOE_OPS = ("MoE", "QMoE")
 FFN_NAME = "clada.ffn"
 """Metadata key by which a rewritten node keeps the name of its FFN."""
 
@@ -54,6 +55,10 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
     refusals: dict[str, list[Refusal]] = {}
     rows, places = row_symbols(model), _Places(model)
     for node in model.graph.all_nodes():
+        if node.op_type in MOE_OPS and node.domain == "com.microsoft":
+            name = module_path(node) or node.name or node.op_type
+            refusals.setdefault(name, []).append(Refusal(f"MoE: {describe(node)} routes tokens to experts", ffn_like=True))
+            continue
         found = candidate(node, rows)
         if found is None:
             continue

@@ -11,6 +11,9 @@ from clada_export.errors import UsageError
 from clada_export.weight_files import SAFETENSORS, has_weights
 
 SUFFIX = ".onnx"
+_INNER = "onnx"
+"""Where repositories of the Hub that have other formats too keep their ONNX models."""
+_DESCRIBE = ("config.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def is_onnx(place: str | Path) -> bool:
@@ -18,7 +21,20 @@ def is_onnx(place: str | Path) -> bool:
     path = Path(place)
     if not path.is_dir():
         return path.suffix == SUFFIX
-    return any(path.glob(f"*{SUFFIX}")) and not has_weights(path, SAFETENSORS)
+    return bool(_models(path)) and not has_weights(path, SAFETENSORS)
+
+
+def companions(path: Path) -> Path:
+    """The folder of a model file's configuration and tokenizer: its own or, where that is the Hub's `onnx/`, the one above."""
+    folder = path.parent
+    described = any((folder / name).is_file() for name in _DESCRIBE)
+    above = folder.name == _INNER and not described and (folder.parent / _DESCRIBE[0]).is_file()
+    return folder.parent if above else folder
+
+
+def _models(folder: Path) -> list[Path]:
+    """The model files of a folder or, if it has none, of `onnx/` in it."""
+    return sorted(folder.glob(f"*{SUFFIX}")) or sorted((folder / _INNER).glob(f"*{SUFFIX}"))
 
 
 def locate_onnx(place: str | Path) -> Path:
@@ -32,11 +48,11 @@ def locate_onnx(place: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise UsageError(f"{path} is neither a file nor a folder")
-    found = sorted(path.glob(f"*{SUFFIX}"))
+    found = _models(path)
     if not found:
         raise UsageError(f"{path} has no {SUFFIX} file")
     if len(found) > 1:
-        names = ", ".join(file.name for file in found)
+        names = ", ".join(str(file.relative_to(path)) for file in found)
         raise UsageError(f"{path} has {len(found)} ONNX models ({names}); name the one that you mean, like {found[0]}")
     return found[0]
 

@@ -14,7 +14,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInfere
 from onnxscript.optimizer import fold_constants
 
 from clada_export.errors import UnsupportedModelError
-from clada_export.onnx_source.files import read_onnx
+from clada_export.onnx_source.files import companions, read_onnx
 from clada_export.plan import read_json
 from graph_passes.naming import name_interface
 from graph_passes.rewrite import RewriteFFNs
@@ -111,7 +111,7 @@ def load_graph(path: Path) -> ir.Model:
         raise UnsupportedModelError(f"{path}: the graph has no output 'logits'; it has {names}")
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.meta[SOURCE_NAME] = str(value.name)
-    _settle_head_size(model, path.parent)
+    _settle_head_size(model, companions(path))
     report = name_interface(model)
     known = {"input_ids", "attention_mask", "position_ids"}
     others = [

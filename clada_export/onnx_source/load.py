@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from clada_export.errors import UnsupportedModelError, VerificationError
 from clada_export.model_config import vocab_size
 from clada_export.onnx_source.decoder import OnnxDecoder
-from clada_export.onnx_source.files import read_onnx
+from clada_export.onnx_source.files import companions, read_onnx
 from clada_export.onnx_source.graph import load_graph
 from graph_passes.rules.common import fixed_size
 from graph_passes.search import find_ffns
@@ -38,9 +38,9 @@ def load_decoder(path: Path) -> OnnxDecoder:
     decoder = OnnxDecoder(
         path, model, search.matches, search.misses, _config(path, model), _digest(path, model), torch.get_num_threads()
     )
-    generation = path.parent / "generation_config.json"
-    if generation.is_file():
-        decoder.generation_config = GenerationConfig.from_pretrained(path.parent)
+    folder = companions(path)
+    if (folder / "generation_config.json").is_file():
+        decoder.generation_config = GenerationConfig.from_pretrained(folder)
     _check_cut(decoder, path)
     return decoder
 
@@ -62,11 +62,12 @@ def _digest(path: Path, model: ir.Model) -> bytes:
 
 
 def _config(path: Path, model: ir.Model) -> Any:
-    """The configuration in the folder, or one with the size of the vocabulary alone."""
+    """The configuration beside the model, or one with the size of the vocabulary alone."""
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     vocabulary = fixed_size(logits.shape[-1]) if logits.shape is not None and len(logits.shape) == 3 else None
-    if (path.parent / "config.json").is_file():
-        config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
+    folder = companions(path)
+    if (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         return config.get_text_config(decoder=True)
     if vocabulary is None:
         raise UnsupportedModelError(f"{path}: neither its output 'logits' nor a config.json says how many tokens there are")

@@ -44,6 +44,9 @@ def candidate(node: ir.Node, rows: tuple[str, str] | None) -> Candidate | None:
     source = node.inputs[0] if node.inputs else None
     if source is None:
         return None
+    if (rounding := source.producer()) is not None and rounding.op_type == "DynamicQuantizeLinear":
+        source = rounding.inputs[0]
+        assert source is not None
     return Candidate(product_name(node), node, match_product(node), expression(source), rows)
 
 
@@ -74,6 +77,9 @@ def assemble(
     found: Candidate, kind: str, activation: str, gate: Projection | None, up: Projection, down: Projection
 ) -> FFNMatch | Refusal:
     """Check everything that both rules share, and describe the layer."""
+    rounding = next((node for node in found.hidden.nodes if node.op_type == "QuantizeLinear"), None)
+    if rounding is not None:
+        return Refusal(f"quantised activations: {describe(rounding)} rounds the hidden values", ffn_like=True)
     if "experts" in found.name.split("."):
         return Refusal("MoE: the layer is one expert and sees only the tokens routed to it", ffn_like=True)
     hidden_size, intermediate_size = up.weight.shape

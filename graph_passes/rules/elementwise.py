@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from graph_passes.op import ACTIVATIONS
 from graph_passes.rules.common import keeps_last_axis
-from graph_passes.rules.weights import VectorSource, constant_scalar, vector_source
+from graph_passes.rules.weights import VectorSource, constant_scalar, integer_product, rounds_values, vector_source
 
-MAX_NODES = 32
+MAX_NODES = 64
+"""Of one expression: the longest spelling of an activation has 11, thrice as many where each is rounded to int8."""
 _TOLERANCE = 1e-4
 """Relative to 1 + |value|, for the closest activation: below the distance of gelu and gelu_tanh, the closest pair, and far
 above the rounding of constants."""
@@ -78,7 +79,18 @@ _FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "Identity": lambda v: v,
     "Cast": lambda v: v,
     "Reshape": lambda v: v,
+    # But for the rounding, which a rule has to refuse.
+    "QuantizeLinear": lambda v: v,
+    "DequantizeLinear": lambda v: v,
 }
+
+
+_ONE_OPERAND = ("Reshape", "Cast", "Clip", "BiasGelu", "FastGelu", "QuantizeLinear", "DequantizeLinear")
+"""Operators whose other inputs say how, not what."""
+
+
+_NO_OPERATORS = {"Reshape", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
+"""Of an activation, for messages: they leave values what they are, or round them."""
 
 
 def _function(node: ir.Node) -> Callable[..., np.ndarray] | None:
@@ -118,7 +130,7 @@ class Elementwise:
     @property
     def operators(self) -> str:
         """The operator names, for messages."""
-        names = sorted({node.op_type for node in self.nodes} - {"Reshape", "Identity", "Cast"})
+        names = sorted({node.op_type for node in self.nodes} - _NO_OPERATORS)
         return ", ".join(names) or "no operator"
 
     def evaluate(self, leaves: dict[ir.Value, np.ndarray]) -> np.ndarray:
@@ -147,7 +159,7 @@ def _scalar(value: ir.Value) -> float:
 
 
 def _operands(node: ir.Node) -> list[ir.Value]:
-    count = 1 if node.op_type in ("Reshape", "Cast", "Clip", "BiasGelu", "FastGelu") else len(node.inputs)
+    count = 1 if node.op_type in _ONE_OPERAND else len(node.inputs)
     return [value for value in node.inputs[:count] if value is not None]
 
 
@@ -189,6 +201,8 @@ def _fused_bias(node: ir.Node) -> VectorSource | None:
 
 def _inside(node: ir.Node) -> bool:
     if node.domain not in ("", "ai.onnx", "com.microsoft") or _function(node) is None:
+        return False
+    if integer_product(node) is not None or (node.op_type == "DequantizeLinear" and not rounds_values(node)):
         return False
     operands = _operands(node)
     if node.op_type in ("FastGelu", "BiasGelu") and len(node.inputs) > 1 and node.inputs[1] is not None:

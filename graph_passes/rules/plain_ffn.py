@@ -24,4 +24,9 @@ def match(found: Candidate) -> FFNMatch | Refusal:
     if isinstance(found.product, str):
         return Refusal(found.product, ffn_like=True)
     assert not isinstance(up, NoProjection)
+    hidden_size, intermediate_size = up.weight.shape
+    if intermediate_size <= hidden_size:
+        # A gated one may be narrow: a shared expert of a mixture.
+        sizes = f"it is {intermediate_size} wide, and its input {hidden_size}"
+        return Refusal(f"no FFN: {sizes}, like an adapter's or a router's network")
     return assemble(found, activation, activation, None, up, found.product)

@@ -17,10 +17,13 @@ from graph_passes.rules.weights import (
     Columns,
     MatrixSource,
     VectorSource,
+    integer_product,
     matrix_source,
+    rounds_values,
     vector_source,
 )
 
+_PASSED = ("Identity", "QuantizeLinear", "DequantizeLinear")
 MATMUL_OPS = ("MatMul", "Gemm", "FusedMatMul")
 
 
@@ -60,15 +63,15 @@ def match_product(node: ir.Node) -> Projection | str:
         if attributes.get_float("alpha", 1.0) != 1.0:
             return f"{describe(node)} has alpha {attributes.get_float('alpha', 1.0)}"
         transposed = bool(attributes.get_int("transB", 0))
+    weight = matrix_source(node.inputs[1], transposed)
+    if isinstance(weight, str):
+        return f"{weight} ({describe(node)})"
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         if attributes.get_float("beta", 1.0) != 1.0:
             return f"{describe(node)} has beta {attributes.get_float('beta', 1.0)}"
         bias = vector_source(node.inputs[2])
         if bias is None:
             return f"the bias of {describe(node)} is not a constant vector"
-    weight = matrix_source(node.inputs[1], transposed)
-    if isinstance(weight, str):
-        return f"{weight} ({describe(node)})"
     if bias is not None and bias.size != weight.shape[1]:
         return f"the bias of {describe(node)} has {bias.size} values for {weight.shape[1]} columns"
     return Projection(x, weight, bias, (node,))
@@ -83,11 +86,13 @@ def match_projection(value: ir.Value) -> Projection | NoProjection:
         node = value.producer()
         if node is None:
             return NoProjection(f"{value.name!r} is not the result of a matrix product", linear=False)
-        if node.op_type in MATMUL_OPS or node.op_type in QUANTISED_OPS:
+        if (integers := integer_product(node)) is not None:
+            return NoProjection(f"quantised weights in {describe(integers)}", linear=True)
+        if node.op_type in MATMUL_OPS or (node.op_type in QUANTISED_OPS and not rounds_values(node)):
             break
         previous: ir.Value | None = None
         nodes: tuple[ir.Node, ...] = (node,)
-        if node.op_type == "Identity" or (node.op_type == "Reshape" and keeps_last_axis(node)):
+        if node.op_type in _PASSED or (node.op_type == "Reshape" and keeps_last_axis(node)):
             previous = node.inputs[0]
         elif node.op_type == "Add":
             for index in (0, 1):
@@ -108,6 +113,9 @@ def match_projection(value: ir.Value) -> Projection | NoProjection:
     product = match_product(node)
     if isinstance(product, str):
         return NoProjection(product, linear=True)
+    rounding = next((each for each in passed if each.op_type == "QuantizeLinear"), None)
+    if rounding is not None:
+        return NoProjection(f"quantised activations: {describe(rounding)} rounds them", linear=True)
     if product.bias is not None:
         if bias is not None:
             return NoProjection(f"{describe(node)} has a bias and another one is added", linear=True)

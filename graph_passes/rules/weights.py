@@ -102,7 +102,11 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def constant_scalar(value: ir.Value | None) -> float | None:
-    """The number a one-element constant holds (initializer or Constant node)."""
+    """The number a one-element constant holds (initializer, Constant node, or either behind a DequantizeLinear)."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "DequantizeLinear":
+        level, scale, *zero = (constant_scalar(operand) for operand in node.inputs[:3])
+        return None if level is None or scale is None else (level - (zero[0] or 0.0 if zero else 0.0)) * scale
     array = constant_array(value)
     return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind not in "SUO" else None
 
@@ -146,6 +150,25 @@ def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSou
     if len(_dims(value)) != 2:
         return f"weight {value.name!r} has shape {list(_dims(value))}; a matrix is needed"
     return MatrixSource(value, transposed)
+
+
+def rounds_values(node: ir.Node) -> bool:
+    """Whether a DequantizeLinear undoes a QuantizeLinear: together they round values that are computed, and no weight."""
+    before = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] is not None else None
+    return before is not None and before.op_type == "QuantizeLinear"
+
+
+def integer_product(node: ir.Node | None) -> ir.Node | None:
+    """The MatMulInteger whose result `node`, a Mul after a Cast, gives its scale (ONNX Runtime's dynamic quantisation)."""
+    if node is None or node.op_type != "Mul":
+        return None
+    for operand in node.inputs:
+        cast = operand.producer() if operand is not None else None
+        source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+        product = source.producer() if source is not None else None
+        if product is not None and product.op_type == "MatMulInteger":
+            return product
+    return None
 
 
 def vector_source(value: ir.Value | None) -> VectorSource | None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from clada_export.errors import UsageError
-from clada_export.onnx_source.files import is_onnx, locate_onnx, read_onnx
+from clada_export.onnx_source.files import companions, is_onnx, locate_onnx, read_onnx
 
 WEIGHT = np.arange(64, dtype=np.float32).reshape(8, 8)
 
@@ -61,6 +61,22 @@ def test_which_file_is_meant(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no \.onnx file"):
         locate_onnx(tmp_path / "empty")
+
+
+def test_the_folder_of_the_hub_that_holds_onnx_models_beside_others(tmp_path: Path) -> None:
+    path = _write(tmp_path / "onnx", _model())
+    assert is_onnx(tmp_path) and locate_onnx(tmp_path) == path
+    assert companions(path) == tmp_path / "onnx"
+    (tmp_path / "config.json").write_text("{}")
+    assert companions(path) == tmp_path
+    (tmp_path / "onnx" / "model_q4.onnx").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"2 ONNX models \(onnx/model.onnx, onnx/model_q4.onnx\)"):
+        locate_onnx(tmp_path)
+    # A configuration of its own comes first, and so do safetensors.
+    (tmp_path / "onnx" / "config.json").write_text("{}")
+    assert companions(path) == tmp_path / "onnx"
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert not is_onnx(tmp_path)
 
 
 @pytest.mark.parametrize(

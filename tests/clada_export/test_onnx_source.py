@@ -149,6 +149,17 @@ def test_the_tokenizer_of_the_folder_is_taken(graph: Graph, tmp_path: Path) -> N
     assert not any("tokenizer" in warning for warning in source.warnings)
 
 
+def test_the_tokenizer_lies_above_the_hubs_folder_of_onnx_models(graph: Graph, tmp_path: Path) -> None:
+    (tmp_path / "model" / "onnx").mkdir(parents=True)
+    for path in graph("llama").parent.iterdir():
+        (tmp_path / "model" / ("" if path.suffix == ".json" else "onnx") / path.name).write_bytes(path.read_bytes())
+    save_tiny_tokenizer(tmp_path / "model")
+    for place in (tmp_path / "model", tmp_path / "model" / "onnx" / "model.onnx"):
+        source = load_source(str(place))
+        assert source.name == "model" and source.tokenizer("w7 w9")["input_ids"] == [7, 9]
+        assert {"config.json", "onnx/model.onnx", "onnx/model.onnx.data"} <= set(source.files)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

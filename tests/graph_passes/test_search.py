@@ -263,6 +263,25 @@ def test_a_factorised_projection_is_no_ffn() -> None:
     assert search.matches == [] and search.misses == []
 
 
+@pytest.mark.parametrize("width", [4, HIDDEN])
+def test_an_adapter_is_no_ffn(width: int) -> None:
+    g = Handmade()
+    low = g.op("Relu", g.matmul(g.x, g.weight("a", HIDDEN, width), module="adapter.down"))
+    model = g.model(g.op("Add", g.x, g.matmul(low, g.weight("b", width, HIDDEN), module="adapter.up")))
+    search = find_ffns(model)
+    assert search.matches == [] and search.misses == []
+    assert f"it is {width} wide, and its input {HIDDEN}" in find_ffns(model, ["adapter.up"]).misses[0].reason
+
+
+def test_a_narrow_gated_layer_is_one() -> None:
+    """Shared experts of mixtures are often narrower than the model."""
+    g = Handmade()
+    gate, up = (g.matmul(g.x, g.weight(name, HIDDEN, 8)) for name in ("g", "u"))
+    y = g.matmul(g.op("Mul", g.silu(gate), up), g.weight("d", 8, HIDDEN), module="mlp.shared_expert.down_proj")
+    (match,) = find_ffns(g.model(y)).matches
+    assert match.intermediate_size == 8
+
+
 def test_expected_names_that_are_not_in_the_graph() -> None:
     g = Handmade()
     search = find_ffns(g.model(g.swiglu()), ["mlp.down_proj", "model.layers.7.mlp.down_proj"])
