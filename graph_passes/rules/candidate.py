@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graph_passes.rules.common import FFNMatch, Refusal, describe, keeps_last_axis, module_path, rank, through_reshapes
 from graph_passes.rules.elementwise import Elementwise, expression
 from graph_passes.rules.projection import MATMUL_OPS, NoProjection, Projection, match_product, match_projection
-from graph_passes.rules.weights import FLOATS, QUANTISED_OPS, VectorSource, vector_source
+from graph_passes.rules.weights import FLOATS, QUANTISED_OPS, VectorSource, casts_floats, vector_source
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,18 @@ def _common_x(projections: Sequence[Projection]) -> ir.Value | Refusal:
     for projection in projections:
         chain = [value for value, _ in through_reshapes(projection.x)]
         starts.append(next((value for value in chain if rank(value) == 3), chain[0]))
-    if any(start is not starts[0] for start in starts):
+    if any(_same_cast(start) != _same_cast(starts[0]) for start in starts):
         names = " and ".join(repr(start.name) for start in starts)
         return Refusal(f"gate and up start from different values: {names}", ffn_like=True)
     return starts[0]
+
+
+def _same_cast(value: ir.Value) -> tuple[ir.Value, ir.DataType | None]:
+    """What a value is cast from and its type, or the value itself: mixed-precision tools give each reader a Cast of its own."""
+    node = value.producer()
+    if node is not None and casts_floats(node) and node.inputs[0] is not None:
+        return node.inputs[0], ir.DataType(node.attributes.get_int("to", ir.DataType.FLOAT))
+    return value, None
 
 
 def _refuse_rows(x: ir.Value, rows: tuple[str, str] | None) -> Refusal | None:

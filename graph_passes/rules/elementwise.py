@@ -16,7 +16,14 @@ import onnx_ir as ir
 
 from graph_passes.op import ACTIVATIONS
 from graph_passes.rules.common import keeps_last_axis
-from graph_passes.rules.weights import VectorSource, constant_scalar, integer_product, rounds_values, vector_source
+from graph_passes.rules.weights import (
+    VectorSource,
+    casts_floats,
+    constant_scalar,
+    integer_product,
+    rounds_values,
+    vector_source,
+)
 
 MAX_NODES = 64
 """Of one expression: the longest spelling of an activation has 11, thrice as many where each is rounded to int8."""
@@ -108,8 +115,7 @@ def _function(node: ir.Node) -> Callable[..., np.ndarray] | None:
         case "Elu" | "Selu" | "Mish" | "HardSwish" | "HardSigmoid" | "Softsign" | "Celu" | "ThresholdedRelu" | "Clip":
             return lambda v, *_: np.full_like(v, np.nan)
         case "Cast":
-            to = ir.DataType(attributes.get_int("to", 1))
-            return _FUNCTIONS["Cast"] if to.is_floating_point() else None
+            return _FUNCTIONS["Cast"] if casts_floats(node) else None
         case "Reshape":
             return _FUNCTIONS["Reshape"] if keeps_last_axis(node) else None
     return _FUNCTIONS.get(node.op_type)

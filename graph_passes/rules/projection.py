@@ -17,6 +17,7 @@ from graph_passes.rules.weights import (
     Columns,
     MatrixSource,
     VectorSource,
+    casts_floats,
     integer_product,
     matrix_source,
     rounds_values,
@@ -92,7 +93,7 @@ def match_projection(value: ir.Value) -> Projection | NoProjection:
             break
         previous: ir.Value | None = None
         nodes: tuple[ir.Node, ...] = (node,)
-        if node.op_type in _PASSED or (node.op_type == "Reshape" and keeps_last_axis(node)):
+        if node.op_type in _PASSED or casts_floats(node) or (node.op_type == "Reshape" and keeps_last_axis(node)):
             previous = node.inputs[0]
         elif node.op_type == "Add":
             for index in (0, 1):

@@ -102,8 +102,10 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def constant_scalar(value: ir.Value | None) -> float | None:
-    """The number a one-element constant holds (initializer, Constant node, or either behind a DequantizeLinear)."""
+    """The number a one-element constant holds (initializer, Constant node, or either behind a DequantizeLinear or Cast)."""
     node = value.producer() if value is not None else None
+    if node is not None and casts_floats(node):
+        return constant_scalar(node.inputs[0])
     if node is not None and node.op_type == "DequantizeLinear":
         level, scale, *zero = (constant_scalar(operand) for operand in node.inputs[:3])
         return None if level is None or scale is None else (level - (zero[0] or 0.0 if zero else 0.0)) * scale
@@ -138,9 +140,9 @@ def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSou
             return matrix_source(node.inputs[0], not transposed)
     if node is not None and node.op_type == "Identity":
         return matrix_source(node.inputs[0], transposed)
-    if node is not None and node.op_type == "Cast":
+    if node is not None and casts_floats(node):
         inner = matrix_source(node.inputs[0], transposed)
-        if isinstance(inner, str) or inner.value.dtype not in FLOATS:
+        if isinstance(inner, str):
             return inner
         return replace(inner, cast=inner.cast or ir.DataType(node.attributes.get_int("to", ir.DataType.FLOAT)))
     if node is not None and node.op_type in QUANTISED_OPS:
@@ -150,6 +152,14 @@ def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSou
     if len(_dims(value)) != 2:
         return f"weight {value.name!r} has shape {list(_dims(value))}; a matrix is needed"
     return MatrixSource(value, transposed)
+
+
+def casts_floats(node: ir.Node) -> bool:
+    """Whether a node is a Cast from one floating-point type to another, as far as is known."""
+    if node.op_type != "Cast" or node.inputs[0] is None:
+        return False
+    to, source = ir.DataType(node.attributes.get_int("to", ir.DataType.FLOAT)), node.inputs[0].dtype
+    return to.is_floating_point() and (source is None or source.is_floating_point())
 
 
 def rounds_values(node: ir.Node) -> bool:
@@ -174,7 +184,7 @@ def integer_product(node: ir.Node | None) -> ir.Node | None:
 def vector_source(value: ir.Value | None) -> VectorSource | None:
     """Describe a bias operand: a constant with one axis longer than one, the last. None if it is not one."""
     node = None if value is None else value.producer()
-    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype in FLOATS:
+    if node is not None and casts_floats(node):
         return vector_source(node.inputs[0])
     if value is None or not is_constant(value):
         return None
