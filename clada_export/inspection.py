@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from clada_export.ffn import EagerFFNs, find_eager_ffns, plain_ffns
-from clada_export.onnx_source.graph import readable_graph
+from clada_export.onnx_source.graph import compilable_ffns, readable_graph
 from clada_export.source import load_source
 from clada_export.trace import trace
 from graph_passes.rewrite import RewriteFFNs
@@ -52,7 +52,7 @@ def inspect_onnx(path: Path) -> Inspection:
     """
     model = readable_graph(path)
     done = [LayerFinding(name, False, reason="it is a SparseFFN node already") for name in sorted(rewritten_ffns(model))]
-    layers = (*_layers(find_ffns(model)), *done)
+    layers = (*_layers(compilable_ffns(model)), *done)
     return Inspection("graph", str(path), layers, tuple(_graph_notes(model)))
 
 

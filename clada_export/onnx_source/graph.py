@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
 from onnxscript.optimizer import fold_constants
 
 from clada_export.errors import UnsupportedModelError
@@ -19,11 +19,15 @@ from clada_export.plan import read_json
 from graph_passes.naming import name_interface
 from graph_passes.rewrite import RewriteFFNs
 from graph_passes.rules.common import fixed_size
-from graph_passes.search import rewritten_ffns
+from graph_passes.search import FFNMiss, FFNSearch, find_ffns, rewritten_ffns
 from graph_passes.shape_reads import HoistShapeReads
 
 SOURCE_NAME = "clada.source_name"
 """By this the inputs and outputs of `load_graph`'s result remember what they are called in the file."""
+
+
+NARROW = "it computes in 16 bits"
+_WIDE = "an ONNX model as source has to be in float32"
 
 
 def readable_graph(path: Path) -> ir.Model:
@@ -35,6 +39,8 @@ def readable_graph(path: Path) -> ir.Model:
     model = read_onnx(path)
     if not rewritten_ffns(model):
         InlinePass()(model)
+    # Some tools append the nodes that they add, which ONNX Runtime takes.
+    TopologicalSortPass()(model)
     # Some exporters write no shapes, and leave sizes that are numbers ("half of the last axis") to be computed at run time.
     with _quiet():
         ShapeInferencePass()(model)
@@ -90,6 +96,20 @@ def _head_size(folder: Path) -> int | None:
 def _invented(size: int | ir.SymbolicDim) -> bool:
     """Whether a size is a name that shape inference made up: it says nothing about being equal to another."""
     return isinstance(size, ir.SymbolicDim) and str(size.value).startswith("unk__")
+
+
+def compilable_ffns(model: ir.Model) -> FFNSearch:
+    """The FFNs that can be calibrated: those in float32; the others are misses with that reason.
+
+    ONNX Runtime's CPU provider moves the Casts around operators in 16 bits by what lies beside them, so that a graph in parts
+    differs from the whole by rounding, and nothing could be held to it closely.
+    """
+    search = find_ffns(model)
+    narrow = [match for match in search.matches if match.dtype != ir.DataType.FLOAT]
+    return FFNSearch(
+        [match for match in search.matches if match.dtype == ir.DataType.FLOAT],
+        [*search.misses, *(FFNMiss(match.name, f"{NARROW} ({match.dtype.name.lower()}): {_WIDE}") for match in narrow)],
+    )
 
 
 def load_graph(path: Path) -> ir.Model:

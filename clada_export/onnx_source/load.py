@@ -14,9 +14,8 @@ from clada_export.errors import UnsupportedModelError, VerificationError
 from clada_export.model_config import vocab_size
 from clada_export.onnx_source.decoder import OnnxDecoder
 from clada_export.onnx_source.files import companions, read_onnx
-from clada_export.onnx_source.graph import load_graph
+from clada_export.onnx_source.graph import NARROW, compilable_ffns, load_graph
 from graph_passes.rules.common import fixed_size
-from graph_passes.search import find_ffns
 
 SAME = 1e-4
 """Of the largest logit: what cutting the graph may change. Products are summed in another order, and nothing else."""
@@ -31,10 +30,10 @@ def load_decoder(path: Path) -> OnnxDecoder:
         VerificationError: the decoder does not compute what the graph does.
     """
     model = load_graph(path)
-    search = find_ffns(model)
-    narrow = next((match for match in search.matches if match.dtype != ir.DataType.FLOAT), None)
+    search = compilable_ffns(model)
+    narrow = next((miss for miss in search.misses if miss.reason.startswith(NARROW)), None)
     if narrow is not None:
-        raise UnsupportedModelError(f"{path}: FFN {narrow.name!r} is {narrow.dtype}; export the ONNX model in float32")
+        raise UnsupportedModelError(f"{path}: FFN {narrow.name!r}: {narrow.reason}")
     decoder = OnnxDecoder(
         path, model, search.matches, search.misses, _config(path, model), _digest(path, model), torch.get_num_threads()
     )

@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from clada_export import export, load_engine, verify_folder
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.cli import main, main_export
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.ffn import find_eager_ffns
+from clada_export.inspection import inspect_onnx
 from clada_export.onnx_source.load import load_decoder
 from clada_export.onnx_source.stages import cut
 from clada_export.source import load_source
 from clada_export.verify.eager import dense_logits
 from graph_passes import find_ffns
+from graph_passes.rules.common import module_path
 from tests.tiny_models import export_tiny, tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
@@ -240,3 +244,18 @@ def test_an_engine_is_not_compiled_again(graph: Graph, tmp_path: Path, capsys: p
     assert main(["inspect", str(tmp_path / "out" / "model.onnx"), "--json"]) == 0
     layers: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["layers"]
     assert [layer["rewritten"] for layer in layers] == [False, False]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_in_16_bits_are_named(layers: int, graph: Graph, tmp_path: Path) -> None:
+    """A graph of which a tool made the first layer, or both, float16; it appends the Casts that it adds."""
+    inside = tuple(f"model.layers.{index}.mlp" for index in range(layers))
+    wide = [node.name for node in ir.load(graph("llama")).graph if not (module_path(node) or "").startswith(inside)]
+    path = tmp_path / "model.onnx"
+    mixed = convert_float_to_float16(onnx.load(graph("llama")), keep_io_types=True, node_block_list=wide)
+    path.write_bytes(mixed.SerializeToString())
+    found = inspect_onnx(path).layers
+    assert [layer.rewritten for layer in sorted(found, key=lambda layer: layer.name)] == [index >= layers for index in (0, 1)]
+    assert all("16 bits (float16)" in layer.reason for layer in found if not layer.rewritten)
+    with pytest.raises(UnsupportedModelError, match=r"layers.0.mlp.down_proj': it computes in 16 bits \(float16\)"):
+        export(path, tmp_path / "out", sparsity=0.3)
