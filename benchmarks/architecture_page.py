@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def section(result: dict[str, Any]) -> str:
     parts = [
         f"Of {len(rows)} model types, {len(graphs)} have dense FFNs and an ONNX graph. In {full} every FFN is matched in "
         f"every graph; {false} matches are no FFN of the eager model. The whole export passes verification for "
-        f"{sum(verified(row) for row in graphs)}. {versions}.",
+        f"{sum(verified(row) for row in graphs)}. {versions}. {_commits(rows)}.",
         "### With dense FFNs and a graph",
         _table(
             (
@@ -80,6 +81,12 @@ def section(result: dict[str, Any]) -> str:
         _table(("type", "why"), [(row["model_type"], _short(row["why"])) for row in other]),
     ]
     return "\n\n".join(parts)
+
+
+def _commits(rows: Sequence[Row]) -> str:
+    """The commits that the rows were made with: a long run goes on where it stood."""
+    counts = Counter(str(row.get("commit"))[:10] for row in rows)
+    return "Rows by commit: " + ", ".join(f"{count} of {commit}" for commit, count in counts.most_common())
 
 
 def _graph_row(row: Row) -> tuple[str, ...]:

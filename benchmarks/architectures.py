@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Row:
         misses: reasons of those that are expected and not matched.
         false: matches that are no FFN of the eager model.
         checks: name, result and error of each check of the export.
+        commit: of the sources that the row was made with.
     """
 
     model_type: str
@@ -60,6 +61,7 @@ class Row:
     false: list[str] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    commit: str | None = None
 
 
 def examine(model_type: str) -> Row:
@@ -177,8 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    # The sources are loaded once, by the process that all others are forked from.
+    commit = environment.commit()
     for number, name in enumerate(missing, 1):
-        row = apart(name, context, threads)
+        row = replace(apart(name, context, threads), commit=commit)
         rows[name] = asdict(row)
         outcome = f"{row.failed}: {row.why[:100]}" if row.failed else f"{row.expected} FFNs, matched {row.matched}"
         say(f"[{number}/{len(missing)}] {name} ({row.seconds:.0f} s): {outcome}")
