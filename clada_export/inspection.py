@@ -52,7 +52,7 @@ def inspect_onnx(path: Path) -> Inspection:
     """
     model = readable_graph(path)
     done = [LayerFinding(name, False, reason="it is a SparseFFN node already") for name in sorted(rewritten_ffns(model))]
-    layers = (*_layers(compilable_ffns(model)), *done)
+    layers = (*_layers(compilable_ffns(find_ffns(model))), *done)
     return Inspection("graph", str(path), layers, tuple(_graph_notes(model)))
 
 

@@ -19,15 +19,11 @@ from clada_export.plan import read_json
 from graph_passes.naming import name_interface
 from graph_passes.rewrite import RewriteFFNs
 from graph_passes.rules.common import fixed_size
-from graph_passes.search import FFNMiss, FFNSearch, find_ffns, rewritten_ffns
+from graph_passes.search import FFNMiss, FFNSearch, rewritten_ffns
 from graph_passes.shape_reads import HoistShapeReads
 
 SOURCE_NAME = "clada.source_name"
 """By this the inputs and outputs of `load_graph`'s result remember what they are called in the file."""
-
-
-NARROW = "it computes in 16 bits"
-_WIDE = "an ONNX model as source has to be in float32"
 
 
 def readable_graph(path: Path) -> ir.Model:
@@ -98,17 +94,17 @@ def _invented(size: int | ir.SymbolicDim) -> bool:
     return isinstance(size, ir.SymbolicDim) and str(size.value).startswith("unk__")
 
 
-def compilable_ffns(model: ir.Model) -> FFNSearch:
-    """The FFNs that can be calibrated: those in float32; the others are misses with that reason.
+def compilable_ffns(search: FFNSearch) -> FFNSearch:
+    """The FFNs that can be calibrated: those in float32; the others are misses with that reason, after those of the search.
 
     ONNX Runtime's CPU provider moves the Casts around operators in 16 bits by what lies beside them, so that a graph in parts
     differs from the whole by rounding, and nothing could be held to it closely.
     """
-    search = find_ffns(model)
+    reason = "it computes in 16 bits ({}): an ONNX model as source has to be in float32"
     narrow = [match for match in search.matches if match.dtype != ir.DataType.FLOAT]
     return FFNSearch(
         [match for match in search.matches if match.dtype == ir.DataType.FLOAT],
-        [*search.misses, *(FFNMiss(match.name, f"{NARROW} ({match.dtype.name.lower()}): {_WIDE}") for match in narrow)],
+        [*search.misses, *(FFNMiss(match.name, reason.format(match.dtype.name.lower())) for match in narrow)],
     )
 
 

@@ -14,8 +14,9 @@ from clada_export.errors import UnsupportedModelError, VerificationError
 from clada_export.model_config import vocab_size
 from clada_export.onnx_source.decoder import OnnxDecoder
 from clada_export.onnx_source.files import companions, read_onnx
-from clada_export.onnx_source.graph import NARROW, compilable_ffns, load_graph
+from clada_export.onnx_source.graph import compilable_ffns, load_graph
 from graph_passes.rules.common import fixed_size
+from graph_passes.search import find_ffns
 
 SAME = 1e-4
 """Of the largest logit: what cutting the graph may change. Products are summed in another order, and nothing else."""
@@ -30,10 +31,10 @@ def load_decoder(path: Path) -> OnnxDecoder:
         VerificationError: the decoder does not compute what the graph does.
     """
     model = load_graph(path)
-    search = compilable_ffns(model)
-    narrow = next((miss for miss in search.misses if miss.reason.startswith(NARROW)), None)
-    if narrow is not None:
-        raise UnsupportedModelError(f"{path}: FFN {narrow.name!r}: {narrow.reason}")
+    found = find_ffns(model)
+    search = compilable_ffns(found)
+    if (narrow := search.misses[len(found.misses) :]):
+        raise UnsupportedModelError(f"{path}: FFN {narrow[0].name!r}: {narrow[0].reason}")
     decoder = OnnxDecoder(
         path, model, search.matches, search.misses, _config(path, model), _digest(path, model), torch.get_num_threads()
     )
