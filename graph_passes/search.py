@@ -51,7 +51,7 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
     Returns:
         Matches in graph order, and misses with the most specific reason known.
     """
-    search = FFNSearch()
+    found_at: list[tuple[ir.Node, FFNMatch]] = []
     refusals: dict[str, list[Refusal]] = {}
     rows, places = row_symbols(model), _Places(model)
     for node in model.graph.all_nodes():
@@ -67,10 +67,10 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
         if matches and node.graph is not model.graph:
             refusals.setdefault(found.name, []).append(places.in_a_body(node))
         elif matches:
-            search.matches.append(matches[0])
+            found_at.append((node, matches[0]))
         else:
             refusals.setdefault(found.name, []).extend(result for result in results if isinstance(result, Refusal))
-    search = FFNSearch(_told_apart(search.matches), search.misses)
+    search = FFNSearch(_told_apart(found_at))
     done = {match.name for match in search.matches} | rewritten_ffns(model)
     for name in expected:
         if name not in done:
@@ -98,12 +98,18 @@ def rewritten_ffns(model: ir.Model) -> set[str]:
     return {node.metadata_props.get(FFN_NAME, str(node.name)) for node in nodes}
 
 
-def _told_apart(matches: list[FFNMatch]) -> list[FFNMatch]:
-    """The same matches, where no two layers with weights of their own share a name; graphs may repeat names, or lack them."""
+def _told_apart(matches: Sequence[tuple[ir.Node, FFNMatch]]) -> list[FFNMatch]:
+    """The same matches, where no two layers with weights of their own share a name; nodes may repeat names, or lack them.
+
+    Args:
+        matches: each with its down projection. One whose module is known keeps its name: a module that is called twice gives
+            two matches, and the exporter may give each a copy of the weights.
+    """
     taken: dict[str, Hashable] = {}
     result = []
-    for match in matches:
-        key, name, count = weight_key(match), match.name, 1
+    for node, match in matches:
+        key = match.name if module_path(node) else weight_key(match)
+        name, count = match.name, 1
         while taken.setdefault(name, key) != key:
             count += 1
             name = f"{match.name}.{count}"
