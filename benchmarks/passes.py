@@ -1,6 +1,7 @@
 """How long the graph passes take, and how much memory, by the number of layers.
 
     python -m benchmarks.passes --out benchmarks/results/passes.json [--model model.onnx]
+    python -m benchmarks.passes --page      # the table of docs/matching.md from the recorded results
 
 Small Llama graphs of 30, 60 and 120 layers are traced once and kept; a model file of your own may come beside them. Each is
 read, searched and rewritten in a process of its own, whose peak memory is that of the passes. `slope` is the exponent of
@@ -24,9 +25,13 @@ import onnx_ir as ir
 from benchmarks import environment
 from benchmarks.child import run_child
 from benchmarks.decode import say
+from benchmarks.markers import fill
+from benchmarks.table import markdown
 from graph_passes import FFNRewrite, find_ffns, rewrite_ffns
 from graph_passes.op import SparseFFNAttributes
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "passes.json", ROOT / "docs" / "matching.md"
 LAYERS = (30, 60, 120)
 REPEATS = 3
 
@@ -73,13 +78,36 @@ def _constants(w_in: np.ndarray, w_out: np.ndarray) -> dict[str, np.ndarray]:
     return {"neuron_scale": np.linalg.norm(w_out, axis=1).astype(np.float32)}
 
 
+def section(result: dict[str, Any]) -> str:
+    """The table, and what it was measured with."""
+    head = ("graph", "nodes", "layers", "search, ms", "rewrite, ms", "FFN weights, MB", "peak of the process, MB")
+    rows = [
+        (
+            row["name"],
+            str(row["nodes"]),
+            str(row["layers"]),
+            f"{row['search_s'] * 1e3:.0f}",
+            f"{row['rewrite_s'] * 1e3:.0f}",
+            f"{row['weight_bytes'] / 1e6:.0f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+        )
+        for row in result["rows"]
+    ]
+    made = f"{result['machine']['cpu']}, one thread, commit {str(result['commit'])[:10]}"
+    return f"{markdown(head, rows)}\n\nSeconds grow as nodes to the power of {result['slope']:.2f}. {made}."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file of results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file of results")
+    parser.add_argument("--page", action="store_true", help="measure nothing, and write the table of the results")
     parser.add_argument("--model", type=Path, action="append", default=[], help="an .onnx file to measure too")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks/passes"))
     options = parser.parse_args(arguments)
+    if options.page:
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), section(json.loads(options.out.read_text()))), encoding="utf-8")
+        return 0
     files = []
     for layers in LAYERS:
         folder = options.work / str(layers)

@@ -130,6 +130,8 @@ def test_recorded_results_reach_what_is_promised() -> None:
     rows = json.loads(architecture_page.RESULTS.read_text(encoding="utf-8"))["rows"]
     assert {row["model_type"] for row in rows} == set(model_types())
     graphs = [row for row in rows if architecture_page.has_graph(row)]
-    assert len(graphs) >= 40
-    assert sum(map(architecture_page.all_matched, graphs)) >= 0.95 * len(graphs)
+    assert len(graphs) >= 100
     assert not any(row["false"] for row in rows)
+    assert [row["model_type"] for row in graphs if not architecture_page.all_matched(row)] == []
+    # The whole export holds dense and sparse parity; random weights in 30 layers can be too much for the bound of float32.
+    assert sum(map(architecture_page.verified, graphs)) >= 0.99 * len(graphs)
