@@ -49,13 +49,13 @@ def _padded_positions(model: nn.Module) -> int | None:
     return None
 
 
-def counted(model: nn.Module, length: int, past: int = 0) -> dict[str, Tensor]:
+def counted(first: int, length: int, past: int = 0) -> dict[str, Tensor]:
     """What tells a model that each of `length` tokens after `past` is one of the text, padding token or not.
 
-    Empty for a model that counts so by itself.
+    Args:
+        first: the model's `first_position`. The result is empty if it is 0: such a model counts so by itself.
     """
-    first = first_position(model) + past
-    return {} if first == past else {"position_ids": torch.arange(first, first + length)[None]}
+    return {"position_ids": torch.arange(first + past, first + past + length)[None]} if first else {}
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from clada_export.calibration.scorer import layer_tensors
 from clada_export.ffn import EagerFFN
 from clada_export.merge import MergingFFN
 from clada_export.plan import LayerPlan, SparsityPlan
-from clada_export.positions import counted
+from clada_export.positions import counted, first_position
 from clada_export.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
 from clada_export.router import RouterModule
 from clada_export.tap import FFNTap
@@ -34,7 +34,7 @@ class SparseRun:
 
 def dense_logits(model: nn.Module, row: Sequence[int]) -> npt.NDArray[np.float32]:
     """Logits [T, V] of the untouched model for one row alone."""
-    positions = counted(model, len(row))
+    positions = counted(first_position(model), len(row))
     with torch.inference_mode():
         output = _untouched(model)(input_ids=torch.tensor([list(row)]), use_cache=False, **positions)
         result: Tensor = output.logits[0].float()
@@ -51,15 +51,15 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) 
         For each prompt its new tokens, and each step's gap between the two best logits.
     """
     tokens, gaps = [], []
-    run, length = _untouched(model), len(prompts[0])
+    run, length, first = _untouched(model), len(prompts[0]), first_position(model)
     with torch.inference_mode():
-        output = run(input_ids=torch.tensor([list(prompt) for prompt in prompts]), use_cache=True, **counted(model, length))
+        output = run(input_ids=torch.tensor([list(prompt) for prompt in prompts]), use_cache=True, **counted(first, length))
         for step in range(new_tokens):
             best = output.logits[:, -1].float().topk(2)
             tokens.append(best.indices[:, 0])
             gaps.append(best.values[:, 0] - best.values[:, 1])
             if step + 1 < new_tokens:
-                past = {"past_key_values": output.past_key_values, **counted(model, 1, length + step)}
+                past = {"past_key_values": output.past_key_values, **counted(first, 1, length + step)}
                 output = run(input_ids=tokens[-1][:, None], use_cache=True, **past)
     return torch.stack(tokens, dim=1).tolist(), torch.stack(gaps, dim=1).tolist()
 
@@ -80,6 +80,7 @@ class ReferenceModel:
         self, model: nn.Module, ffns: Sequence[EagerFFN], plan: SparsityPlan, rewritten: Sequence[str] | None = None
     ) -> None:
         self._model = model
+        self._first = first_position(model)
         chosen = [
             (ffn, layer) for ffn in ffns if (layer := plan.layer(ffn.name)) and (rewritten is None or ffn.name in rewritten)
         ]
@@ -99,7 +100,7 @@ class ReferenceModel:
                 stats.append(stat.numpy())
             return y.to(x.dtype).reshape(x.shape)
 
-        positions = counted(self._model, len(row))
+        positions = counted(self._first, len(row))
         with torch.inference_mode(), FFNTap(self._ffns, replace=replace):
             logits: Tensor = self._model(input_ids=torch.tensor([list(row)]), use_cache=False, **positions).logits[0].float()
         counts = np.stack(active) if active else np.zeros((0, len(row)), np.int32)

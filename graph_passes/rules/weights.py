@@ -144,7 +144,9 @@ def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSou
         inner = matrix_source(node.inputs[0], transposed)
         if isinstance(inner, str):
             return inner
-        return replace(inner, cast=inner.cast or ir.DataType(node.attributes.get_int("to", ir.DataType.FLOAT)))
+        if inner.cast is not None:
+            return f"weight {inner.value.name!r} is cast twice: the first Cast rounds what the second makes wider"
+        return replace(inner, cast=ir.DataType(node.attributes.get_int("to", ir.DataType.FLOAT)))
     if node is not None and node.op_type in QUANTISED_OPS:
         return f"quantised weights behind {node.op_type} {node.name!r}"
     if not is_constant(value):
@@ -155,11 +157,11 @@ def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSou
 
 
 def casts_floats(node: ir.Node) -> bool:
-    """Whether a node is a Cast from one floating-point type to another, as far as is known."""
+    """Whether a node is a Cast from one floating-point type to another, as far as is known; types of 8 bits quantise."""
     if node.op_type != "Cast" or node.inputs[0] is None:
         return False
     to, source = ir.DataType(node.attributes.get_int("to", ir.DataType.FLOAT)), node.inputs[0].dtype
-    return to.is_floating_point() and (source is None or source.is_floating_point())
+    return to in (*FLOATS, ir.DataType.DOUBLE) and (source is None or source.is_floating_point())
 
 
 def rounds_values(node: ir.Node) -> bool:

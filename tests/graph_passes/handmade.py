@@ -34,11 +34,15 @@ def scale_by_norm(w_in: np.ndarray, w_out: np.ndarray) -> dict[str, np.ndarray]:
     return {"neuron_scale": np.linalg.norm(w_out, axis=1).astype(np.float32)}
 
 
+def dense_rewrite() -> FFNRewrite:
+    """A rewrite whose threshold drops neurons, unless the load is +inf: then it is the layer as it was."""
+    return FFNRewrite(SparseFFNAttributes(score="exact"), np.full(1, 0.15, np.float32), scale_by_norm)
+
+
 def rewrite_only(model: ir.Model) -> FFNMatch:
     """Rewrite the only layer of a graph, in place; its match."""
     (match,) = find_ffns(model).matches
-    rewrite = FFNRewrite(SparseFFNAttributes(score="exact"), np.zeros(1, np.float32), scale_by_norm)
-    rewrite_ffns(model, {match.name: rewrite})
+    rewrite_ffns(model, {match.name: dense_rewrite()})
     return match
 
 

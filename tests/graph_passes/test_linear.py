@@ -6,13 +6,11 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-import numpy as np
 import onnx_ir as ir
 import pytest
-from handmade import HIDDEN, WIDTH, Handmade, scale_by_norm
+from handmade import HIDDEN, WIDTH, Handmade, dense_rewrite
 
-from graph_passes import FFNRewrite, find_ffns, rewrite_ffns
-from graph_passes.op import SparseFFNAttributes
+from graph_passes import find_ffns, rewrite_ffns
 
 
 def _calls(work: Callable[[], object]) -> int:
@@ -53,8 +51,7 @@ def _search(count: int) -> int:
 
 def _rewrite(count: int) -> int:
     model, names = _layers(count)
-    plain = FFNRewrite(SparseFFNAttributes(score="exact"), np.zeros(1, np.float32), scale_by_norm)
-    return _calls(lambda: rewrite_ffns(model, dict.fromkeys(names, plain)))
+    return _calls(lambda: rewrite_ffns(model, dict.fromkeys(names, dense_rewrite())))
 
 
 def _refuse(count: int) -> int:

@@ -6,11 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import tiny_models
-from handmade import HIDDEN, WIDTH, Handmade, rewrite_only, rewritten_alike, run, scale_by_norm
+from handmade import HIDDEN, WIDTH, Handmade, dense_rewrite, rewrite_only, rewritten_alike, run
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from graph_passes import FFNRewrite, find_ffns, rewrite_ffns
-from graph_passes.op import SparseFFNAttributes
+from graph_passes import find_ffns, rewrite_ffns
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -49,6 +48,24 @@ def test_weights_that_are_kept_in_16_bits(where: str) -> None:
     match = rewritten_alike(_weights_in_half(where), _weights_in_half(where))
     assert match.dtype == FLOAT and match.up.value.dtype == HALF and match.has_bias
     assert find_ffns(_weights_in_half(where)).misses == []
+
+
+def test_a_weight_that_is_cast_twice_is_left() -> None:
+    """The first Cast rounds it, which the stored weight is not."""
+    g = Handmade()
+    narrow = _cast(g, g.weight("u", HIDDEN, WIDTH), HALF)
+    hidden = g.op("Relu", g.matmul(g.x, _cast(g, narrow, FLOAT)))
+    search = find_ffns(g.model(g.matmul(hidden, g.weight("d", WIDTH, HIDDEN), module="mlp.down_proj")))
+    (miss,) = search.misses
+    assert search.matches == [] and "weight 'u' is cast twice" in miss.reason
+
+
+def test_hidden_values_in_8_bits_are_left() -> None:
+    g = Handmade()
+    hidden = g.op("Relu", g.matmul(g.x, g.weight("u", HIDDEN, WIDTH)))
+    coarse = _cast(g, _cast(g, hidden, ir.DataType.FLOAT8E4M3FN), FLOAT)
+    search = find_ffns(g.model(g.matmul(coarse, g.weight("d", WIDTH, HIDDEN), module="mlp.down_proj")), ["mlp.down_proj"])
+    assert search.matches == [] and "is the result of Cast" in search.misses[0].reason
 
 
 def _layer_in_half(*, wide_activation: bool) -> ir.Model:
@@ -110,8 +127,7 @@ def test_models_that_onnx_runtimes_tool_made_float16(kind: str, wide: list[str])
     search = find_ffns(model, names)
     assert [match.name for match in search.matches] == names and search.misses == []
     assert {match.dtype for match in search.matches} == {FLOAT if wide is PRODUCTS else HALF}
-    plain = FFNRewrite(SparseFFNAttributes(score="exact"), np.zeros(1, np.float32), scale_by_norm)
-    rewrite_ffns(model, dict.fromkeys(names, plain))
+    rewrite_ffns(model, dict.fromkeys(names, dense_rewrite()))
     after = _logits(model, load=np.full(IDS.shape, np.inf, np.float32))
     # Hidden values are rounded in other places than before: no worse than twice what 16 bits cost the graph as it was.
     assert np.abs(before - exact).max() > 0 and np.abs(after - exact).max() <= 2 * np.abs(before - exact).max()

@@ -7,11 +7,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 import tiny_models
-from handmade import scale_by_norm
+from handmade import dense_rewrite
 
-from graph_passes import FFNRewrite, rewrite_ffns
+from graph_passes import rewrite_ffns
 from graph_passes.function_body import MIN_OPSET
-from graph_passes.op import SparseFFNAttributes
 
 IDS = np.random.default_rng(0).integers(3, 256, (2, 7))
 NEWEST = 24
@@ -28,8 +27,7 @@ def test_an_opset(kind: str, opset: int) -> None:
     session = tiny_models.session(model)
     feeds = tiny_models.prompt_feeds(model.graph.inputs, IDS)
     wanted = session.run(["logits"], feeds)[0]
-    plain = FFNRewrite(SparseFFNAttributes(score="exact"), np.full(1, 0.15, np.float32), scale_by_norm)
-    report = rewrite_ffns(model, dict.fromkeys(tiny_models.ffn_names(kind), plain))
+    report = rewrite_ffns(model, dict.fromkeys(tiny_models.ffn_names(kind), dense_rewrite()))
     assert len(report.ffns) == 2 and report.misses == []
     (function,) = model.functions.values()
     assert function.opset_imports[""] == opset

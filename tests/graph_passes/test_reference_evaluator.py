@@ -7,11 +7,10 @@ import onnx_ir as ir
 import pytest
 import tiny_models
 import torch
-from handmade import scale_by_norm
+from handmade import dense_rewrite
 from onnx.reference import ReferenceEvaluator
 
-from graph_passes import FFNRewrite, rewrite_ffns
-from graph_passes.op import SparseFFNAttributes
+from graph_passes import rewrite_ffns
 
 IDS = np.random.default_rng(0).integers(3, 256, (2, 7))
 
@@ -19,8 +18,7 @@ IDS = np.random.default_rng(0).integers(3, 256, (2, 7))
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
 def test_a_rewritten_model_computes_what_the_eager_model_does(kind: str) -> None:
     model = tiny_models.export_tiny(kind, None)
-    plain = FFNRewrite(SparseFFNAttributes(score="exact"), np.full(1, 0.15, np.float32), scale_by_norm)
-    rewrite_ffns(model, dict.fromkeys(tiny_models.ffn_names(kind), plain))
+    rewrite_ffns(model, dict.fromkeys(tiny_models.ffn_names(kind), dense_rewrite()))
     proto = ir.to_proto(model)
     feeds = {**tiny_models.prompt_feeds(model.graph.inputs, IDS), "load": np.full(IDS.shape, np.inf, np.float32)}
     found = ReferenceEvaluator(proto).run(["logits", "active_neurons"], feeds)
