@@ -4,6 +4,7 @@
 #   make setup        the environment: pinned packages, this package (editable), the sample models
 #   make quickstart   compile the sample model, verify it, generate text, print dense against sparse
 #   make test         all tests (JOBS=n processes)
+#   make test-long    what takes too long for that: every fuzzer for a minute (FUZZ_SECONDS=n, FUZZ_SEED=n)
 #   make lint         ruff and mypy
 #   make sanitize     the kernels under the address and undefined-behaviour sanitizers
 #   make bench        time the kernel against ONNX Runtime's own operators
@@ -17,6 +18,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 JOBS ?= 2
 SANITIZE_CASES ?= 2000
+FUZZ_SECONDS ?= 60
+# Another start every day, and the same one for a day; a run prints it.
+FUZZ_SEED ?= $(shell date +%Y%m%d)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
@@ -29,7 +33,7 @@ SETUP := $(VENV)/.setup
 MODULES := $(VENV)/.modules
 NATIVE := CMakeLists.txt $(shell find plugins -type f)
 
-.PHONY: help setup quickstart test lint sanitize bench clean distclean FORCE
+.PHONY: help setup quickstart test test-long lint sanitize bench clean distclean FORCE
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,6 +65,14 @@ quickstart: $(SETUP)
 test: $(SETUP) $(VENV)/.cmake
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# One fuzzer after the other: each bounds its own memory, and time is what they are given.
+test-long: $(SETUP) $(VENV)/.cmake
+	@mkdir -p build && rm -f build/fuzz.jsonl
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false \
+		FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) FUZZ_REPORT=$(abspath build/fuzz.jsonl) \
+		$(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
+	@cat build/fuzz.jsonl
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
