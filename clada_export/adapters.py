@@ -50,6 +50,25 @@ def require_own_weights(ffns: Sequence[EagerFFN]) -> None:
                 )
 
 
+def check_adapters(ffns: Sequence[EagerFFN], arrays: Mapping[str, LayerTensors], origin: str = "plan") -> None:
+    """Compare the shapes of all adapters with those of the weights.
+
+    Raises:
+        UsageError: adapters that do not fit the layer; names it.
+    """
+    for ffn in ffns:
+        pairs = arrays[ffn.name].adapters if ffn.name in arrays else ()
+        if not pairs:
+            continue
+        shapes = [list(item.weight.shape) for item in adapted_weights(ffn)]
+        found = [[left.shape[0], right.shape[1]] for left, right in pairs]
+        if found != shapes:
+            raise UsageError(
+                f"{origin}: {ffn.name}: the adapters are for weights of shapes {found}, and this layer's are {shapes}. They "
+                "were made for another model"
+            )
+
+
 def apply_adapters(ffns: Sequence[EagerFFN], arrays: Mapping[str, LayerTensors]) -> bool:
     """Add the adapters to the weights, in place, in float32: weight + left @ right.
 
@@ -57,22 +76,18 @@ def apply_adapters(ffns: Sequence[EagerFFN], arrays: Mapping[str, LayerTensors])
         Whether there were any.
 
     Raises:
-        UsageError: adapters that do not fit the layer; names it, and nothing has changed.
+        UsageError: adapters that do not fit the layer, or are so large that the sum is not finite; names the layer, and nothing
+            has changed.
     """
+    check_adapters(ffns, arrays)
     changes: list[tuple[Tensor, Tensor]] = []
     for ffn in ffns:
         pairs = arrays[ffn.name].adapters if ffn.name in arrays else ()
-        if not pairs:
-            continue
-        items = adapted_weights(ffn)
-        shapes = [list(item.weight.shape) for item in items]
-        found = [[left.shape[0], right.shape[1]] for left, right in pairs]
-        if found != shapes:
-            raise UsageError(
-                f"{ffn.name}: the adapters are for weights of shapes {found}, and this layer's are {shapes}. They were made "
-                "for another model"
-            )
-        changes += [(item.weight, _product(*pair)) for item, pair in zip(items, pairs, strict=True)]
+        for item, pair in zip(adapted_weights(ffn), pairs, strict=False):
+            change = _product(*pair)
+            if not bool(torch.isfinite(item.weight.float() + change).all()):
+                raise UsageError(f"{ffn.name}: with the adapters added, a weight is not finite")
+            changes.append((item.weight, change))
     with torch.no_grad():
         for weight, change in changes:
             weight.copy_(weight.float() + change)

@@ -42,6 +42,7 @@ CHAT_TEMPLATE = InputKind("the chat template can't be applied")
 ONNX = InputKind("damaged, or no ONNX model")
 ONNX_GRAPH = InputKind("the graph can't be prepared", UnsupportedModelError)
 TOKEN_FILE = InputKind("not a file of token ids")
+PLAN_ARRAYS = InputKind("not a safetensors file that can be read")
 
 
 @contextmanager

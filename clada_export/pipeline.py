@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from clada_export import __version__
 from clada_export.artifact import ArtifactWriter
-from clada_export.calibration import Budget, CalibrationData, load_calibration_data
+from clada_export.calibration import CalibrationData, load_calibration_data
 from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
 from clada_export.ffn import EagerFFNs, plain_ffns, require_ffns
@@ -27,8 +27,9 @@ from clada_export.moe_import import IMPORTED, check_import, ignored_options, req
 from clada_export.onnx_source.graph import load_graph
 from clada_export.padding import NONE, padding_of
 from clada_export.plan import SparsityPlan
+from clada_export.plan_fit import check_goals, drift_limits, require_fit
 from clada_export.plan_tensors import save_plan_tensors
-from clada_export.planning import make_plan, read_data, round_weights, sequence_limit, weights_again
+from clada_export.planning import calibration_context, make_plan, read_data, round_weights, sequence_limit, weights_again
 from clada_export.positions import first_position
 from clada_export.progress import Progress, Stages
 from clada_export.report import write_model_card, write_report
@@ -78,7 +79,10 @@ def export(
     stages = Stages(progress)
     target = TARGETS[options.target]
     target.require_backend(options.tensorrt, options.verify)
-    given = SparsityPlan.load_file(options.plan) if options.plan is not None else None
+    given = None
+    if options.plan is not None:
+        given = SparsityPlan.load_file(options.plan)
+        check_goals(given, str(options.plan), options.target)
     policy = options.policy if given is None else given.policy
     with ArtifactWriter(Path(output), options.overwrite) as writer:
         with stages("source") as note:
@@ -174,6 +178,7 @@ def verify_folder(
             f"{folder} was exported from a local {recorded['kind']} called {recorded['name']!r}; say where it is with --source"
         )
     plan = manifest.sparsity_plan(Path(folder))
+    check_goals(plan, str(folder), manifest.target)
     with stages("source"):
         experts = takes_experts(plan.policy)
         loaded = load_source(place, **{"revision": recorded["revision"], "import_experts": experts, **source_options})
@@ -183,9 +188,10 @@ def verify_folder(
                 f"{loaded.weights_digest[:16]}..., and the manifest says {recorded['weights_digest'][:16]}..."
             )
         ffns = require_ffns(loaded.model)
+        require_fit(plan, ffns.found, recorded["weights_digest"], str(folder))
         if manifest.dtype != "float32":
             target.round_weights(loaded.model, ffns, manifest.dtype)
-    context = int(plan.calibration.get("context", ExportOptions.calibration_context))
+    context = calibration_context(loaded, plan.calibration.get("context", ExportOptions.calibration_context))
     data = load_calibration_data(loaded.tokenizer, vocab_size(loaded.model), text_file=calibration_data, context=context)
     weights_again(plan, loaded, ffns, data, partial(round_weights, target, loaded, ffns, manifest.dtype), str(folder))
     with stages("verify"):
@@ -301,14 +307,11 @@ def _subject(
 
 def _limits(plan: SparsityPlan) -> dict[str, float]:
     """The drift that the plan's budget allows; none for a plan by sparsity."""
-    text = str(plan.calibration.get("budget", ""))
     # Calibration held the tuned sparse model to the budget, against the model as it was given. Here it is compared with its own
     # dense side, which fine-tuning was free to move.
     if any(layer.adapter_rank is not None for layer in plan.layers):
         return {}
-    if text == IMPORTED:
+    if plan.calibration.get("budget") == IMPORTED:
         # In 16 bits a router's two best can change places, which is no small change of a token.
         return {"kl": IMPORTED_KL} if plan.source.get("dtype") == "float32" else {}
-    if text.startswith("ppl="):
-        return {"ppl_increase": Budget.parse(text).limit}
-    return {"kl": Budget.parse(text).limit} if text.startswith("kl=") else {}
+    return drift_limits(plan)

@@ -1,129 +1,38 @@
 """`SparsityPlan`: what calibration hands to the graph passes, as JSON that a user can read, edit and pass back.
 
-The format is documented in `docs/plan.md`; `PLAN_SCHEMA` is checked whenever a plan is read.
+The format is documented in `docs/plan.md`. `SparsityPlan.from_dict` is where a plan becomes trusted: it follows
+`PLAN_SCHEMA`, its parts fit each other and the op, and its arrays are those that its layers ask for. What only the model can
+tell is checked by `clada_export.plan_fit`.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
 from clada_export.errors import UsageError
-from clada_export.load_rules import RULES as LOAD_RULES
+from clada_export.json_files import read_json, validate_json
 from clada_export.load_rules import make_rule
+from clada_export.plan_schema import PLAN_SCHEMA, PLAN_VERSION
 from clada_export.plan_tensors import PLAN_TENSORS, LayerTensors, load_tensors, save_plan_tensors, tensors_digest
-from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS, SparseFFNAttributes
-from graph_passes.router import DENSE_ROWS, HIDDEN_ACTIVATIONS, OUTPUTS, Router
+from graph_passes.op import ContractError, SparseFFNAttributes, weight_shapes
+from graph_passes.router import Router
 
-PLAN_VERSION = 1
-
-_NUMBER = {"type": "number"}
-_NON_NEGATIVE = {"type": "number", "minimum": 0}
-_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
-
-PLAN_SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "clada-export sparsity plan",
-    "type": "object",
-    "required": ["version", "policy", "score", "rule", "layers", "load", "source"],
-    "additionalProperties": False,
-    "properties": {
-        "version": {"const": PLAN_VERSION},
-        "policy": {"type": "string"},
-        "score": {"enum": list(SCORES)},
-        "rule": {"enum": list(RULES)},
-        "layers": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["name", "activation", "gated", "hidden_size", "intermediate_size", "threshold"],
-                "additionalProperties": False,
-                "properties": {
-                    "name": {"type": "string", "minLength": 1},
-                    "activation": {"enum": list(ACTIVATIONS)},
-                    "gated": {"type": "boolean"},
-                    "hidden_size": {"type": "integer", "minimum": 1},
-                    "intermediate_size": {"type": "integer", "minimum": 1},
-                    "threshold": {"type": "array", "minItems": 1, "items": _NON_NEGATIVE},
-                    "load_slope": _NUMBER,
-                    "load_min": {"type": "number", "exclusiveMinimum": 0},
-                    "load_max": {"type": "number", "exclusiveMinimum": 0},
-                    "granule": {"type": "integer", "minimum": 1},
-                    "combine": {"enum": list(COMBINES)},
-                    "backbone_min": _NON_NEGATIVE,
-                    "prior_gamma": _NON_NEGATIVE,
-                    "stat_norm": {"enum": list(STAT_NORMS)},
-                    "kept_neurons": {"type": ["integer", "null"], "minimum": 1},
-                    "reordered": {"type": "boolean"},
-                    "router": {
-                        "type": ["object", "null"],
-                        "required": ["layers", "hidden", "output", "normalise", "scale"],
-                        "additionalProperties": False,
-                        "properties": {
-                            "layers": {"type": "integer", "minimum": 1},
-                            "hidden": {"enum": list(HIDDEN_ACTIVATIONS)},
-                            "output": {"enum": list(OUTPUTS)},
-                            "normalise": {"type": "boolean"},
-                            "scale": {"type": "number", "exclusiveMinimum": 0},
-                            "k": {"type": ["integer", "null"], "minimum": 1},
-                            "dense_rows": {"enum": list(DENSE_ROWS)},
-                        },
-                    },
-                    "merge": {"type": ["integer", "null"], "minimum": 2},
-                    "adapter_rank": {"type": ["integer", "null"], "minimum": 1},
-                    "expected_sparsity": _SHARE,
-                    "expected_cett": _NON_NEGATIVE,
-                },
-            },
-        },
-        "load": {
-            "type": "object",
-            "required": [
-                "surprisal_mean",
-                "surprisal_std",
-                "entropy_mean",
-                "entropy_std",
-                "surprisal_weight",
-                "entropy_weight",
-            ],
-            "additionalProperties": False,
-            "properties": {
-                "surprisal_mean": _NUMBER,
-                "surprisal_std": {"type": "number", "exclusiveMinimum": 0},
-                "entropy_mean": _NUMBER,
-                "entropy_std": {"type": "number", "exclusiveMinimum": 0},
-                "surprisal_weight": _NUMBER,
-                "entropy_weight": _NUMBER,
-                "rule": {"enum": list(LOAD_RULES)},
-                "parameters": {"type": "object", "additionalProperties": _NUMBER},
-                "momentum": _SHARE,
-                "slope": {"type": "number", "exclusiveMinimum": 0},
-            },
-        },
-        "source": {
-            "type": "object",
-            "required": ["weights_digest"],
-            "properties": {"weights_digest": {"type": "string"}},
-        },
-        "calibration": {"type": "object"},
-        "prune": {"type": ["string", "null"]},
-        "tensors": {
-            "type": ["object", "null"],
-            "required": ["file", "sha256"],
-            "additionalProperties": False,
-            "properties": {
-                "file": {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"},
-                "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
-            },
-        },
-    },
-}
+__all__ = [
+    "PLAN_SCHEMA",
+    "PLAN_VERSION",
+    "LayerPlan",
+    "LoadSignal",
+    "RouterForm",
+    "SparsityPlan",
+    "layer_attributes",
+    "read_json",
+    "validate_json",
+]
 
 
 @dataclass(frozen=True)
@@ -157,7 +66,8 @@ class LoadSignal:
         Raises:
             UsageError: the rule does not have one of the parameters, or not this value.
         """
-        signal = cls(**value)
+        parameters = {name: float(item) for name, item in value.get("parameters", {}).items()}
+        signal = cls(**_floats(cls, {**value, "parameters": parameters}))
         try:
             make_rule(signal.rule, signal.parameters)
         except ValueError as error:
@@ -228,9 +138,9 @@ class LayerPlan:
         router = value.get("router")
         return cls(
             **{
-                **value,
+                **_floats(cls, value),
                 "threshold": tuple(float(t) for t in value["threshold"]),
-                "router": None if router is None else RouterForm(**router),
+                "router": None if router is None else RouterForm(**_floats(RouterForm, router)),
             }
         )
 
@@ -243,6 +153,11 @@ class LayerPlan:
     def width(self) -> int:
         """How many neurons the engine holds."""
         return self.kept_neurons or self.intermediate_size
+
+    @property
+    def needs_arrays(self) -> bool:
+        """Whether JSON does not hold all of it."""
+        return self.router is not None or self.kept_neurons is not None or self.reordered or self.adapter_rank is not None
 
 
 @dataclass(frozen=True)
@@ -309,32 +224,15 @@ class SparsityPlan:
         """
         validate_json(value, PLAN_SCHEMA, origin)
         layers = tuple(LayerPlan.from_dict(layer) for layer in value["layers"])
-        names = [layer.name for layer in layers]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        repeated = [name for name, count in Counter(layer.name for layer in layers).items() if count > 1]
         if repeated:
             raise UsageError(f"{origin}: layer {repeated[0]!r} is planned twice")
         for layer in layers:
-            if layer.load_min > layer.load_max:
-                raise UsageError(
-                    f"{origin}: layer {layer.name!r} has load_min {layer.load_min} above load_max {layer.load_max}"
-                )
-            if layer.width % layer.granule:
-                raise UsageError(
-                    f"{origin}: layer {layer.name!r} has {layer.width} neurons, which granules of {layer.granule} do not divide"
-                )
-            if layer.merge is not None and (layer.width % layer.merge or layer.router is None):
-                raise UsageError(
-                    f"{origin}: layer {layer.name!r} merges {layer.merge} experts: they must divide its {layer.width} neurons, "
-                    "and it must have a router"
-                )
-            if (
-                value["rule"] == "topk"
-                and not 1 <= min(layer.threshold) <= max(layer.threshold) <= layer.width // layer.granule
-            ):
-                raise UsageError(
-                    f"{origin}: layer {layer.name!r} has k = {layer.threshold[0]:g} (the threshold of rule topk); it must "
-                    f"be between 1 and {layer.width // layer.granule}, the number of granules"
-                )
+            fault = _fault(layer, value["score"], value["rule"])
+            if fault is None and layer.needs_arrays and value.get("tensors") is None:
+                fault = "has a router, an order of neurons or adapters, and the plan names no file of arrays ('tensors')"
+            if fault is not None:
+                raise UsageError(f"{origin}: layer {layer.name!r} {fault}")
         tensors = value.get("tensors")
         known = {key: item for key, item in value.items() if key != "tensors"}
         plan = cls(**{**known, "layers": layers, "load": LoadSignal.from_dict(value["load"], f"{origin}: load")})
@@ -378,43 +276,65 @@ def layer_attributes(layer: LayerPlan, score: str, rule: str) -> SparseFFNAttrib
     )
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; NaN and infinities are refused, as JSON has neither.
-
-    Raises:
-        UsageError: the file can't be read or is not JSON.
-    """
-
-    def refuse(token: str) -> float:
-        raise ValueError(f"{token} is not JSON")
-
+def _fault(layer: LayerPlan, score: str, rule: str) -> str | None:
+    """What is wrong with a layer that follows the schema: its parts do not fit each other, or the op."""
+    if layer.load_min > layer.load_max:
+        return f"has load_min {layer.load_min} above load_max {layer.load_max}"
+    if layer.width > layer.intermediate_size:
+        return f"keeps {layer.width} of {layer.intermediate_size} neurons"
+    if layer.width % layer.granule:
+        return f"has {layer.width} neurons, which granules of {layer.granule} do not divide"
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        raise UsageError(f"{path}: can't be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid JSON: {error}") from error
+        attributes = layer_attributes(layer, score, rule)
+        weight_shapes(attributes, layer.hidden_size, layer.width)
+    except ContractError as error:
+        return f"does not fit the op: {error}"
+    if layer.merge is not None:
+        return _merge_fault(layer, attributes)
+    if (layer.router is not None) != (score == "external"):
+        found = "there is none" if layer.router is None else f"the score is {score!r}"
+        return f"is not sound: score 'external' and a router belong together, and {found}"
+    return _router_fault(layer) or _threshold_fault(layer, rule)
 
 
-def validate_json(value: Any, schema: dict[str, Any], origin: str) -> None:
-    """Check a parsed JSON value against a schema, numbers for being finite included.
-
-    Raises:
-        UsageError: names the place of the first fault, the value found and what is allowed.
-    """
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
-    if error is not None:
-        place = "/".join(str(part) for part in error.absolute_path) or "(top level)"
-        raise UsageError(f"{origin}: {place}: {error.message}")
-    _refuse_non_finite(value, origin, "")
+def _merge_fault(layer: LayerPlan, attributes: SparseFFNAttributes) -> str | None:
+    start = f"merges {layer.merge} experts"
+    if layer.router is None or layer.width % (layer.merge or 1):
+        return f"{start}: they must divide its {layer.width} neurons, and it must have a router"
+    if layer.router.output != "softmax":
+        return f"{start}: its router must have output 'softmax', not {layer.router.output!r}"
+    if attributes.use_stat or attributes.score == "external" or attributes.rule == "topk":
+        return f"{start}: that goes with no prompt statistic, no score 'external' and no rule 'topk'"
+    return _router_fault(layer) or _threshold_fault(layer, attributes.rule)
 
 
-def _refuse_non_finite(value: Any, origin: str, place: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{origin}: {place}: {value} is not a finite number")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_non_finite(item, origin, f"{place}/{key}" if place else str(key))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_non_finite(item, origin, f"{place}/{index}")
+def _router_fault(layer: LayerPlan) -> str | None:
+    if layer.router is None:
+        return None
+    k, output = layer.router.k, layer.router.output
+    if output != "topk_softmax":
+        return None if k is None else f"has a router with k {k}, and output {output!r} has none"
+    if k is None or k > layer.scored:
+        return f"has a router with k {k}; output 'topk_softmax' wants 1 to {layer.scored}, the granules"
+    return None
+
+
+def _threshold_fault(layer: LayerPlan, rule: str) -> str | None:
+    granules = layer.width // layer.granule
+    if rule == "topk":
+        if len(layer.threshold) != 1:
+            return f"has {len(layer.threshold)} thresholds; rule topk has one, k"
+        if not 1 <= layer.threshold[0] <= granules:
+            return (
+                f"has k = {layer.threshold[0]:g} (the threshold of rule topk); it must be between 1 and {granules}, the number "
+                "of granules"
+            )
+    elif len(layer.threshold) not in (1, granules):
+        return f"has {len(layer.threshold)} thresholds; wanted 1 or {granules}, one a granule"
+    return None
+
+
+def _floats(kind: type[LayerPlan | LoadSignal | RouterForm], value: Mapping[str, Any]) -> dict[str, Any]:
+    """Parsed JSON with a float wherever the field is one: JSON has one kind of number, and 4 is as good as 4.0."""
+    real = {item.name for item in fields(kind) if item.type == "float"}
+    return {name: float(item) if name in real else item for name, item in value.items()}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from clada_export.errors import UsageError
+from clada_export.foreign import PLAN_ARRAYS, reading
 from graph_passes.op import ContractError
 from graph_passes.router import Router
 
@@ -92,11 +93,15 @@ def load_tensors(path: Path, layers: Sequence[LayerPlan], digest: str) -> dict[s
         UsageError: no such file, a damaged one, one of another plan or model, or arrays that do not fit their layers.
     """
     try:
-        named = load_file(path)
+        mode = path.stat().st_mode
     except FileNotFoundError:
         raise UsageError(f"{path}: the plan's routers are in this file, and it is missing; copy it beside the plan") from None
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: not a readable safetensors file: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: the plan's routers can't be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(mode):  # a pipe would have us wait
+        raise UsageError(f"{path}: the plan's routers can't be read: it is not a regular file")
+    with reading(PLAN_ARRAYS, path):
+        named = load_file(path)
     if (found := arrays_digest(named)) != digest:
         raise UsageError(
             f"{path}: its arrays have digest {found[:16]}..., and the plan says {digest[:16]}...: they belong to another plan"
@@ -118,7 +123,7 @@ def tensors_of_layers(path: str, layers: Sequence[LayerPlan], named: Mapping[str
 
 
 def _layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> LayerTensors:
-    neurons = named.get(f"{layer.name}.neurons")
+    neurons = _array(path, layer, named, "neurons", np.int64)
     if neurons is None and (layer.reordered or layer.kept_neurons is not None):
         raise UsageError(f"{path}: holds no order of neurons for {layer.name!r}; it belongs to another model")
     if neurons is not None:
@@ -128,18 +133,27 @@ def _layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray])
                 f"{path}: {layer.name!r}: the order of neurons has shape {list(neurons.shape)}; wanted {layer.width} different "
                 f"ones of 0 to {layer.intermediate_size - 1}"
             )
-    adapters = _adapters(path, layer, named)
-    if layer.router is None:
-        return LayerTensors(None, neurons, adapters)
+    return LayerTensors(_router(path, layer, named), neurons, _adapters(path, layer, named))
+
+
+def _router(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> Router | None:
     form = layer.router
-    weights = [named.get(f"{layer.name}.router.{index}.weight") for index in range(form.layers)]
-    biases = [named.get(f"{layer.name}.router.{index}.bias") for index in range(form.layers)]
-    present = [weight for weight in weights if weight is not None]
-    if len(present) != form.layers:
-        raise UsageError(f"{path}: holds no router for {layer.name!r}; it belongs to another model")
+    if form is None:
+        return None
+    weights: list[np.ndarray] = []
+    biases: list[np.ndarray | None] = []
+    # As many as the file has: how many the plan says sizes nothing.
+    while (weight := _array(path, layer, named, f"router.{len(weights)}.weight", np.float32)) is not None:
+        biases.append(_array(path, layer, named, f"router.{len(weights)}.bias", np.float32))
+        weights.append(weight)
+    if len(weights) != form.layers:
+        found = f"a router of {len(weights)} layers" if weights else "no router"
+        raise UsageError(
+            f"{path}: holds {found} for {layer.name!r}, and the plan says {form.layers}; it belongs to another model"
+        )
     try:
         router = Router(
-            tuple(present), tuple(biases), form.hidden, form.output, form.normalise, form.scale, form.k, form.dense_rows
+            tuple(weights), tuple(biases), form.hidden, form.output, form.normalise, form.scale, form.k, form.dense_rows
         )
     except ContractError as error:
         raise UsageError(f"{path}: {layer.name!r}: {error}") from error
@@ -149,7 +163,7 @@ def _layer_tensors(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray])
             f"{path}: the router of {layer.name!r} takes {router.hidden_size} values and scores {router.granules} granules; "
             f"this layer has {wanted[0]} and {wanted[1]}. It was made for another model"
         )
-    return LayerTensors(router, neurons, adapters)
+    return router
 
 
 def _adapters(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
@@ -157,14 +171,23 @@ def _adapters(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray]) -> t
     if layer.adapter_rank is None:
         return ()
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    while (left := named.get(f"{layer.name}.adapter.{len(pairs)}.left")) is not None:
-        right = named.get(f"{layer.name}.adapter.{len(pairs)}.right")
+    while (left := _array(path, layer, named, f"adapter.{len(pairs)}.left", np.float32)) is not None:
+        right = _array(path, layer, named, f"adapter.{len(pairs)}.right", np.float32)
         ranks = [left.shape[1:], None if right is None else right.shape[:1]]
         if right is None or left.ndim != 2 or right.ndim != 2 or ranks != [(layer.adapter_rank,)] * 2:
             raise UsageError(
                 f"{path}: {layer.name!r}: adapter {len(pairs)} is no pair of matrices of rank {layer.adapter_rank}"
             )
+        if not (np.isfinite(left).all() and np.isfinite(right).all()):
+            raise UsageError(f"{path}: {layer.name!r}: adapter {len(pairs)} has a value that is not finite")
         pairs.append((left, right))
     if not pairs:
         raise UsageError(f"{path}: holds no adapters for {layer.name!r}; it belongs to another model")
     return tuple(pairs)
+
+
+def _array(path: str, layer: LayerPlan, named: Mapping[str, np.ndarray], name: str, dtype: type) -> np.ndarray | None:
+    array = named.get(f"{layer.name}.{name}")
+    if array is not None and array.dtype != dtype:
+        raise UsageError(f"{path}: {layer.name}.{name} has type {array.dtype}; wanted {np.dtype(dtype)}")
+    return array

@@ -13,12 +13,14 @@ from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.calibrate import Calibrator
 from clada_export.calibration.choose import AUTO, choose, plan_clock
 from clada_export.calibration.weights import FFNWeights
-from clada_export.errors import UsageError
+from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.ffn import EagerFFNs
 from clada_export.model_config import text_config, vocab_size
 from clada_export.moe_import import import_plan, is_imported
 from clada_export.plan import SparsityPlan
+from clada_export.plan_fit import require_fit
+from clada_export.plan_schema import SHORTEST_CONTEXT
 from clada_export.policies import get_policy
 from clada_export.positions import first_position
 from clada_export.pruning import PruneSpec
@@ -28,8 +30,7 @@ from clada_export.targets.common import Target
 
 def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:
     """The token windows that the options ask for, no longer than the model takes."""
-    limit = sequence_limit(source)
-    context = options.calibration_context if limit is None else min(options.calibration_context, limit)
+    context = calibration_context(source, options.calibration_context)
     return load_calibration_data(
         source.tokenizer,
         vocab_size(source.model),
@@ -38,6 +39,20 @@ def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:
         context=context,
         seed=options.seed,
     )
+
+
+def calibration_context(source: SourceModel, wanted: int) -> int:
+    """How many tokens a calibration window has: as many as are wanted, or as the model takes.
+
+    Raises:
+        UnsupportedModelError: the model takes fewer than `SHORTEST_CONTEXT`.
+    """
+    limit = sequence_limit(source)
+    if limit is not None and limit < SHORTEST_CONTEXT:
+        raise UnsupportedModelError(
+            f"{source.name} takes sequences of {limit} tokens by its configuration; at least {SHORTEST_CONTEXT} are needed"
+        )
+    return wanted if limit is None else min(wanted, limit)
 
 
 def sequence_limit(source: SourceModel) -> int | None:
@@ -73,16 +88,7 @@ def make_plan(
     """
     rounded = partial(round_weights, target, source, ffns, options.dtype)
     if given is not None:
-        if given.source.get("weights_digest") != source.weights_digest:
-            made_for = str(given.source.get("weights_digest"))[:16]
-            raise UsageError(
-                f"{options.plan}: the plan was made for other weights (digest {made_for}...); this model has "
-                f"{source.weights_digest[:16]}..."
-            )
-        known = {ffn.name for ffn in ffns.found}
-        missing = [layer.name for layer in given.layers if layer.name not in known]
-        if missing:
-            raise UsageError(f"{options.plan}: layer {missing[0]!r} is not in this model")
+        require_fit(given, ffns.found, source.weights_digest, str(options.plan))
         weights_again(given, source, ffns, data, rounded, str(options.plan))
         return given, given.calibration
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}

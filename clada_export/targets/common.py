@@ -13,10 +13,11 @@ import onnx_ir as ir
 from torch import nn
 
 from clada_export.calibration.scorer import score_constants
-from clada_export.errors import UnsupportedModelError, UsageError
+from clada_export.errors import UnsupportedModelError
 from clada_export.ffn import EagerFFNs
 from clada_export.manifest import CacheTensor, Manifest, TensorSpec
 from clada_export.plan import LayerPlan, SparsityPlan
+from clada_export.plan_fit import require_same
 from clada_export.targets.options import TensorRTOptions
 from clada_export.trace import TracedModel
 from clada_export.verify import Verification
@@ -129,18 +130,15 @@ def rewrite(request: BuildRequest) -> RewriteReport:
 
     Raises:
         UnsupportedModelError: not one FFN of the plan is in the graph; says why.
-        UsageError: a layer of the plan has other sizes than the graph.
+        UsageError: a layer of the plan is another FFN in the graph.
     """
     model, plan = request.traced.graph, request.plan
     search = find_ffns(model, [layer.name for layer in plan.layers])
     matched = {match.name: match for match in search.matches}
     for layer in plan.layers:
         match = matched.get(layer.name)
-        if match is not None and (match.hidden_size, match.intermediate_size) != (layer.hidden_size, layer.intermediate_size):
-            planned, found = (f"{item.hidden_size} x {item.intermediate_size}" for item in (layer, match))
-            raise UsageError(
-                f"the plan does not fit this model: {layer.name} has sizes {planned} in the plan and {found} in the model"
-            )
+        if match is not None:
+            require_same(layer, match.activation, match.gated, match.hidden_size, match.intermediate_size, "the exported graph")
     rewrites = {layer.name: _rewrite(plan, layer) for layer in plan.layers if layer.name in matched}
     if not rewrites:
         reasons = "; ".join(f"{miss.name}: {miss.reason}" for miss in search.misses[:3]) or "no layer of the plan is in it"
