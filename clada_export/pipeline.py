@@ -22,6 +22,7 @@ from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
 from clada_export.ffn import EagerFFNs, plain_ffns, require_ffns
 from clada_export.manifest import Manifest, read_manifest
+from clada_export.model_card import write_model_card
 from clada_export.model_config import vocab_size
 from clada_export.moe_import import IMPORTED, check_import, ignored_options, require_dense, require_whole, takes_experts
 from clada_export.onnx_source.graph import load_graph
@@ -32,7 +33,7 @@ from clada_export.plan_tensors import save_plan_tensors
 from clada_export.planning import calibration_context, make_plan, read_data, round_weights, sequence_limit, weights_again
 from clada_export.positions import first_position
 from clada_export.progress import Progress, Stages
-from clada_export.report import write_model_card, write_report
+from clada_export.report import write_report
 from clada_export.source import SourceModel, load_source
 from clada_export.targets.common import BuildRequest, BuiltModel, Subject, Target
 from clada_export.targets.registry import TARGETS

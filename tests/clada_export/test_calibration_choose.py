@@ -209,7 +209,7 @@ def test_the_report_has_the_table(tmp_path: Path) -> None:
     assert "Choice of the policy for kl=0.01" in page and "Not timed: no &lt;library&gt;." in page
     for name in TRAINING_FREE:
         assert f"<code>{name}</code>" in page
-    assert '<span class="ok">chosen</span>' in page and "skipped: policy &#x27;cats&#x27; reads the gate" in page
+    assert '<span class="ok">chosen</span>' in page and "skipped: policy &#39;cats&#39; reads the gate" in page
 
 
 def test_auto_from_the_command_line(

@@ -14,8 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clada_export.manifest import Manifest, TensorSpec
+from clada_export.model_card import write_model_card
 from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
-from clada_export.report import write_model_card, write_report
+from clada_export.report import write_report
 from clada_export.verify.report import Check, Verification
 from graph_passes import FFNMiss, RewriteReport
 from graph_passes.report import RewrittenFFN
