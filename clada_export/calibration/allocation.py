@@ -13,6 +13,9 @@ from clada_export.calibration.statistics import LayerTable
 
 Levels = Callable[[float], np.ndarray]
 
+SMALLEST_PRICE = 1e-30
+"""What is cheaper costs this."""
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -87,7 +90,7 @@ def all_dense(layers: Layers) -> tuple[Levels, float]:
 def same_price(layers: Layers) -> tuple[Levels, float]:
     """A neuron of any layer is dropped below the same price: level = knob / sensitivity. For scores that are the norm of a
     neuron's output (our own derivation)."""
-    price = np.maximum(np.array(layers.sensitivity, dtype=np.float64), 1e-30)
+    price = np.maximum(np.array(layers.sensitivity, dtype=np.float64), SMALLEST_PRICE)
     highest = np.array([table.level[-1] for table in layers.tables])
     return lambda knob: np.asarray(np.minimum(knob / price, highest)), float((highest * price).max())
 
@@ -105,8 +108,10 @@ def same_marginal_cost(layers: Layers) -> tuple[Levels, float]:
         slope = np.diff(cost) / np.maximum(np.diff(share) * width, 1e-12)
         shares.append(np.concatenate(([share[0]], (share[1:] + share[:-1]) / 2, [share[-1]])))
         slopes.append(np.maximum.accumulate(np.concatenate(([0.0], slope, [slope[-1]]))))
+    # Nothing costs anything where all FFNs give 0, or none reaches the logits: then any order will do.
+    ascents = [float(slope[slope > 0].min()) for slope in slopes if (slope > 0).any()]
     # Prices span orders of magnitude, so the knob is their logarithm, shifted to begin at 0.
-    least = min(float(slope[slope > 0].min()) for slope in slopes if (slope > 0).any()) / 10
+    least = max(min(ascents, default=1.0) / 10, SMALLEST_PRICE)
     logs = [np.log(np.maximum(slope, least) / least) + np.arange(len(slope)) * 1e-9 for slope in slopes]
 
     def levels_at(knob: float) -> np.ndarray:

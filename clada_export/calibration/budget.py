@@ -59,7 +59,10 @@ class Budget:
         return cls(metric, limit)
 
     def __str__(self) -> str:
-        return f"ppl={self.limit:.4%}" if self.metric == "ppl" else f"{self.metric}={self.limit:.6g}"
+        if self.metric != "ppl":
+            return f"{self.metric}={self.limit:.6g}"
+        # Four places are none of a very small limit, and what a plan says is read again.
+        return f"ppl={self.limit:.4%}" if self.limit >= 1e-4 else f"ppl={self.limit * 100:.6g}%"
 
     def cost(self, drift: Drift) -> float:
         """The measured error, one standard error on the safe side, in the budget's unit; a CETT is not a drift."""

@@ -19,6 +19,7 @@ from clada_export.calibration.load_response import LOAD_SLOPE, fit_load_response
 from clada_export.calibration.merged import measure_merged
 from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
+from clada_export.calibration.soundness import plain
 from clada_export.calibration.statistics import LayerTable, collect_statistics
 from clada_export.calibration.text import CalibrationData
 from clada_export.calibration.weights import FFNWeights
@@ -234,6 +235,7 @@ class Calibrator:
         if ready.pruning is not None:
             details["pruning"] = {**ready.pruning.to_dict(), "text_digest": self.data.digest}
             plan = replace(plan, prune=str(ready.pruning.spec))
+        details = plain(details)
         plan = replace(plan, calibration={**details, "relative_bytes": relative_bytes(plan, options.item)})
         return CalibrationResult(plan, drift, {**plan.calibration, "sensitivity": list(self.sensitivity)})
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.selector import LayerSelector, decide
+from clada_export.calibration.soundness import bounded, perplexity, require_finite, require_perplexity, rise
 from clada_export.ffn import EagerFFN
 from clada_export.load_signal import surprisal_entropy
 from clada_export.tap import FFNTap
@@ -39,14 +40,14 @@ class Drift:
     @property
     def ppl_increase(self) -> float:
         """Relative rise of perplexity: exp(mean nll - mean dense nll) - 1."""
-        return math.expm1(float((self.nll - self.dense_nll).mean()))
+        return rise(float((self.nll - self.dense_nll).mean()))
 
     @property
     def ppl_increase_bound(self) -> float:
         """The same, one standard error (over tokens, paired) higher."""
         difference = self.nll - self.dense_nll
         error = float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        return math.expm1(float(difference.mean()) + error)
+        return rise(float(difference.mean()) + error)
 
     @property
     def mean_kl(self) -> float:
@@ -74,8 +75,8 @@ class Drift:
         """Numbers for a report."""
         return {
             "tokens": float(len(self.nll)),
-            "dense_ppl": math.exp(float(self.dense_nll.mean())),
-            "ppl": math.exp(float(self.nll.mean())),
+            "dense_ppl": perplexity(float(self.dense_nll.mean())),
+            "ppl": perplexity(float(self.nll.mean())),
             "ppl_increase": self.ppl_increase,
             "ppl_increase_bound": self.ppl_increase_bound,
             "kl": self.mean_kl,
@@ -103,6 +104,9 @@ class DriftMeter:
     Args:
         windows: int64 [N, context].
         prompt: tokens of every window that run dense, at least 1.
+
+    Raises:
+        UnsupportedModelError: logits that are not finite, or a text so unlikely that it has no perplexity.
     """
 
     def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, prompt: int = 1) -> None:
@@ -113,10 +117,12 @@ class DriftMeter:
         with torch.inference_mode():
             for window in windows:
                 logits = self._logits(window)
+                require_finite(model, ffns, window, logits)
                 self._dense.append(hold(logits[prompt:], logits[prompt:].nbytes * len(windows)))
-                signals.append(torch.stack(surprisal_entropy(logits[:-1], window[1:])))
+                signals.append(bounded(torch.stack(surprisal_entropy(logits[:-1], window[1:]))))
         self.signals = torch.stack(signals)
         """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""
+        require_perplexity(float(self.signals[:, 0].double().mean()))
 
     @property
     def context(self) -> int:
@@ -214,9 +220,9 @@ def compare(dense: Tensor, sparse: Tensor, targets: Tensor, window: int) -> Tens
     place = targets.unsqueeze(-1)
     return torch.stack(
         (
-            -sparse_log.gather(-1, place).squeeze(-1),
-            -dense_log.gather(-1, place).squeeze(-1),
-            (dense_log.exp() * (dense_log - sparse_log)).sum(-1).clamp(min=0.0),
+            bounded(-sparse_log.gather(-1, place).squeeze(-1)),
+            bounded(-dense_log.gather(-1, place).squeeze(-1)),
+            bounded((dense_log.exp() * (dense_log - sparse_log)).sum(-1).clamp(min=0.0)),
             (dense.argmax(-1) == sparse.argmax(-1)).float(),
             torch.full((len(targets),), float(window)),
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clada_export.calibration.drift import Drift, Meter
 from clada_export.calibration.scorer import layer_attributes, layer_tensors
+from clada_export.calibration.statistics import HIGHEST_CETT
 from clada_export.ffn import EagerFFN
 from clada_export.merge import MergingFFN
 from clada_export.method import Method
@@ -51,9 +52,10 @@ def measure_merged(
         x, rows = seen.pop(index), y.reshape(-1, y.shape[-1]).clone()
         dense = rows[meter.prompt :].float()
         found = merging[index].run(x[meter.prompt :], merging[index].merge(x[: meter.prompt]))
-        norm = dense.norm(dim=-1)
+        norm = dense.double().norm(dim=-1)
         usable = norm > 0
-        error[0, index] += float(((found - dense).norm(dim=-1)[usable] / norm[usable]).sum())
+        relative = (found - dense).double().norm(dim=-1)[usable] / norm[usable]
+        error[0, index] += float(relative.nan_to_num(nan=HIGHEST_CETT).clamp(max=HIGHEST_CETT).sum())
         error[1, index] += int(usable.sum())
         rows[meter.prompt :] = found.to(rows.dtype)
         return rows.reshape(y.shape)

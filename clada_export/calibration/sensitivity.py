@@ -11,11 +11,14 @@ that this makes is solved for the price.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from clada_export.calibration.soundness import require_finite
+from clada_export.errors import UnsupportedModelError
 from clada_export.ffn import EagerFFN
 from clada_export.tap import FFNTap
 
@@ -37,6 +40,9 @@ def layer_sensitivity(
         model: one whose `differentiable` is False is measured by noise.
         windows: int64 [N, length]; 1,000 tokens in all are enough for a number a layer.
         seed: of the draw of y.
+
+    Raises:
+        UnsupportedModelError: logits or a price that is not finite; names the layer.
     """
     if not getattr(model, "differentiable", True):
         return _by_noise(model, ffns, windows, seed, progress)
@@ -60,6 +66,7 @@ def layer_sensitivity(
         with FFNTap(ffns, outer=outer), torch.enable_grad():
             for done, window in enumerate(windows):
                 logits = model(input_ids=window[None], use_cache=False).logits[0]
+                require_finite(model, ffns, window, logits)
                 log_p = logits.float().log_softmax(-1)
                 drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
                 log_p.gather(1, drawn).sum().backward()
@@ -72,7 +79,7 @@ def layer_sensitivity(
     finally:
         for parameter, flag in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(flag)
-    return tuple((squares / max(tokens, 1)).sqrt().tolist())
+    return _finite(ffns, (squares / max(tokens, 1)).sqrt())
 
 
 def _by_noise(
@@ -91,6 +98,7 @@ def _by_noise(
 
             with FFNTap(ffns, outer=measure):
                 clean = _log_p(model, window)
+            require_finite(model, ffns, window, clean)
             for chosen, ffn in enumerate(ffns):
                 sigma = NOISE * sizes[chosen]
 
@@ -104,7 +112,17 @@ def _by_noise(
                     squares[chosen] += 2.0 * max(kl, 0.0) / (len(window) * ffn.hidden_size * sigma**2)
                 done += 1
                 progress(done, total)
-    return tuple((squares / max(len(windows), 1)).sqrt().tolist())
+    return _finite(ffns, (squares / max(len(windows), 1)).sqrt())
+
+
+def _finite(ffns: Sequence[EagerFFN], prices: Tensor) -> tuple[float, ...]:
+    broken = [ffn.name for ffn, price in zip(ffns, prices.tolist(), strict=True) if not math.isfinite(price)]
+    if broken:
+        raise UnsupportedModelError(
+            f"{broken[0]}: what an error in its output costs is not finite on the calibration text; the model is broken in "
+            "float32"
+        )
+    return tuple(prices.tolist())
 
 
 def _log_p(model: nn.Module, window: Tensor) -> Tensor:

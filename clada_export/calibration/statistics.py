@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.selector import LayerSelector, Selection, Selectors, decide
+from clada_export.calibration.soundness import bounded
 from clada_export.errors import UsageError
 from clada_export.load_signal import surprisal_entropy
 from clada_export.plan import LoadSignal
@@ -27,6 +28,10 @@ CETT_EVERY = 4
 CETT_ROWS = 24
 """Rows a window on which the error is measured."""
 HIGHEST_SPARSITY = 0.97
+HIGHEST_CETT = 1e6
+"""Of one row, whose neurons may all but cancel out."""
+HIGHEST_LEVEL = 1e37
+"""So that the threshold, and what the load makes of it, is a float32."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +110,18 @@ class _Accumulator:
         )
         h = h[rows]
         remaining = torch.stack([self.selector.hidden(h, chosen, float(level))[0] for level in self.grid[::CETT_EVERY]])
-        norm = (h @ w_out).norm(dim=-1)
+        # In float64: squares of what is large in float32 are infinite.
+        norm = (h @ w_out).double().norm(dim=-1)
         usable = norm > 0
-        error = ((h - remaining) @ w_out).norm(dim=-1)[:, usable]
-        self.cett += (error / norm[usable]).double().sum(-1)
-        self.error += error.double().square().sum(-1)
+        error = ((h - remaining) @ w_out).double().norm(dim=-1)[:, usable]
+        self.cett += (error / norm[usable]).clamp(max=HIGHEST_CETT).sum(-1)
+        self.error += error.square().sum(-1)
         self.rows += int(usable.sum())
 
     def _make_grid(self, values: Tensor) -> Tensor:
         levels = torch.linspace(0.0, HIGHEST_SPARSITY, GRID)
         ordered = values.flatten().sort().values.clamp(min=0.0, max=self.selector.axis.highest)
-        grid = ordered[(levels * (ordered.numel() - 1)).long()]
+        grid = ordered[(levels * (ordered.numel() - 1)).long()].clamp(max=HIGHEST_LEVEL)
         # A value that many granules share (ReLU: 0) would make the grid stand still; interpolation needs it ascending.
         step = torch.arange(GRID) * (grid[-1].clamp(min=1e-30) * 1e-6)
         return torch.cummax(grid, 0).values + step
@@ -159,15 +165,18 @@ def collect_statistics(
         known: dict[int, Tensor] = {}
         for layers, totals in zip(selectors.layers, sums, strict=True):
             selection = decide(layers[index], x, h, prompt, known)
-            if bool(selection.values.isnan().any()):
-                raise UsageError(f"{ffns[index].name}: a score is NaN on the calibration text; the router is broken")
+            # -inf marks a granule that may not run.
+            if bool((selection.values.isnan() | (selection.values == float("inf"))).any()):
+                raise UsageError(
+                    f"{ffns[index].name}: a score is not finite on the calibration text; the router or the weights are broken"
+                )
             totals[index].add(selection, h[prompt:], w_outs[index])
 
     with torch.inference_mode(), FFNTap(ffns, inner=inner):
         for done, window in enumerate(windows):
             logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
             surprisal, entropy = surprisal_entropy(logits, window[1:])
-            s, e = surprisal.double(), entropy.double()
+            s, e = bounded(surprisal.double()), bounded(entropy.double())
             moments += torch.stack((torch.tensor(float(len(s))).double(), s.sum(), s.square().sum(), e.sum(), e.square().sum()))
             progress(done + 1, len(windows))
     count, s1, s2, e1, e2 = moments.tolist()

@@ -112,7 +112,7 @@ def finetune(
 
     Raises:
         UsageError: a single window.
-        FloatingPointError: the loss is no longer finite.
+        UsageError: the loss is no longer finite.
     """
     if len(windows) < 2:
         raise UsageError("--finetune needs at least two calibration windows: one to train on, and one to tell when to stop")
@@ -219,7 +219,9 @@ class _Run:
             push = torch.stack([_push(torch.sigmoid(logits)) for logits in seen]).mean()
             loss = loss + settings.efficiency * gate + settings.separability * push
             if not bool(loss.isfinite()):
-                raise FloatingPointError(f"--finetune: the loss of window {index} is {float(loss.detach())}")
+                raise UsageError(
+                    f"--finetune: the loss of calibration window {index} is {float(loss.detach())}; the model is broken"
+                )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, CLIP)

@@ -21,7 +21,7 @@ from clada_export.method import Method, draft_layers
 from clada_export.plan import LayerPlan
 from clada_export.plan_tensors import LayerTensors
 from clada_export.policies.base import Dynamic, PolicyContext, PolicySettings, check_score
-from clada_export.policies.routed import told, with_router
+from clada_export.policies.routed import told, trained_router, with_router
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,16 @@ class LoryPolicy(Dynamic):
             w_in = ffn.w_in() if kept is None else ffn.w_in()[torch.from_numpy(kept)]
             order = merge_order(w_in, experts, context.seed, name=ffn.name)
             neurons = order if kept is None else kept[order]
-            router, report = train_lory(
-                segments.means[index],
-                segments.inputs[index],
-                layer_tensors(ffn, "gate", torch.zeros(1), neurons=neurons),
-                layer_attributes(ffn, "gate", "threshold"),
-                experts,
-                name=ffn.name,
-                settings=replace(SETTINGS, seed=context.seed + index),
-            )
+            with trained_router(self.name, ffn.name):
+                router, report = train_lory(
+                    segments.means[index],
+                    segments.inputs[index],
+                    layer_tensors(ffn, "gate", torch.zeros(1), neurons=neurons),
+                    layer_attributes(ffn, "gate", "threshold"),
+                    experts,
+                    name=ffn.name,
+                    settings=replace(SETTINGS, seed=context.seed + index),
+                )
             arrays[ffn.name] = LayerTensors(router, neurons)
             reports[ffn.name] = told(report)
             layers.append(replace(with_router(draft, router, neurons, kept), merge=experts))

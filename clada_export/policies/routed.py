@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
+from clada_export.errors import UsageError
 from clada_export.experts.cluster import cluster_neurons
 from clada_export.experts.layer import ExpertLayer, group_neurons
 from clada_export.experts.samples import LayerSamples, collect_samples
@@ -19,6 +21,7 @@ from clada_export.method import Method, draft_layers
 from clada_export.plan import LayerPlan, RouterForm
 from clada_export.plan_tensors import LayerTensors
 from clada_export.policies.base import Dynamic, PolicyContext, PolicySettings, check_granule, check_score
+from graph_passes.op import ContractError
 from graph_passes.router import Router
 
 GRANULE = 32
@@ -80,7 +83,8 @@ class RoutedPolicy(Dynamic, ABC):
         for index, draft in enumerate(drafts):
             kept = context.kept.get(draft.name)
             layer, neurons = self._experts(samples.layer(index), kept, granule, context.seed)
-            router, report = self.train(layer, context, context.seed + index)
+            with trained_router(self.name, draft.name):
+                router, report = self.train(layer, context, context.seed + index)
             arrays[draft.name] = LayerTensors(router, neurons)
             reports[draft.name] = told(report)
             layers.append(with_router(draft, router, neurons, kept))
@@ -106,6 +110,19 @@ class RoutedPolicy(Dynamic, ABC):
         if order is None or kept is None:
             return layer, order if kept is None else kept
         return layer, kept[order]
+
+
+@contextmanager
+def trained_router(policy: str, layer: str) -> Iterator[None]:
+    """What training makes of activations that are far too large or all the same may be no router.
+
+    Raises:
+        UsageError: names the policy and the layer.
+    """
+    try:
+        yield
+    except ContractError as error:
+        raise UsageError(f"policy {policy!r}: {layer}: training on the calibration text gives no router ({error})") from error
 
 
 def with_router(draft: LayerPlan, router: Router, neurons: np.ndarray | None, kept: np.ndarray | None) -> LayerPlan:

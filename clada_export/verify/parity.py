@@ -225,11 +225,11 @@ def _sparse_check(
     name: str, same: ParityNumbers, later: ParityNumbers, flips: int, share: float, bounds: dict[str, float]
 ) -> Check:
     faults = []
-    if same.max_abs > bounds["max_abs"]:
+    if not same.max_abs <= bounds["max_abs"]:
         faults.append(f"with the same neurons, logits differ by up to {same.max_abs:.3g}; allowed {bounds['max_abs']:.3g}")
-    if later.kl > bounds["kl_after_a_flip"]:
+    if not later.kl <= bounds["kl_after_a_flip"]:
         faults.append(f"after a flipped neuron, KL is {later.kl:.3g} nats; allowed {bounds['kl_after_a_flip']:.3g}")
-    if share > bounds["flipped_share"]:
+    if not share <= bounds["flipped_share"]:
         faults.append(f"{flips} neurons flipped ({share:.3g} of all decisions); allowed {bounds['flipped_share']:.3g}")
     numbers = {"same_neurons": asdict(same), "after_a_flip": asdict(later), "flipped": flips, "flipped_share": share}
     return Check(f"sparse parity ({name})", not faults, numbers, bounds, "; ".join(faults))
