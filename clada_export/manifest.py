@@ -9,191 +9,43 @@ import hashlib
 import json
 import os
 import re
-import stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clada_export.errors import BackendError, UsageError
-from clada_export.plan import PLAN_SCHEMA, LoadSignal, SparsityPlan, read_json, validate_json
+from clada_export.errors import UsageError
+from clada_export.file_check import ListedFiles
+from clada_export.json_files import read_json, validate_json
+from clada_export.manifest_schema import (
+    CACHE_DTYPES,
+    CACHE_ROLES,
+    MANIFEST_SCHEMA,
+    MANIFEST_VERSION,
+    PADDINGS,
+    TARGETS,
+)
+from clada_export.plan import LoadSignal, SparsityPlan
+from clada_export.plan_schema import LARGEST_SIZE
+
+__all__ = [
+    "CACHE_DTYPES",
+    "CACHE_ROLES",
+    "MANIFEST_NAME",
+    "MANIFEST_SCHEMA",
+    "MANIFEST_VERSION",
+    "PADDINGS",
+    "TARGETS",
+    "CacheTensor",
+    "Manifest",
+    "TensorSpec",
+    "file_record",
+    "read_manifest",
+    "write_manifest",
+]
 
 MANIFEST_NAME = "clada.json"
-MANIFEST_VERSION = 1
-
-PADDINGS = ("left", "none")
-"""Rows of a batch may be padded on the left, or have to be of one length."""
-TARGETS = ("ort", "trt")
-CACHE_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
-CACHE_ROLES = ("key", "value", "stat", "merged_in", "merged_out")
-LIBRARY_SUFFIXES = (".so", ".dll", ".dylib")
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
-
-_STRING = {"type": "string", "minLength": 1}
-_SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-_FILES = {
-    "type": "object",
-    "additionalProperties": {
-        "type": "object",
-        "required": ["sha256", "bytes"],
-        "additionalProperties": False,
-        "properties": {"sha256": _SHA256, "bytes": {"type": "integer", "minimum": 0}},
-    },
-}
-_SHAPE = {"type": "array", "items": {"anyOf": [{"type": "integer", "minimum": 0}, _STRING]}}
-_TENSORS = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "required": ["name", "dtype", "shape"],
-        "additionalProperties": False,
-        "properties": {"name": _STRING, "dtype": _STRING, "shape": _SHAPE},
-    },
-}
-
-_RANGE = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 3, "maxItems": 3}
-_PROFILE = {
-    "type": "object",
-    "required": ["name", "batch", "sequence", "past"],
-    "additionalProperties": False,
-    "properties": {"name": _STRING, "batch": _RANGE, "sequence": _RANGE, "past": _RANGE},
-}
-_ENGINE_FILE = {
-    "type": "object",
-    "required": ["file", "compute_capabilities"],
-    "additionalProperties": False,
-    "properties": {"file": _STRING, "compute_capabilities": {"type": "array", "items": _STRING, "minItems": 1}},
-}
-_PLUGIN = {
-    "type": "object",
-    "required": ["name", "version", "namespace", "file", "embedded", "layers"],
-    "additionalProperties": False,
-    "properties": {
-        "name": _STRING,
-        "version": _STRING,
-        "namespace": _STRING,
-        "file": _STRING,
-        "embedded": {"type": "boolean"},
-        "layers": {"type": "integer", "minimum": 1},
-    },
-}
-_ENGINE = {
-    "type": "object",
-    "required": [
-        "backend",
-        "version",
-        "package",
-        "files",
-        "profiles",
-        "plugin",
-        "refit",
-        "weight_streaming",
-        "layers",
-        "commands",
-    ],
-    "additionalProperties": False,
-    "properties": {
-        "backend": {"enum": ["tensorrt", "tensorrt_rtx"]},
-        "version": _STRING,
-        "package": _STRING,
-        "files": {"type": "array", "items": _ENGINE_FILE, "minItems": 1},
-        "profiles": {"type": "array", "items": _PROFILE, "minItems": 1},
-        "plugin": {"anyOf": [{"type": "null"}, _PLUGIN]},
-        "refit": {"type": "boolean"},
-        "weight_streaming": {"type": "boolean"},
-        "layers": _STRING,
-        "commands": {"type": "object", "additionalProperties": _STRING},
-    },
-}
-
-MANIFEST_SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "clada-export manifest",
-    "type": "object",
-    "required": [
-        "schema_version",
-        "tool_version",
-        "source",
-        "target",
-        "op",
-        "plan",
-        "load_signal",
-        "model",
-        "inputs",
-        "outputs",
-        "dtype",
-        "cache",
-        "versions",
-        "library",
-        "engine",
-        "verification",
-        "drift",
-        "warnings",
-        "tokenizer",
-        "files",
-        "digest",
-    ],
-    "additionalProperties": False,
-    "properties": {
-        "schema_version": {"const": MANIFEST_VERSION},
-        "tool_version": _STRING,
-        "source": {
-            "type": "object",
-            "required": ["name", "kind", "revision", "weights_digest", "files"],
-            "additionalProperties": False,
-            "properties": {
-                "name": _STRING,
-                "kind": {"enum": ["hub", "folder", "gguf", "onnx"]},
-                "revision": {"type": ["string", "null"]},
-                "weights_digest": _STRING,
-                "files": _FILES,
-                "license": {"type": ["string", "null"]},
-                "dtype": {"type": ["string", "null"]},
-            },
-        },
-        "target": {"enum": list(TARGETS)},
-        "op": {
-            "type": "object",
-            "required": ["domain", "name", "version"],
-            "additionalProperties": False,
-            "properties": {"domain": _STRING, "name": _STRING, "version": {"type": "integer", "minimum": 1}},
-        },
-        "plan": {key: value for key, value in PLAN_SCHEMA.items() if key != "$schema"},
-        "load_signal": PLAN_SCHEMA["properties"]["load"],
-        "model": _STRING,
-        "inputs": _TENSORS,
-        "outputs": _TENSORS,
-        "dtype": _STRING,
-        "cache": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["layer", "role", "past", "present", "dtype", "shape"],
-                "additionalProperties": False,
-                "properties": {
-                    "layer": {"type": "integer", "minimum": 0},
-                    "role": {"enum": list(CACHE_ROLES)},
-                    "past": _STRING,
-                    "present": _STRING,
-                    "dtype": {"enum": list(CACHE_DTYPES)},
-                    "shape": _SHAPE,
-                },
-            },
-        },
-        "versions": {"type": "object", "additionalProperties": {"type": "string"}},
-        "library": {"type": ["string", "null"]},
-        "engine": {"anyOf": [{"type": "null"}, _ENGINE]},
-        "verification": {"type": "object"},
-        "drift": {"type": "object"},
-        "warnings": {"type": "array", "items": {"type": "string"}},
-        "tokenizer": {"type": "boolean"},
-        "padding": {"enum": list(PADDINGS)},
-        "first_position": {"type": "integer", "minimum": 0},
-        "ffn_runs": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 2}},
-        "files": _FILES,
-        "digest": _SHA256,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -276,6 +128,10 @@ class Manifest:
         """
         return SparsityPlan.from_dict(self.plan, origin=f"{MANIFEST_NAME}: plan", folder=folder)
 
+    def listed(self, folder: Path) -> ListedFiles:
+        """The files of an export with this manifest, to be checked or read."""
+        return ListedFiles(folder, self.files, self.library)
+
     def with_files(self, files: dict[str, dict[str, Any]]) -> Manifest:
         """The same manifest with other files."""
         return replace(self, files=files)
@@ -295,16 +151,14 @@ class Manifest:
         Raises:
             UsageError: not a manifest of this version, or its content does not match its digest.
         """
-        if isinstance(value, dict) and isinstance(version := value.get("schema_version"), int) and version > MANIFEST_VERSION:
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if type(version) is int and MANIFEST_VERSION < version <= LARGEST_SIZE:
             raise UsageError(
                 f"{origin}: schema_version {version} is newer than this program reads ({MANIFEST_VERSION}); update clada-export"
             )
-        try:
-            validate_json(value, MANIFEST_SCHEMA, origin)
-            content = {key: item for key, item in value.items() if key != "digest"}
-            found = _digest(content)
-        except RecursionError as error:
-            raise UsageError(f"{origin}: nested too deeply to be a manifest") from error
+        validate_json(value, MANIFEST_SCHEMA, origin)
+        content = {key: item for key, item in value.items() if key != "digest"}
+        found = _digest(content)
         if found != value["digest"]:
             raise UsageError(
                 f"{origin}: the file was edited or damaged: its content has digest {found[:16]}..., and it says "
@@ -342,7 +196,8 @@ def read_manifest(folder: Path | str, *, check_files: bool = True) -> Manifest:
 
     Args:
         folder: what `clada-export` wrote.
-        check_files: compare the sha256 of every listed file. False compares only that it exists and its size.
+        check_files: compare the sha256 of every listed file (`clada_export.file_check` says when large ones are read again).
+            False compares only that it exists and its size.
 
     Raises:
         UsageError: no manifest, one that was edited, or a file that is missing, edited, or outside the folder, or a library
@@ -351,17 +206,21 @@ def read_manifest(folder: Path | str, *, check_files: bool = True) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
+    try:
+        found = folder.is_dir()
+    except OSError as error:  # a name that is too long, a folder above that is closed
+        raise UsageError(f"{folder}: can't be read: {error.strerror or error}") from error
+    if not found:
         raise UsageError(f"{folder}: no such folder; give the folder that clada-export wrote")
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UsageError(f"{folder}: no {MANIFEST_NAME} in the folder; give the folder that clada-export wrote")
     manifest = Manifest.from_dict(read_json(path), origin=str(path))
-    try:
-        for name, record in manifest.files.items():
-            _check_file(folder, name, record, check_files, manifest.library)
-        _check_libraries(folder, manifest)
-    except OSError as error:
-        raise UsageError(f"{error.filename or folder}: can't be read: {error.strerror or error}") from error
+    listed = manifest.listed(folder)
+    if check_files:
+        listed.check_hashes(manifest.digest)
+    else:
+        listed.check_sizes()
+    listed.check_libraries()
     return manifest
 
 
@@ -382,6 +241,8 @@ def _check_names(content: dict[str, Any], origin: str) -> None:
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST_NAME:
             raise UsageError(f"{origin}: files: {name!r} is not a plain relative path inside the folder")
     named = {key: content[key] for key in ("model", "library") if content[key] is not None}
+    if content["plan"].get("tensors") is not None:
+        named["plan: tensors"] = content["plan"]["tensors"]["file"]
     if content["engine"] is not None:
         named |= {f"engine: files: {index}": file["file"] for index, file in enumerate(content["engine"]["files"])}
         named["engine: layers"] = content["engine"]["layers"]
@@ -390,34 +251,3 @@ def _check_names(content: dict[str, Any], origin: str) -> None:
     for key, name in named.items():
         if name not in content["files"]:
             raise UsageError(f"{origin}: {key}: {name!r} is not one of the listed files")
-
-
-def _check_file(folder: Path, name: str, record: dict[str, Any], hashed: bool, library: str | None) -> None:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(
-            f"{path}: a link that leads out of the folder; copy the folder with its links resolved (cp -rL) and use the copy"
-        )
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        if name == library:
-            raise BackendError(f"{path}: the custom-op library is missing; copy the whole folder or export again") from None
-        raise UsageError(
-            f"{path}: the manifest lists this file, and it is missing; copy the whole folder or export again"
-        ) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UsageError(f"{path}: not a regular file")
-    if found.st_size != record["bytes"]:
-        raise UsageError(f"{path}: has {found.st_size} bytes, and the manifest says {record['bytes']}; copy it or export again")
-    if hashed and (digest := file_record(path)["sha256"]) != record["sha256"]:
-        raise UsageError(
-            f"{path}: changed after the export: its sha256 is {digest[:16]}..., and the manifest has {record['sha256'][:16]}"
-        )
-
-
-def _check_libraries(folder: Path, manifest: Manifest) -> None:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if name not in manifest.files and (path.suffix in LIBRARY_SUFFIXES or ".so." in path.name):
-            raise UsageError(f"{path}: a library that the manifest does not list; remove it if you did not put it there")

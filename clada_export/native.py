@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from clada_export.errors import BackendError
+from clada_export.sealed_library import sealed_copy
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
 LIBRARY_NAME = "libclada_ort.so"
@@ -92,31 +93,56 @@ def _candidates(name: str) -> list[Path]:
     return found
 
 
-def check_library(path: Path) -> None:
-    """Check that a library, any of the three, implements this package's version of the op.
+def check_library(path: Path, shown: Path | None = None) -> None:
+    """Check that a library, any of the three, implements this package's version of the op. It is loaded for that.
+
+    Args:
+        shown: what messages call it, where it is loaded from a copy.
 
     Raises:
         BackendError: it can't be loaded, is no library of ours, or implements another version.
     """
     wanted = f"{DOMAIN}::{OP_TYPE} version {OP_VERSION}"
+    name = shown or path
     if not path.is_file():
-        raise BackendError(f"library {path} is no file; wanted a library with {wanted}")
+        raise BackendError(f"library {name} is no file; wanted a library with {wanted}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BackendError(f"library {path} can't be loaded ({error}); wanted a library with {wanted}: rebuild it") from error
+        said = str(error).replace(str(path), str(name))
+        raise BackendError(f"library {name} can't be loaded ({said}); wanted a library with {wanted}: rebuild it") from error
     try:
         version = library.clada_op_version
     except AttributeError as error:
-        raise BackendError(f"library {path} has no clada_op_version; wanted a library with {wanted}") from error
+        raise BackendError(f"library {name} has no clada_op_version; wanted a library with {wanted}") from error
     version.argtypes = []
     version.restype = ctypes.c_int
     found = int(version())
     if found != OP_VERSION:
         raise BackendError(
-            f"library {path} implements {DOMAIN}::{OP_TYPE} version {found}; wanted version {OP_VERSION}: "
+            f"library {name} implements {DOMAIN}::{OP_TYPE} version {found}; wanted version {OP_VERSION}: "
             f"install {_DISTRIBUTION} and the library from the same release"
         )
+
+
+def check_content(content: bytes, name: Path) -> Path:
+    """`check_library` of a library's bytes, wherever they came from.
+
+    Args:
+        name: of the file that they were read from.
+
+    Returns:
+        Where a copy lies that nobody else can change: the place to load it from.
+
+    Raises:
+        BackendError: as `check_library`, or there is no room for the copy.
+    """
+    try:
+        path = sealed_copy(content, name.name)
+    except OSError as error:
+        raise BackendError(f"library {name}: a copy to load can't be made: {error.strerror or error}") from error
+    check_library(path, name)
+    return path
 
 
 def build_info(path: Path) -> str:

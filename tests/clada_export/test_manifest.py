@@ -49,7 +49,7 @@ def make_manifest(**changes: Any) -> Manifest:
         "versions": {"onnx": "1.0"},
         "library": "libclada_ort.so",
         "verification": {"max_abs": 1e-6},
-        "drift": {"kl": 0.01},
+        "drift": {"tokens": 9, "ppl_increase": 0.01, "kl": 0.01, "top1": 0.9},
         "warnings": ("careful",),
     }
     return Manifest(**{**values, **changes})
