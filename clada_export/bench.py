@@ -10,6 +10,10 @@ import numpy as np
 from clada_export.errors import UsageError
 from clada_export.runtime import Engine
 from clada_export.runtime.engine import Load
+from clada_export.runtime.shown import shown
+
+LONGEST, MOST_REPEATS = 1_000_000, 100_000
+"""What would take hours, or memory without end where a model does not say how long its texts may be."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,15 @@ def bench(
     """Time greedy decoding from one random prompt under each load; the loads take turns, so that noise meets them alike.
 
     Raises:
-        UsageError: a count below 1, or longer than the model takes.
+        UsageError: a count out of range, or longer than the model takes.
     """
-    if min(prompt_tokens, new_tokens - 1, repeats) < 1:
-        raise UsageError("bench needs a prompt of at least 1 token, at least 2 new tokens and at least 1 repeat")
+    for name, count, least, most in (
+        ("prompt tokens", prompt_tokens, 1, LONGEST),
+        ("new tokens", new_tokens, 2, LONGEST),
+        ("repeats", repeats, 1, MOST_REPEATS),
+    ):
+        if not least <= count <= most:
+            raise UsageError(f"bench: {shown(count)} {name}; it takes {least} to {most}")
     limit = engine.max_positions
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise UsageError(f"{prompt_tokens} + {new_tokens} tokens are more than the {limit} that the model takes")

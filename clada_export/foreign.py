@@ -33,7 +33,7 @@ GENERATION_CONFIG = InputKind("not a generation configuration that transformers 
 WEIGHTS = InputKind("the weights can't be read")
 MODEL = InputKind("transformers can't build the model")
 GGUF = InputKind("not a GGUF file that can be read")
-GGUF_ARCHITECTURE = InputKind("transformers can't read this GGUF architecture", UnsupportedModelError)
+GGUF_ARCHITECTURE = InputKind("it can't be read", UnsupportedModelError)
 MODEL_CARD = InputKind("its YAML header can't be read")
 TOKENIZER = InputKind("not a tokenizer that can be read")
 TEXT = InputKind("the tokenizer fails on this text")
@@ -43,6 +43,11 @@ ONNX = InputKind("damaged, or no ONNX model")
 ONNX_GRAPH = InputKind("the graph can't be prepared", UnsupportedModelError)
 TOKEN_FILE = InputKind("not a file of token ids")
 PLAN_ARRAYS = InputKind("not a safetensors file that can be read")
+ENGINE = InputKind("TensorRT can't read the engine", BackendError)
+OP_LIBRARY = InputKind("can't load the custom-op library (build or install clada-export for this machine)", BackendError)
+PLUGIN_LIBRARY = InputKind("can't load the plugin library", BackendError)
+ENGINE_GRAPH = InputKind("can't load the graph", BackendError)
+ENGINE_RUN = InputKind("fails in the graph", BackendError)
 
 
 @contextmanager

@@ -27,6 +27,9 @@ LOAD_LIMIT = 4.0
 
 LONGEST_WINDOW = 4096
 
+LARGEST = float(np.finfo(np.float32).max)
+"""Of loads and of parameters: they are float32 in the end."""
+
 Array: TypeAlias = npt.NDArray[np.float64]
 State: TypeAlias = tuple[Array, ...]
 
@@ -230,7 +233,7 @@ def make_rule(name: str, parameters: Mapping[str, float]) -> LoadRule:
     """The rule called `name`.
 
     Raises:
-        ValueError: an unknown rule or parameter, or a value out of range.
+        ValueError: an unknown rule or parameter, or a value out of range or that is no number.
     """
     if name not in RULES:
         raise ValueError(f"unknown rule {name!r}; known: {', '.join(RULES)}")
@@ -239,7 +242,21 @@ def make_rule(name: str, parameters: Mapping[str, float]) -> LoadRule:
     unknown = sorted(set(parameters) - set(known))
     if unknown:
         raise ValueError(f"rule {name!r} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    return kind(**parameters)
+    for parameter, value in parameters.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
+            raise ValueError(
+                f"{parameter} is not a number that float32 holds: it must be between {-LARGEST:.3g} and {LARGEST:.3g}"
+            )
+    return kind(**{parameter: float(value) for parameter, value in parameters.items()})
+
+
+def in_float32(loads: Array) -> npt.NDArray[np.float32]:
+    """Loads as float32, in which what is finite stays finite: -inf would mean that nothing is computed.
+
+    NaN stays NaN.
+    """
+    bounded = np.where(np.isfinite(loads), np.clip(loads, -LARGEST, LARGEST), loads)
+    return bounded.astype(np.float32)
 
 
 class LoadTracker:
@@ -276,13 +293,21 @@ class LoadTracker:
             surprisal, entropy: nats, [B]. Another number of rows than before starts anew.
 
         Returns:
-            [B]; +inf (dense) where a signal is not finite, and the row's state is then left as it was.
+            [B], never NaN or -inf; +inf (dense) where a signal is not finite, and the row's state is then left as it was.
         """
         values: Array = np.stack((np.asarray(surprisal), np.asarray(entropy)), axis=-1).astype(np.float64)
         if len(values) != len(self._moments):
             self.start(len(values))
         finite = np.isfinite(values[:, 0]) & np.isfinite(values[:, 1])
         known = np.where(finite[:, None], values, self._calibrated[0])
+        # Signals of any size are welcome: what overflows is told apart below.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            load = self._next(known, finite)
+        # A rule's -inf is a number that was too small for float64, not a row that is to be skipped.
+        load = np.where(np.isneginf(load), -LARGEST, load)
+        return in_float32(np.where(finite & ~np.isnan(load), load, np.inf))
+
+    def _next(self, known: Array, finite: npt.NDArray[np.bool_]) -> Array:
         mean, deviation = self._moments[:, 0], self._moments[:, 1]
         z = (known - mean) / deviation
         weights = np.array([self._signal.surprisal_weight, self._signal.entropy_weight])
@@ -294,7 +319,7 @@ class LoadTracker:
             moved = np.stack(_moved(known, mean, deviation, self._signal.momentum), axis=1)
             self._moments = _where(finite, moved, self._moments)
         self._state = tuple(_where(finite, new, old) for new, old in zip(state, self._state, strict=True))
-        return np.where(finite, load, np.inf).astype(np.float32)
+        return load
 
 
 def loads_along(signal: LoadSignal, surprisal: npt.NDArray[np.floating], entropy: npt.NDArray[np.floating]) -> Array:

@@ -31,15 +31,17 @@ class _Copy:
 
     def _in_memory(self, content: bytes, name: str) -> Path | None:
         """A file in memory that nobody can change; None where the system does not load libraries from there."""
-        descriptor = -1
+        open_files = []
         try:
-            descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            _write(descriptor, content)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            path = Path(f"/proc/self/fd/{descriptor}")
+            open_files.append(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            _write(open_files[-1], content)
+            fcntl.fcntl(open_files[-1], fcntl.F_ADD_SEALS, _SEALS)
+            # Somebody else may have loaded from a file of that number before and closed it.
+            while _is_loaded(path := Path(f"/proc/self/fd/{open_files[-1]}")):
+                open_files.append(os.dup(open_files[-1]))
             ctypes.CDLL(str(path))
         except OSError:
-            if descriptor >= 0:
+            for descriptor in open_files:
                 os.close(descriptor)
             return None
         return path
@@ -70,6 +72,14 @@ def sealed_copy(content: bytes, name: str) -> Path:
 @functools.cache
 def _copy_of(digest: str) -> _Copy:
     return _Copy()
+
+
+def _is_loaded(path: Path) -> bool:
+    try:
+        ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return False
+    return True
 
 
 def _write(descriptor: int, content: bytes) -> None:

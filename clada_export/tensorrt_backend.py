@@ -15,13 +15,14 @@ import logging
 import os
 import platform
 import struct
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clada_export.errors import BackendError
+from clada_export.foreign import PLUGIN_LIBRARY, reading
+from clada_export.sealed_library import sealed_copy
 from graph_passes.op import DOMAIN, OP_TYPE
 
 CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
@@ -220,11 +221,12 @@ def plugin_creator(registry: Any) -> Any:
     return registry.get_creator(OP_TYPE, PLUGIN_VERSION, DOMAIN)
 
 
-def load_plugin(backend: Backend, registry: Any, library: Path) -> None:
+def load_plugin(backend: Backend, registry: Any, library: Path, name: Path | None = None) -> None:
     """Register the plugin of a library; nothing happens if one is registered already.
 
     Args:
         registry: of a builder or a runtime, or the global one.
+        name: what messages call the library, where it is loaded from a copy.
 
     Raises:
         BackendError: the library can't be loaded, or does not hold the plugin; says which name, version and namespace.
@@ -232,20 +234,19 @@ def load_plugin(backend: Backend, registry: Any, library: Path) -> None:
     if plugin_creator(registry) is not None:
         return
     wanted = f"{DOMAIN}::{OP_TYPE} version {PLUGIN_VERSION}"
+    shown = name or library
     if not library.is_file():
-        raise BackendError(f"{library}: the TensorRT plugin library is missing; copy the whole export, or export again")
+        raise BackendError(f"{shown}: the TensorRT plugin library is missing; copy the whole export, or export again")
     backend.messages.take()
-    try:
+    with reading(PLUGIN_LIBRARY, f"{shown}: {backend.title}"):
         handle = registry.load_library(str(library))
-    except Exception as error:  # pybind11 turns C++ exceptions into RuntimeError and others
-        raise BackendError(f"{library}: {backend.title} can't load the plugin library: {error}") from error
     if plugin_creator(registry) is not None:
         return
     held = [creator for creator in registry.all_creators if creator.name == OP_TYPE]
     found = ", ".join(f"{creator.plugin_namespace}::{creator.name} version {creator.plugin_version}" for creator in held)
     said = backend.messages.take() or ("it was loaded" if handle is not None else "no reason given")
     raise BackendError(
-        f"{library}: {backend.title} finds no plugin {wanted} in it (found: {found or 'none of that name'}; TensorRT: {said})"
+        f"{shown}: {backend.title} finds no plugin {wanted} in it (found: {found or 'none of that name'}; TensorRT: {said})"
     )
 
 
@@ -265,19 +266,18 @@ def provide_rtx_library() -> None:
     if _can_open(_RTX_LIBRARY):
         return
     image = stub_library(_RTX_LIBRARY, f"{_RTX_LIBRARY}.1")
-    failures = []
-    for load in (_load_from_memory, _load_from_file):
-        try:
-            load(image)
-        except OSError as error:
-            failures.append(str(error))
-        if _can_open(_RTX_LIBRARY):
-            return
+    try:
+        ctypes.CDLL(str(sealed_copy(image, _RTX_LIBRARY)))
+        why = "it was loaded, and is not found by its name"
+    except OSError as error:
+        why = str(error)
+    if _can_open(_RTX_LIBRARY):
+        return
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
     folder = str(Path(spec.origin).parent) if spec is not None and spec.origin else "the folder of libtensorrt_rtx.so.1"
     raise BackendError(
         f"TensorRT-RTX's ONNX parser needs {_RTX_LIBRARY}, and the wheel has only {_RTX_LIBRARY}.1; it could not be provided "
-        f"({'; '.join(failures)}). Link it: ln -s {_RTX_LIBRARY}.1 {folder}/{_RTX_LIBRARY}, and set LD_LIBRARY_PATH={folder}"
+        f"({why}). Link it: ln -s {_RTX_LIBRARY}.1 {folder}/{_RTX_LIBRARY}, and set LD_LIBRARY_PATH={folder}"
     )
 
 
@@ -287,22 +287,6 @@ def _can_open(name: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _load_from_memory(image: bytes) -> None:
-    descriptor = os.memfd_create(_RTX_LIBRARY)
-    try:
-        os.write(descriptor, image)
-        ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
-
-
-def _load_from_file(image: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / _RTX_LIBRARY
-        path.write_bytes(image)
-        ctypes.CDLL(str(path))
 
 
 def stub_library(name: str, needed: str) -> bytes:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -11,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from clada_export import __version__
 from clada_export.cli import bench, export, inspect, load_experiment, run, sweep, verify
-from clada_export.errors import CladaError
+from clada_export.errors import BackendError, CladaError, UsageError
+from clada_export.foreign import DISK_FULL
 
 INTERRUPTED = 130
 
@@ -52,24 +54,55 @@ def main_export(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(options: argparse.Namespace) -> int:
     handler: Callable[[argparse.Namespace], int] = options.handler
+    _escape_what_cannot_be_shown()
     try:
-        return handler(options)
+        code = handler(options)
+        # Here, and not when the interpreter ends, where nobody could say what went wrong.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except CladaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing was left behind", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of stdout has gone (`clada run ... | head`): nothing more to say, and nothing may be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 0
-    except Exception as error:  # The last line of defence: anything else is our fault and says so.
+    except MemoryError:
+        print("error: memory is exhausted; try a smaller batch, a shorter prompt or a machine with more", file=sys.stderr)
+        return BackendError.exit_code
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # The last line of defence: anything else, Rust's panics included, is our fault and says so.
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            _discard_stdout()
+            print(f"error: {error.filename or 'the output'}: {error.strerror}; make room and run again", file=sys.stderr)
+            return UsageError.exit_code
         if os.environ.get("CLADA_DEBUG"):
             traceback.print_exc()
         print(
-            f"internal error: {type(error).__name__}: {error}\nThis is a fault of clada-export; run again with CLADA_DEBUG=1 "
-            "for the traceback and report it",
+            f"internal error: {type(error).__name__}: {_visible(str(error))}\nThis is a fault of clada-export; run again with "
+            "CLADA_DEBUG=1 for the traceback and report it",
             file=sys.stderr,
         )
         return 1
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """A text may have characters that the terminal's encoding lacks: they come as escapes, and not as an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_stdout() -> None:
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _visible(text: str) -> str:
+    """A message without control characters: names in it may be a stranger's, and would write to the terminal what they like."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare the files with the manifest (sizes only), nor the library"
+    )
     output_arguments(parser)
 
 
@@ -31,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from clada_export.bench import bench
     from clada_export.runtime import load_engine
 
-    engine = load_engine(options.folder, threads=options.threads)
+    engine = load_engine(options.folder, threads=options.threads, verify_files=not options.no_check)
     speeds = bench(
         engine,
         options.load or ["dense", "auto"],

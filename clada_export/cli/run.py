@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare the files with the manifest (sizes only), nor the library"
+    )
     output_arguments(parser)
 
 
@@ -37,8 +40,11 @@ def run(options: argparse.Namespace) -> int:
         CladaError: what a user has to know; it has the exit code.
     """
     from clada_export.runtime import load_engine
+    from clada_export.runtime.tokens import require_text
 
-    engine = load_engine(options.folder, threads=options.threads)
+    for row, prompt in enumerate(options.prompt):
+        require_text(prompt, f"--prompt {row + 1}")
+    engine = load_engine(options.folder, threads=options.threads, verify_files=not options.no_check)
     prompts: list[Any] = list(options.prompt)
     if options.chat:
         if engine.tokenizer is None:

@@ -6,7 +6,6 @@ its FFNs not at all (load = -inf) where it is padding or its row has ended.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,18 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.errors import BackendError, UsageError
-from clada_export.manifest import MANIFEST_NAME, Manifest, read_manifest
-from clada_export.plan import read_json
+from clada_export.errors import UsageError, VerificationError
+from clada_export.manifest import Manifest
+from clada_export.runtime.exclusive import Exclusive
 from clada_export.runtime.graph import PassOutput, Session
+from clada_export.runtime.limits import listed_names, read_limits
 from clada_export.runtime.load_meter import LoadFunction, LoadMeter
-from clada_export.runtime.sampling import Sampler, SamplingSettings
+from clada_export.runtime.loads import DENSE, SKIP, load_array, one_load
+from clada_export.runtime.sampling import NO_FINITE_LOGIT, Sampler, SamplingSettings
+from clada_export.runtime.shown import shown
 from clada_export.runtime.text import TOKENIZER_FILE, TextTokenizer
-from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
+from clada_export.runtime.tokens import left_pad, require_text, rows_of, token_ids
 
-DENSE = math.inf
-SKIP = -math.inf
 PREFILL_CHUNK = 1024
 """Prompt positions in one run of the graph: bounds the memory of its logits, which cover every position."""
 
@@ -83,7 +83,10 @@ class _State:
 
 
 class Engine:
-    """A loaded export. It holds one batch at a time: `prefill` starts one, `step` goes on with it. Not safe across threads.
+    """A loaded export. It holds one batch at a time: `prefill` starts one, `step` goes on with it.
+
+    It serves one call at a time, and a batch belongs to the thread that began it: another thread that comes into it, or a
+    stream callback that calls it, gets a UsageError and changes nothing. Threads that work side by side load an engine each.
 
     Made by `load_engine`.
     """
@@ -92,25 +95,18 @@ class Engine:
         self.folder = folder
         self.manifest = manifest
         self._session = session
-        config = _optional_json(folder / "config.json")
-        generation = _optional_json(folder / "generation_config.json")
-        text_config = config.get("text_config") or {}
-        stated = _first_int(
-            config.get("max_position_embeddings"), text_config.get("max_position_embeddings"), config.get("n_positions")
-        )
-        if stated is not None:
-            stated -= manifest.first_position
-        limits = [limit for limit in (stated, session.max_tokens) if limit is not None]
-        self.max_positions = min(limits, default=None)
+        limits = read_limits(folder, manifest)
+        known = [limit for limit in (limits.max_positions, session.max_tokens) if limit is not None]
+        self.max_positions = min(known, default=None)
         """The longest sequence in tokens that the model and the engine take, or None if neither says."""
-        self._longer = "" if self.max_positions == stated else "; a larger --max-past at export lets it take more"
+        self._longer = "" if self.max_positions == limits.max_positions else "; a larger --max-past at export lets it take more"
         self.max_batch = session.max_batch
         """The most sequences in a batch, or None for any number."""
-        self.vocab_size = _first_int(_logits_width(manifest), config.get("vocab_size"), text_config.get("vocab_size"))
+        self.vocab_size = limits.vocab_size
         """The number of token ids, or None if the model does not say."""
-        ends = generation.get("eos_token_id", config.get("eos_token_id"))
-        self.eos_token_ids = frozenset(end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int))
+        self.eos_token_ids = limits.eos_token_ids
         """Tokens that end a text."""
+        self._exclusive = Exclusive()
         self._state: _State | None = None
 
     @cached_property
@@ -124,8 +120,11 @@ class Engine:
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:
-        """The export's tokenizer, or None if it has none."""
-        return TextTokenizer(self.folder) if (self.folder / TOKENIZER_FILE).is_file() else None
+        """The export's tokenizer, or None if it has none; files that the manifest does not list are not used."""
+        listed = listed_names(self.manifest)
+        if not (self.folder / TOKENIZER_FILE).is_file() or (listed is not None and TOKENIZER_FILE not in listed):
+            return None
+        return TextTokenizer(self.folder)
 
     def prefill(self, input_ids: Sequence[Sequence[int]], load: float = DENSE) -> StepOutput:
         """Start a batch with these prompts.
@@ -138,17 +137,21 @@ class Engine:
             The output of each prompt's last token.
 
         Raises:
-            UsageError: an empty prompt, a token that the model does not have, or a prompt longer than the model takes.
+            UsageError: an empty prompt, a token that the model does not have, or a prompt longer than the model takes; or
+                another call is in the engine.
         """
-        prompts = self._check_prompts(input_ids)
-        longest = max(len(prompt) for prompt in prompts)
+        with self._exclusive.call("prefill"):
+            return self._prefill(self._check_prompts(input_ids), one_load(load))
+
+    def _prefill(self, prompts: list[list[int]], load: float = DENSE) -> StepOutput:
         self._state = None
         state = self._new_state(len(prompts))
-        tokens, mask = _left_pad(prompts)
-        loads = np.where(mask == 1, np.float32(_fixed_load(load)), np.float32(SKIP))
-        for part in self._parts(longest):
+        tokens, mask = left_pad(prompts)
+        loads = np.where(mask == 1, np.float32(load), np.float32(SKIP))
+        for part in self._parts(tokens.shape[1]):
             output = self._run(state, tokens[:, part], mask[:, part], loads[:, part])
         self._state = state
+        self._exclusive.begin_batch()
         return _last(output)
 
     def step(self, tokens: npt.ArrayLike, load: npt.ArrayLike = DENSE) -> StepOutput:
@@ -160,25 +163,33 @@ class Engine:
                 not part of its text.
 
         Raises:
-            UsageError: no batch was started, or a shape does not fit it, or the load is NaN, or the model takes no more tokens.
+            UsageError: no batch was started, or it is another thread's, or a shape does not fit it, or the load is NaN, or the
+                model takes no more tokens; or another call is in the engine.
         """
-        if self._state is None:
-            raise UsageError("Engine.step needs a batch; call Engine.prefill first")
-        batch = len(self._state.lengths)
-        ids = np.asarray(tokens, dtype=np.int64)
-        loads = np.asarray(load, dtype=np.float32)
-        if ids.shape != (batch,) or loads.shape not in ((), (batch,)):
-            raise UsageError(f"Engine.step wants {batch} tokens and {batch} loads (or one); got {ids.shape} and {loads.shape}")
-        if np.isnan(loads).any():
-            raise UsageError("Engine.step: the load is NaN; give a number, or +inf for dense")
-        column = np.broadcast_to(loads, (batch,))
-        used = column > SKIP
-        if self.max_positions is not None and (self._state.lengths[used] >= self.max_positions).any():
+        with self._exclusive.call("step"):
+            if self._state is None:
+                raise UsageError("Engine.step needs a batch; call Engine.prefill first")
+            self._exclusive.require_batch("step")
+            ids = token_ids(tokens, "Engine.step: tokens", self.vocab_size)
+            loads = load_array(load, "Engine.step: the load")
+            batch = len(self._state.lengths)
+            if len(ids) != batch or loads.shape not in ((), (batch,)):
+                raise UsageError(
+                    f"Engine.step wants {batch} tokens and {batch} loads (or one); got {len(ids)} tokens and loads of shape "
+                    f"{loads.shape}"
+                )
+            if np.isnan(loads).any():
+                raise UsageError("Engine.step: the load is NaN; give a number, or +inf for dense")
+            return self._step(self._state, np.array(ids, np.int64), np.broadcast_to(loads, (batch,)))
+
+    def _step(self, state: _State, ids: npt.NDArray[np.int64], loads: npt.NDArray[np.float32]) -> StepOutput:
+        """One token [B] for every row, at loads [B]; both checked."""
+        used = loads > SKIP
+        if self.max_positions is not None and (state.lengths[used] >= self.max_positions).any():
             raise UsageError(
                 f"a sequence has reached the longest that the model takes: {self.max_positions} tokens{self._longer}"
             )
-        self._check_tokens(ids)
-        return _last(self._run(self._state, ids[:, None], used[:, None].astype(np.int64), column[:, None]))
+        return _last(self._run(state, ids[:, None], used[:, None].astype(np.int64), loads[:, None]))
 
     def generate(
         self,
@@ -209,16 +220,29 @@ class Engine:
             stream: called for every new token.
 
         Raises:
-            UsageError: a wrong argument, an empty prompt, or one longer than the model takes.
+            UsageError: a wrong argument, an empty prompt, or one longer than the model takes; or another call is in the engine.
             VerificationError: the engine returned no finite logit.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1")
-        next_load = self._next_load(load)
-        prompt_tokens = self._check_prompts(self._encode(prompts))
-        batch = len(prompt_tokens)
-        sampler = Sampler(SamplingSettings(temperature, top_k, top_p, seed), batch)
+            raise UsageError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1")
+        settings = SamplingSettings(temperature, top_k, top_p, seed)
         ends = self._ends(eos_token_id)
+        next_load = self._next_load(load)
+        with self._exclusive.call("generate"):
+            prompt_tokens = self._check_prompts(self._encode(prompts))
+            return self._generate(prompt_tokens, max_new_tokens, next_load, settings, ends, stream)
+
+    def _generate(
+        self,
+        prompt_tokens: list[list[int]],
+        max_new_tokens: int,
+        next_load: NextLoad,
+        settings: SamplingSettings,
+        ends: frozenset[int],
+        stream: StreamCallback | None,
+    ) -> Generation:
+        batch = len(prompt_tokens)
+        sampler = Sampler(settings, batch)
         writers = [self.tokenizer.stream() for _ in prompt_tokens] if stream and self.tokenizer else None
         new_tokens: list[list[int]] = [[] for _ in prompt_tokens]
         finish = [""] * batch
@@ -228,7 +252,7 @@ class Engine:
         ttft_s = 0.0
 
         before = time.perf_counter()
-        output = self.prefill(prompt_tokens)
+        output = self._prefill(prompt_tokens)
         while True:
             chosen = sampler.choose(output.logits)
             now = time.perf_counter()
@@ -251,7 +275,7 @@ class Engine:
             running = next_load(output, chosen)
             running[ended] = SKIP
             chosen[ended] = 0
-            output = self.step(chosen, running)
+            output = self._step(self._batch(), chosen, running)
             loads.append(running)
             if output.active is not None:
                 active.append(output.active)
@@ -281,9 +305,12 @@ class Engine:
         Raises:
             UsageError: as `prefill`.
         """
-        rows = self._check_prompts(input_ids)
-        tokens, mask = _left_pad(rows)
-        loads = np.where(mask == 1, np.float32(_fixed_load(load)), np.float32(SKIP))
+        with self._exclusive.call("logits"):
+            return self._logits(self._check_prompts(input_ids), one_load(load))
+
+    def _logits(self, rows: list[list[int]], load: float) -> list[npt.NDArray[np.float32]]:
+        tokens, mask = left_pad(rows)
+        loads = np.where(mask == 1, np.float32(load), np.float32(SKIP))
         state = self._new_state(len(rows))
         parts = []
         for part in self._parts(tokens.shape[1]):
@@ -310,21 +337,24 @@ class Engine:
         Raises:
             UsageError: a row that is too short; else as `prefill`.
         """
-        rows = self._check_prompts(input_ids)
-        if prompt_length < 1 or min(len(row) for row in rows) <= prompt_length:
-            raise UsageError(
-                f"prompt_length is {prompt_length}; it must be at least 1 and below the shortest row's {min(map(len, rows))}"
-            )
-        if load == "auto" or callable(load):
-            return self._score_stepwise(rows, prompt_length, self._next_load(load))
-        scores = []
-        for row, logits in zip(rows, self.logits(rows, _fixed_load(load)), strict=True):
-            scores.append(_log_probabilities(logits[prompt_length - 1 : -1], np.array(row[prompt_length:])))
-        return scores
+        with self._exclusive.call("score"):
+            rows = self._check_prompts(input_ids)
+            shortest = min(len(row) for row in rows)
+            if type(prompt_length) is not int or not 1 <= prompt_length < shortest:
+                raise UsageError(
+                    f"prompt_length is {shown(prompt_length)}; it must be a whole number, at least 1 and below the shortest "
+                    f"row's {shortest}"
+                )
+            if _follows(load):
+                return self._score_stepwise(rows, prompt_length, self._next_load(load))
+            scores = []
+            for row, logits in zip(rows, self._logits(rows, one_load(load)), strict=True):
+                scores.append(_log_probabilities(logits[prompt_length - 1 : -1], np.array(row[prompt_length:])))
+            return scores
 
     def _score_stepwise(self, rows: list[list[int]], prompt_length: int, next_load: NextLoad) -> list[npt.NDArray[np.float64]]:
         scores: list[list[float]] = [[] for _ in rows]
-        output = self.prefill([row[:prompt_length] for row in rows])
+        output = self._prefill([row[:prompt_length] for row in rows])
         for position in range(prompt_length, max(len(row) for row in rows)):
             present = np.array([position < len(row) for row in rows])
             tokens = np.array([row[position] if position < len(row) else 0 for row in rows], dtype=np.int64)
@@ -335,18 +365,22 @@ class Engine:
             needed = np.array([position + 1 < len(row) for row in rows])
             if not needed.any():
                 break
-            output = self.step(tokens, np.where(needed, next_load(output, tokens), np.float32(SKIP)))
+            output = self._step(self._batch(), tokens, np.where(needed, next_load(output, tokens), np.float32(SKIP)))
         return [np.array(row) for row in scores]
 
     def _next_load(self, load: Load) -> NextLoad:
         """What gives the load of each step, for one batch."""
-        if load != "auto" and not callable(load):
-            fixed = np.float32(_fixed_load(load))
+        if not _follows(load):
+            fixed = np.float32(one_load(load))
             return lambda output, tokens: np.full(len(tokens), fixed)
         meter = LoadMeter(load if callable(load) else self.manifest.load_signal)
         return lambda output, tokens: meter.update(
             output.logits, tokens, log_sum_exp=output.log_sum_exp, entropy=output.entropy
         )
+
+    def _batch(self) -> _State:
+        assert self._state is not None  # `_prefill` has begun it, and nobody else is in the engine
+        return self._state
 
     def _parts(self, length: int) -> list[slice]:
         """The columns of a prompt, in runs that the session takes."""
@@ -367,13 +401,11 @@ class Engine:
         state.cache, state.mask, state.lengths = output.state, whole_mask, state.lengths + mask.sum(axis=1)
         return output
 
-    def _encode(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    def _encode(self, prompts: Any) -> Any:
+        """Texts as token ids; what holds no text is given back as it is."""
+        texts = [prompts] if isinstance(prompts, str) else rows_of(prompts)
         if not any(isinstance(text, str) for text in texts):
-            return texts  # type: ignore[return-value]
-        if self.tokenizer is None:
-            raise UsageError(f"{self.folder}: this export has no tokenizer; give prompts as lists of token ids")
-        encoded = []
+            return texts
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UsageError(
@@ -381,29 +413,23 @@ class Engine:
                 )
             if not text:
                 raise UsageError(f"prompt {row} is empty; give at least one character")
-            encoded.append(self.tokenizer.encode(text))
-        return encoded
+            require_text(text, f"prompt {row}")
+        if self.tokenizer is None:
+            raise UsageError(f"{self.folder}: this export has no tokenizer; give prompts as lists of token ids")
+        return [self.tokenizer.encode(text) for text in texts]
 
-    def _check_prompts(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        if len(input_ids) == 0:
-            raise UsageError("no prompt; give at least one")
+    def _check_prompts(self, input_ids: Any) -> list[list[int]]:
         rows = []
-        for row, ids in enumerate(input_ids):
-            try:
-                values = np.asarray(ids)
-            except ValueError:
-                values = np.empty(0, object)
-            if values.ndim == 1 and values.size == 0:
+        for row, ids in enumerate(rows_of(input_ids)):
+            tokens = token_ids(ids, f"prompt {row}", self.vocab_size)
+            if not tokens:
                 raise UsageError(f"prompt {row} has no tokens; give at least one")
-            if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-                raise UsageError(f"prompt {row} is not a list of token ids: {str(ids)[:60]!r}")
-            if self.max_positions is not None and len(values) > self.max_positions:
+            if self.max_positions is not None and len(tokens) > self.max_positions:
                 raise UsageError(
-                    f"prompt {row} has {len(values)} tokens, and the model takes at most {self.max_positions}; shorten it"
+                    f"prompt {row} has {len(tokens)} tokens, and the model takes at most {self.max_positions}; shorten it"
                     f"{self._longer}"
                 )
-            self._check_tokens(values)
-            rows.append([int(value) for value in values])
+            rows.append(tokens)
         lengths = {len(row) for row in rows}
         if len(lengths) > 1 and self.manifest.padding == "none":
             raise UsageError(
@@ -412,15 +438,11 @@ class Engine:
             )
         return rows
 
-    def _check_tokens(self, ids: npt.NDArray[Any]) -> None:
-        bad = ids[(ids < 0) | (ids >= (self.vocab_size or np.iinfo(np.int64).max))]
-        if bad.size:
-            raise UsageError(f"token id {bad[0]} is out of range; the model has ids 0 to {(self.vocab_size or 0) - 1}")
-
     def _ends(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         if eos_token_id is None:
             return self.eos_token_ids
-        return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+        one = isinstance(eos_token_id, int | np.integer)
+        return frozenset(token_ids([eos_token_id] if one else eos_token_id, "eos_token_id", None))
 
     def _finish(self, token: int, new_tokens: list[int], prompt_length: int, ends: frozenset[int], limit: int) -> str:
         """Why a row ends with this token, or an empty string."""
@@ -433,115 +455,25 @@ class Engine:
         return ""
 
 
-def load_engine(
-    folder: Path | str,
-    *,
-    threads: int | None = None,
-    library: Path | str | None = None,
-    use_library: bool = True,
-    verify_files: bool = False,
-) -> Engine:
-    """Load an export, for ONNX Runtime or TensorRT as it was compiled.
-
-    Args:
-        folder: what `clada-export` wrote.
-        threads: threads of one operator; None takes one for each core that this process may use. ONNX Runtime only.
-        library: a custom-op or plugin library to use instead of the export's own.
-        use_library: False runs the op's ONNX function body instead of the library: the same numbers, without the speed. ONNX
-            Runtime only: whether a TensorRT engine needs the library was decided when it was built.
-        verify_files: compare the sha256 of every file with the manifest first; sizes are compared in any case.
-
-    Raises:
-        UsageError: not an export, or a damaged one, or a wrong argument.
-        BackendError: the library is missing or was built for another version of the op, or the backend can't load the engine.
-    """
-    folder = Path(folder)
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; it must be at least 1")
-    manifest = read_manifest(folder, check_files=verify_files)
-    found = (manifest.op["domain"], manifest.op["name"], manifest.op["version"])
-    if found != (DOMAIN, OP_TYPE, OP_VERSION):
-        raise BackendError(
-            f"{folder / MANIFEST_NAME}: op: was exported with {found[0]}::{found[1]} version {found[2]}, and this program runs "
-            f"{DOMAIN}::{OP_TYPE} version {OP_VERSION}; export again"
-        )
-    if manifest.target == "trt":
-        if threads is not None or not use_library:
-            raise UsageError(f"{folder}: threads and use_library are of ONNX Runtime, and this is an export for TensorRT")
-        return Engine(folder, manifest, _tensorrt_session(folder, manifest, library))
-    path = _library(folder, manifest, library) if use_library else None
-    return Engine(folder, manifest, _ort_session(folder, manifest, path, threads))
-
-
-def _ort_session(folder: Path, manifest: Manifest, library: Path | None, threads: int | None) -> Session:
-    try:
-        from clada_export.runtime.session import GraphSession
-    except ImportError as error:
-        raise BackendError(f"{folder}: this export needs ONNX Runtime: pip install 'clada-export[ort]'") from error
-    return GraphSession(folder, manifest, library, threads)
-
-
-def _tensorrt_session(folder: Path, manifest: Manifest, library: Path | str | None) -> Session:
-    from clada_export.runtime.tensorrt_session import open_session
-
-    return open_session(folder, manifest, None if library is None else Path(library))
-
-
-def _library(folder: Path, manifest: Manifest, library: Path | str | None) -> Path | None:
-    if library is None and manifest.library is None:
-        return None
-    path = Path(library) if library is not None else folder / str(manifest.library)
-    if not path.is_file():
-        raise BackendError(f"{path}: the custom-op library is missing; copy the whole export, or install clada-export[ort]")
-    from clada_export.native import check_library
-
-    check_library(path)
-    return path.resolve()
-
-
-def _left_pad(rows: list[list[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Tokens and mask, both [B, S]; padding has token 0 and mask 0."""
-    width = max(len(row) for row in rows)
-    tokens = np.zeros((len(rows), width), np.int64)
-    mask = np.zeros((len(rows), width), np.int64)
-    for index, row in enumerate(rows):
-        tokens[index, width - len(row) :] = row
-        mask[index, width - len(row) :] = 1
-    return tokens, mask
-
-
 def _last(output: PassOutput) -> StepOutput:
     active = None if output.active is None else output.active[:, :, -1]
     return StepOutput(output.logits[:, -1], active, output.log_sum_exp, output.entropy)
 
 
-def _fixed_load(load: Any) -> float:
-    if load == "dense":
-        return DENSE
-    if isinstance(load, (str, bool)) or not isinstance(load, (int, float, np.floating, np.integer)):
-        raise UsageError(f"load is {load!r}; it must be 'auto', 'dense', a number of standard deviations or a function")
-    if math.isnan(load) or load == SKIP:
-        raise UsageError(f"load is {load}; it must be a number, or +inf for dense")
-    return float(load)
+def _follows(load: Any) -> bool:
+    """Whether a load is given step by step."""
+    return callable(load) or (isinstance(load, str) and load == "auto")
 
 
 def _log_probabilities(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """log softmax(logits [N, V]) at tokens [N], in nats."""
-    values = logits.astype(np.float64)
-    values -= values.max(axis=1, keepdims=True)
+    """log softmax(logits [N, V]) at tokens [N], in nats; like sampling, it takes only logits that are finite for possible.
+
+    Raises:
+        VerificationError: a row has no finite logit.
+    """
+    values = np.where(np.isfinite(logits), logits, -np.inf).astype(np.float64)
+    best = values.max(axis=1, keepdims=True)
+    if np.isneginf(best).any():
+        raise VerificationError(NO_FINITE_LOGIT)
+    values -= best
     return values[np.arange(len(tokens)), tokens] - np.log(np.exp(values).sum(axis=1))  # type: ignore[no-any-return]
-
-
-def _logits_width(manifest: Manifest) -> int | str | None:
-    return next((spec.shape[-1] for spec in manifest.outputs if spec.name == "logits" and spec.shape), None)
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: a JSON object is wanted, and this is {type(value).__name__}")
-    return value
-
-
-def _first_int(*values: Any) -> int | None:
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)

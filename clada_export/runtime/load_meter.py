@@ -11,6 +11,7 @@ import numpy.typing as npt
 from clada_export.errors import UsageError
 from clada_export.load_rules import LOAD_LIMIT, LoadTracker
 from clada_export.plan import LoadSignal
+from clada_export.runtime.loads import load_array
 
 LoadFunction: TypeAlias = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.ArrayLike]
 """A signal from outside: (surprisal [B], entropy [B]), in nats, to load [B]; +inf is dense."""
@@ -108,7 +109,7 @@ def _checked(
     """The function, its result held to what the engine takes; rows without a finite signal are dense whatever it says."""
 
     def step(surprisal: npt.NDArray[np.float64], entropy: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        loads = np.asarray(function(surprisal, entropy), dtype=np.float32)
+        loads = load_array(function(surprisal, entropy), "load: what the function returned")
         if loads.shape != surprisal.shape:
             raise UsageError(f"load: the function returned shape {loads.shape}; one load a row is wanted: {surprisal.shape}")
         finite = np.isfinite(surprisal) & np.isfinite(entropy)

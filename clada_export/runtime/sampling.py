@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clada_export.errors import UsageError, VerificationError
+from clada_export.runtime.shown import shown
+
+LARGEST_SEED = 2**64 - 1
+NO_FINITE_LOGIT = "the model returned no finite logit for a row; the engine is damaged or its numbers overflow"
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,14 @@ class SamplingSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise UsageError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}; it must be 0 (off) or positive")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.seed is not None and self.seed < 0:
-            raise UsageError(f"seed is {self.seed}; it must not be negative")
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise UsageError(f"temperature is {shown(self.temperature)}; it must be 0 (greedy) or a positive number")
+        if not _is_whole(self.top_k) or self.top_k < 0:
+            raise UsageError(f"top_k is {shown(self.top_k)}; it must be 0 (off) or a positive whole number")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {shown(self.top_p)}; it must be above 0 and at most 1")
+        if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed <= LARGEST_SEED):
+            raise UsageError(f"seed is {shown(self.seed)}; it must be a whole number from 0 to {LARGEST_SEED} (2^64 - 1)")
 
 
 class Sampler:
@@ -66,20 +71,33 @@ class Sampler:
         values = np.where(np.isfinite(row), row, -np.inf).astype(np.float64)
         best = int(values.argmax())
         if values[best] == -np.inf:
-            raise VerificationError(
-                "the model returned no finite logit for a row; the engine is damaged or its numbers overflow"
-            )
+            raise VerificationError(NO_FINITE_LOGIT)
         settings = self.settings
         if settings.temperature == 0:
             return best
         tokens = _best(values, settings.top_k) if settings.top_k else np.arange(len(values))
-        weights = np.exp((values[tokens] - values[best]) / settings.temperature)
+        with np.errstate(over="ignore"):  # a temperature next to 0: all but the best have no weight
+            weights = np.exp((values[tokens] - values[best]) / settings.temperature)
         if settings.top_p < 1:
             kept = _nucleus(weights, settings.top_p)
             tokens, weights = tokens[kept], weights[kept]
         share = np.cumsum(weights)
         point = generator.random() * share[-1]
         return int(tokens[min(int(np.searchsorted(share, point, side="right")), len(tokens) - 1)])
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _best(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from clada_export.errors import BackendError, UsageError
+from clada_export.foreign import ENGINE_GRAPH, ENGINE_RUN, OP_LIBRARY, reading
 from clada_export.manifest import CacheTensor, Manifest
 from clada_export.runtime.graph import ENTROPY, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
 
-_FED_INPUTS = ("input_ids", "attention_mask", "position_ids", "load")
+_FED_INPUTS = {"input_ids": "int64", "attention_mask": "int64", "position_ids": "int64", "load": "float32"}
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "float64": 11, "int64": 7, "int32": 6}
-_LOGITS_TYPES = ("tensor(float)", "tensor(float16)")
+_NAMES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "float64": "tensor(double)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+}
+_RESULTS = {
+    "logits": ("tensor(float)", "tensor(float16)"),
+    "active_neurons": ("tensor(int32)",),
+    LOG_SUM_EXP: ("tensor(float)",),
+    ENTROPY: ("tensor(float)",),
+}
+_RUNTIME = f"ONNX Runtime {ort.__version__}"
 
 
 class GraphSession:
@@ -27,64 +43,89 @@ class GraphSession:
         manifest: its manifest.
         library: the custom-op library to register; None runs the op's function body, which needs none.
         threads: threads of one operator; None takes one for each core that this process may use.
+        library_name: what messages call the library, where it is loaded from a copy.
 
     Raises:
         BackendError: ONNX Runtime can't load the library or the graph.
-        UsageError: the graph does not have the inputs and outputs that the manifest names.
+        UsageError: the graph does not have the inputs and outputs that the manifest names, with their types and shapes.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, library: Path | None, threads: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        library: Path | None,
+        threads: int | None,
+        *,
+        library_name: Path | None = None,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
         if library is not None:
-            try:
+            with reading(OP_LIBRARY, f"{library_name or library}: {_RUNTIME}"):
                 options.register_custom_ops_library(str(library))
-            except Exception as error:  # ORT's exceptions share no base of their own
-                raise BackendError(
-                    f"{library}: ONNX Runtime {ort.__version__} can't load the custom-op library: {error}; "
-                    "build or install clada-export for this machine, and export again"
-                ) from error
-        model = folder / manifest.model
-        try:
-            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise BackendError(f"{model}: ONNX Runtime {ort.__version__} can't load the graph: {error}") from error
+        self._model = folder / manifest.model
+        with reading(ENGINE_GRAPH, f"{self._model}: {_RUNTIME}"):
+            self._session = ort.InferenceSession(str(self._model), options, providers=["CPUExecutionProvider"])
         self._cache = manifest.cache
         self.longest_run: int | None = None
         self.max_batch: int | None = None
         self.max_tokens: int | None = None
-        self.inputs = {value.name for value in self._session.get_inputs()}
-        outputs = {value.name: value.type for value in self._session.get_outputs()}
-        self._check_names(model, outputs)
+        found = {value.name: value for value in self._session.get_inputs()}
+        self.inputs = set(found)
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        self._check_names(outputs)
         self._results = ["logits", *(["active_neurons"] if "active_neurons" in outputs else [])]
         # Only where the manifest lists them: a graph of someone else may call other things so.
         if {spec.name for spec in manifest.outputs} & outputs.keys() >= {*LOAD_OUTPUTS}:
             self._results += LOAD_OUTPUTS
+        self._check_types(found, outputs)
         self._output_names = [*self._results, *(tensor.present for tensor in self._cache)]
 
-    def _check_names(self, model: Path, outputs: Mapping[str, str]) -> None:
+    def _check_names(self, outputs: Mapping[str, Any]) -> None:
         unknown = self.inputs - set(_FED_INPUTS) - {tensor.past for tensor in self._cache}
         if unknown:
-            raise UsageError(f"{model}: graph input {sorted(unknown)[0]!r} is neither a known one nor in the manifest's cache")
+            raise UsageError(
+                f"{self._model}: graph input {sorted(unknown)[0]!r} is neither a known one nor in the manifest's cache"
+            )
         missing = [name for tensor in self._cache for name in (tensor.past,) if name not in self.inputs]
         missing += [name for name in ("logits", *(tensor.present for tensor in self._cache)) if name not in outputs]
         if missing or "input_ids" not in self.inputs:
-            raise UsageError(f"{model}: the graph has no input or output {(missing or ['input_ids'])[0]!r}")
-        if outputs["logits"] not in _LOGITS_TYPES:
-            raise UsageError(f"{model}: output 'logits' is {outputs['logits']}; {' or '.join(_LOGITS_TYPES)} is wanted")
+            raise UsageError(f"{self._model}: the graph has no input or output {(missing or ['input_ids'])[0]!r}")
+
+    def _check_types(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """What is fed and taken has to have the types and ranks that the engine knows; the cache those of the manifest."""
+        wanted = {name: (_NAMES[kind],) for name, kind in _FED_INPUTS.items() if name in inputs}
+        wanted |= {tensor.past: (_NAMES[tensor.dtype],) for tensor in self._cache}
+        for name, types in wanted.items():
+            if inputs[name].type not in types:
+                raise UsageError(f"{self._model}: input {name!r} is {inputs[name].type}; {types[0]} is wanted")
+        for name in self._results:
+            if outputs[name].type not in _RESULTS[name]:
+                raise UsageError(
+                    f"{self._model}: output {name!r} is {outputs[name].type}; {' or '.join(_RESULTS[name])} is wanted"
+                )
+        for tensor in self._cache:
+            # The state is made by the manifest's sizes: they have to be the graph's, whatever the manifest says.
+            if not _agree(tensor.shape, inputs[tensor.past].shape):
+                raise UsageError(
+                    f"{self._model}: input {tensor.past!r} is {list(inputs[tensor.past].shape)}, and the manifest's cache says "
+                    f"{list(tensor.shape)}"
+                )
 
     def empty_state(self, batch: int) -> dict[str, ort.OrtValue]:
         """The state before the first step, for `batch` sequences: by input name, with growing axes of length 0."""
         state = {}
         for tensor in self._cache:
             shape = [batch, *(0 if isinstance(axis, str) else axis for axis in tensor.shape[1:])]
-            if 0 not in shape:  # a statistic: it starts at zero, and memory from ORT is not cleared
-                state[tensor.past] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=tensor.dtype))
-            else:
-                state[tensor.past] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ONNX_TYPES[tensor.dtype], "cpu")
+            with reading(ENGINE_RUN, f"{self._model}: {_RUNTIME}"):
+                if 0 not in shape:  # a statistic: it starts at zero, and memory from ORT is not cleared
+                    state[tensor.past] = _zeros(shape, tensor.dtype)
+                else:
+                    state[tensor.past] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ONNX_TYPES[tensor.dtype], "cpu")
         return state
 
     def run(self, feeds: Mapping[str, npt.NDArray[np.generic]], state: Mapping[str, ort.OrtValue]) -> PassOutput:
@@ -95,19 +136,18 @@ class GraphSession:
             state: from `empty_state` or the run before; its memory is read in place.
 
         Raises:
-            BackendError: ONNX Runtime fails.
+            BackendError: ONNX Runtime fails, or the graph gives something else than it says.
         """
         inputs = {
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
             for name, array in feeds.items()
             if name in self.inputs
         }
-        try:
+        with reading(ENGINE_RUN, f"{self._model}: {_RUNTIME}"):
             values = self._session.run_with_ort_values(self._output_names, {**inputs, **state})
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in the graph: {error}") from error
         first = len(self._results)
         found = {name: value.numpy() for name, value in zip(self._results, values[:first], strict=True)}
+        self._check_shapes(found, feeds["input_ids"].shape)
         return PassOutput(
             logits=found["logits"].astype(np.float32, copy=False),
             active=found.get("active_neurons"),
@@ -118,6 +158,37 @@ class GraphSession:
             log_sum_exp=found.get(LOG_SUM_EXP),
             entropy=found.get(ENTROPY),
         )
+
+    def _check_shapes(self, found: Mapping[str, npt.NDArray[Any]], sizes: tuple[int, ...]) -> None:
+        batch, tokens = sizes
+        wanted: dict[str, tuple[int | None, ...]] = {
+            "logits": (batch, tokens, None),
+            "active_neurons": (batch, None, tokens),
+            LOG_SUM_EXP: (batch,),
+            ENTROPY: (batch,),
+        }
+        for name, array in found.items():
+            same = len(array.shape) == len(wanted[name]) and all(
+                size == axis or (axis is None and size > 0) for size, axis in zip(array.shape, wanted[name], strict=True)
+            )
+            if not same:
+                text = ", ".join("any" if axis is None else str(axis) for axis in wanted[name])
+                raise BackendError(f"{self._model}: the graph gave {name!r} of shape {list(array.shape)}; [{text}] is wanted")
+
+
+def _zeros(shape: Sequence[int], dtype: str) -> ort.OrtValue:
+    if dtype == "bfloat16":  # NumPy has none; its zero has the same bits
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), _ONNX_TYPES[dtype])
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+
+
+def _agree(told: Sequence[int | str], found: Sequence[int | str | None]) -> bool:
+    """Whether the manifest's shape of a cache tensor is that of the graph; the first axis is the number of sequences."""
+    return (
+        bool(told)
+        and len(told) == len(found)
+        and all(axis == size or not isinstance(size, int) for axis, size in zip(told[1:], found[1:], strict=False))
+    )
 
 
 def _is_kept(tensor: CacheTensor, value: ort.OrtValue) -> bool:

@@ -8,6 +8,7 @@ run swaps them. Only token ids, masks, loads and results cross the bus.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +19,23 @@ import numpy as np
 import numpy.typing as npt
 
 from clada_export.errors import BackendError, UsageError
+from clada_export.file_stamps import cache_home
+from clada_export.foreign import ENGINE, reading
 from clada_export.manifest import CacheTensor, Manifest
+from clada_export.native import check_content
 from clada_export.profiles import Profile, choose_profile
 from clada_export.runtime.cuda import CudaDevice, Device, host_array, to_float32
-from clada_export.runtime.graph import ENTROPY, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
+from clada_export.runtime.graph import ENTROPY, LOG_SUM_EXP, PassOutput
 from clada_export.tensorrt_backend import Backend, gpu_capability, load_backend, load_plugin, missing_gpu
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8, "int32": 4}
-_RESULTS = ("logits", "active_neurons", *LOAD_OUTPUTS)
+_FED_INPUTS = {"input_ids": "int64", "attention_mask": "int64", "position_ids": "int64", "load": "float32"}
+_RESULTS = {
+    "logits": ("float32", "float16", "bfloat16"),
+    "active_neurons": ("int32",),
+    LOG_SUM_EXP: ("float32",),
+    ENTROPY: ("float32",),
+}
 
 
 class KVState:
@@ -43,12 +53,14 @@ class KVState:
         self.turn = 0
         for tensor in tensors:
             shape = cache_shape(tensor, batch, capacity)
-            size = int(np.prod(shape)) * ITEM_BYTES[tensor.dtype]
+            size = math.prod(shape) * ITEM_BYTES[tensor.dtype]
             first = device.allocate(size)
             self._buffers.append((first, 0))  # so that it is freed if there is no memory for the second
             self._buffers[-1] = (first, device.allocate(size))
             if not any(isinstance(axis, str) for axis in tensor.shape[1:]):  # a statistic: it starts at zero
-                device.upload(first, np.zeros(shape, tensor.dtype))
+                zeros = host_array(shape, tensor.dtype)
+                zeros[...] = 0
+                device.upload(first, zeros)
                 device.synchronize()
 
     def addresses(self, index: int) -> tuple[int, int]:
@@ -123,6 +135,7 @@ class TensorRTSession:
         if names != listed:
             raise UsageError(f"the engine's inputs and outputs differ from the manifest's: {', '.join(sorted(names ^ listed))}")
         past = {tensor.past for tensor in manifest.cache}
+        _check_inputs(manifest, past)
         self._inputs = {spec.name: spec for spec in manifest.inputs if spec.name not in past}
         self._outputs = {spec.name: spec for spec in manifest.outputs if spec.name in _RESULTS}
         self._buffers: dict[str, tuple[int, int]] = {}
@@ -229,26 +242,28 @@ class TensorRTSession:
         return self._backend.messages.take() or "it gives no reason"
 
 
-def open_session(folder: Path, manifest: Manifest, library: Path | None = None) -> TensorRTSession:
+def open_session(folder: Path, manifest: Manifest, library: Path | None = None, *, checked: bool = True) -> TensorRTSession:
     """Load the engine of an export on this machine's GPU.
 
     Args:
         library: a plugin library to use instead of the export's own.
+        checked: load what runs as native code, the export's library and engines that hold plugins, from bytes whose sha256 the
+            manifest lists.
 
     Raises:
         BackendError: no GPU, no TensorRT or another version than the engine's, a plugin library that is missing, or an
             engine for another GPU; says what is missing.
-        UsageError: the export has no engine.
+        UsageError: the export has no engine, or what was to be checked has changed.
     """
-    backend, engine = open_engine(folder, manifest, library)
+    backend, engine = open_engine(folder, manifest, library, checked=checked)
     cache = None
-    if backend.is_rtx:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache = RuntimeCache(home / "clada-export" / f"{manifest.digest[:16]}-sm{gpu_capability()}.rtxcache")
+    home = cache_home()
+    if backend.is_rtx and home is not None:
+        cache = RuntimeCache(home / f"{manifest.digest[:16]}-sm{gpu_capability()}.rtxcache")
     return TensorRTSession(backend, engine, manifest, CudaDevice(), cache)
 
 
-def open_engine(folder: Path, manifest: Manifest, library: Path | None = None) -> tuple[Backend, Any]:
+def open_engine(folder: Path, manifest: Manifest, library: Path | None = None, *, checked: bool = True) -> tuple[Backend, Any]:
     """Deserialise the engine that is for this GPU; arguments and errors as `open_session`."""
     record = _record(folder, manifest)
     if (reason := missing_gpu()) is not None:
@@ -263,14 +278,29 @@ def open_engine(folder: Path, manifest: Manifest, library: Path | None = None) -
     file = engine_for(record, gpu_capability())
     runtime = backend.trt.Runtime(backend.logger)
     plugin = record["plugin"]
-    if plugin is not None and plugin["embedded"]:
+    listed = manifest.listed(folder)
+    checked = checked and bool(manifest.files)  # one that is still being written lists none
+    # An engine with its plugin in it is a library too.
+    code = plugin is not None and plugin["embedded"]
+    if code:
         runtime.engine_host_code_allowed = True
     elif plugin is not None:
-        load_plugin(backend, runtime.get_plugin_registry(), library or folder / plugin["file"])
-    engine = runtime.deserialize_cuda_engine((folder / file["file"]).read_bytes())
+        registry, name = runtime.get_plugin_registry(), folder / plugin["file"]
+        if library is None and checked:
+            load_plugin(backend, registry, check_content(listed.read(plugin["file"]), name), name)
+        else:
+            load_plugin(backend, registry, library or name)
+    place = folder / file["file"]
+    if checked and code:
+        content = listed.read(file["file"])
+    else:
+        with reading(ENGINE, place):
+            content = place.read_bytes()
+    with reading(ENGINE, place):
+        engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise BackendError(
-            f"{folder / file['file']}: {backend.title} can't load the engine on a GPU of compute capability {gpu_capability()} "
+            f"{place}: {backend.title} can't load the engine on a GPU of compute capability {gpu_capability()} "
             f"(it is for {', '.join(file['compute_capabilities'])}): {backend.messages.take() or 'it gives no reason'}"
         )
     return backend, engine
@@ -303,6 +333,21 @@ def engine_profiles(manifest: Manifest) -> tuple[Profile, ...]:
 def cache_shape(tensor: CacheTensor, batch: int, tokens: int) -> tuple[int, ...]:
     """The shape of a cache tensor that holds `tokens` tokens."""
     return (batch, *(tokens if isinstance(axis, str) else axis for axis in tensor.shape[1:]))
+
+
+def _check_inputs(manifest: Manifest, past: set[str]) -> None:
+    """Every input has to be one that is fed, in the type in which it is; the others have to be of the cache."""
+    for spec in manifest.inputs:
+        if spec.name not in past and _FED_INPUTS.get(spec.name) != spec.dtype:
+            raise UsageError(f"the engine's input {spec.name!r} ({spec.dtype}) is none that this program feeds")
+    for spec in manifest.outputs:
+        if spec.name in _RESULTS and spec.dtype not in _RESULTS[spec.name]:
+            wanted = " or ".join(_RESULTS[spec.name])
+            raise UsageError(f"the engine's output {spec.name!r} is {spec.dtype}; {wanted} is wanted")
+    if not {spec.name for spec in manifest.inputs} >= {"input_ids", *past}:
+        raise UsageError("the engine has no input 'input_ids', or lacks one of the manifest's cache")
+    if not {spec.name for spec in manifest.outputs} >= {"logits", *(tensor.present for tensor in manifest.cache)}:
+        raise UsageError("the engine has no output 'logits', or lacks one of the manifest's cache")
 
 
 def _record(folder: Path, manifest: Manifest) -> dict[str, Any]:

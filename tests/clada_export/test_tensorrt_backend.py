@@ -68,10 +68,12 @@ def test_it_is_found_in_a_new_process_and_no_file_is_written(rtx: Backend) -> No
     assert done.stdout.split()[1:] == ["True", "True"]
 
 
-def test_the_second_way_works_too(rtx: Backend) -> None:
+def test_it_is_found_where_memory_holds_no_libraries(rtx: Backend) -> None:
     code = (
-        "import tensorrt_rtx, clada_export.tensorrt_backend as b;"
-        "b._load_from_file(b.stub_library('libtensorrt_rtx.so', 'libtensorrt_rtx.so.1'));"
+        "import os, tensorrt_rtx, clada_export.tensorrt_backend as b\n"
+        "def refuse(name, flags): raise OSError(13, 'Permission denied')\n"
+        "os.memfd_create = refuse\n"
+        "b.provide_rtx_library()\n"
         "print(b._can_open('libtensorrt_rtx.so'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -79,12 +81,11 @@ def test_the_second_way_works_too(rtx: Backend) -> None:
 
 
 def test_it_says_what_to_link_where_nothing_can_be_loaded(rtx: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(image: bytes) -> None:
+    def refuse(image: bytes, name: str) -> Path:
         raise OSError("not permitted")
 
     monkeypatch.setattr(module, "_can_open", lambda name: False)
-    monkeypatch.setattr(module, "_load_from_memory", refuse)
-    monkeypatch.setattr(module, "_load_from_file", refuse)
+    monkeypatch.setattr(module, "sealed_copy", refuse)
     with pytest.raises(BackendError, match=r"not permitted.*ln -s libtensorrt_rtx\.so\.1 .*tensorrt_rtx_libs/"):
         module.provide_rtx_library()
 
