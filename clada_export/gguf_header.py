@@ -43,6 +43,12 @@ class GgufHeader:
     tensors: tuple[GgufTensor, ...]
 
     @property
+    def layers(self) -> int | None:
+        """How many layers the metadata says that there are, or None."""
+        found = self.metadata.get(f"{self.metadata.get('general.architecture')}.block_count")
+        return found if isinstance(found, int) else None
+
+    @property
     def main_type(self) -> str:
         """The type that most weights are stored in, such as `Q4_1`."""
         elements: Counter[str] = Counter()
@@ -187,6 +193,7 @@ def check_layers(header: GgufHeader, layers: int | None, path: Path) -> None:
     Raises:
         UsageError: the file holds tensors of other layers; says how many.
     """
-    found = {int(match[1]) for tensor in header.tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
-    if layers is not None and found != set(range(layers)):
+    found = {int(match[1]) for tensor in header.tensors if (match := re.match(r"blk\.(\d{1,9})\.", tensor.name))}
+    # No range as long as the number says: it may say a billion.
+    if layers is not None and (len(found) != layers or (found and max(found) != layers - 1)):
         raise UsageError(f"{path}: its metadata says {layers} layers, and it holds tensors for {len(found)}")

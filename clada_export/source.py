@@ -1,72 +1,39 @@
 """The source stage: a Hub id, a local folder, a GGUF file or an ONNX model becomes a float32 model that calibration can run,
-with its tokenizer.
-
-transformers repairs what does not fit (it re-initialises missing or mismatched weights and drops unexpected ones); here each of
-these is an error, because an export of a half-random model would look like a success.
-"""
+with its tokenizer. What transformers makes of it is held to the checkpoint (`clada_export.loading`)."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import pickle
-import re
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from huggingface_hub import metadata_load, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
-from safetensors import SafetensorError
+from huggingface_hub import metadata_load
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
 )
-from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
-from clada_export.errors import BackendError, UnsupportedModelError, UsageError
+from clada_export.config_file import Stored, check_config, check_counts, check_size
+from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError
+from clada_export.foreign import CONFIG, GGUF_ARCHITECTURE, MODEL, MODEL_CARD, reading
 from clada_export.gguf_header import check_layers, read_gguf_header
+from clada_export.hub import fetch
+from clada_export.json_files import read_json
+from clada_export.loading import check_finite, check_loading, forget_gguf, one_gguf_reader
 from clada_export.moe_import import import_blocks, is_llama_moe, load_llama_moe
 from clada_export.onnx_source.files import companions, is_onnx, locate_onnx
-from clada_export.plan import read_json
-from clada_export.weight_files import (
-    PICKLE_SUFFIXES,
-    SAFETENSORS,
-    check_config_file,
-    check_safetensors,
-    has_weights,
-    weight_files,
-)
+from clada_export.pretrained import load_config, load_model, load_tokenizer, model_without_memory, quiet
+from clada_export.weight_files import check_config_file, check_safetensors, weight_files
 
 if TYPE_CHECKING:
     from clada_export.onnx_source.decoder import OnnxDecoder
 
-_TEXT_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "README.md", "LICENSE*"]
-_SAFETENSORS_PATTERNS = ["model.safetensors", "model-*.safetensors"]
-_PICKLE_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _DESCRIPTION_FILES = (
     "config.json",
@@ -79,22 +46,6 @@ _DESCRIPTION_FILES = (
     "chat_template.jinja",
 )
 _ONNX_NAMES = ("model.onnx", "decoder_model.onnx")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_NAMES_SHOWN = 3
-_MESSAGE_LIMIT = 300
-
-# What transformers raises on a config or a checkpoint that it can't make sense of.
-_BAD_INPUT = (
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    IndexError,
-    ZeroDivisionError,
-    RuntimeError,
-    OSError,
-    StrictDataclassError,
-)
 
 
 @dataclass(frozen=True)
@@ -178,7 +129,7 @@ def load_source(
     if path.exists() and is_onnx(path):
         return _load_onnx(locate_onnx(path), revision)
     if path.is_file():
-        with _one_gguf_reader():
+        with one_gguf_reader():
             return _load_gguf(path, revision, import_experts, dtype)
     if path.is_dir():
         if revision is not None:
@@ -193,7 +144,7 @@ def load_source(
             experts=import_experts,
             dtype=dtype,
         )
-    folder = _fetch(model, revision, token, cache_dir, local_files_only, trust_remote_code, allow_pickle)
+    folder = fetch(model, revision, token, cache_dir, local_files_only, trust_remote_code, allow_pickle)
     return _load_folder(
         folder,
         name=model,
@@ -231,60 +182,6 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _fetch(
-    model: str,
-    revision: str | None,
-    token: str | None,
-    cache_dir: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-) -> Path:
-    """Download (or find in the cache) what an export needs of a Hub repository; returns the snapshot's folder."""
-    looks_like_path = model.startswith((".", "~", "/")) or model.endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES))
-    if looks_like_path or not _HUB_ID.fullmatch(model):
-        raise UsageError(
-            f"{model!r}: no such file or folder, and not a Hub id; give a folder, a .gguf file, or an id such as org/name"
-        )
-    arguments: dict[str, Any] = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
-    patterns = [*_TEXT_PATTERNS, *_SAFETENSORS_PATTERNS, *(["*.py"] if trust_remote_code else [])]
-    with _hub_errors(model, revision):
-        folder = Path(snapshot_download(model, allow_patterns=patterns, **arguments))
-        if allow_pickle and not has_weights(folder, SAFETENSORS):
-            folder = Path(snapshot_download(model, allow_patterns=[*patterns, *_PICKLE_PATTERNS], **arguments))
-    return folder
-
-
-@contextmanager
-def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    try:
-        yield
-    except GatedRepoError as error:
-        raise UsageError(
-            f"{model}: the Hub asks for permission; accept the model's terms on its page and pass a token (`hf auth login`)"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"{model}: no such folder here and no such model on the Hub (or a private one: pass a token)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UsageError(f"{model}: the Hub has no revision {revision!r}") from error
-    except LocalEntryNotFoundError as error:
-        raise UsageError(
-            f"{model}: no such folder here, not in the local cache, and the Hub was not asked or can't be reached; "
-            "check the spelling and the network, or download it first (`hf download`)"
-        ) from error
-    except HFValidationError as error:
-        raise UsageError(f"{model!r}: no such file or folder, and not a Hub id: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise UsageError(f"{model}: the Hub can't be reached: {error}") from error
-
-
 def _load_folder(
     folder: Path,
     *,
@@ -299,13 +196,13 @@ def _load_folder(
     check_config_file(folder)
     weights = weight_files(folder, pickled)
     pickle_used = weights[0].suffix == ".bin"
-    source_dtype = "unknown" if pickle_used else check_safetensors(weights)
+    source_dtype, stored = ("unknown", None) if pickle_used else check_safetensors(weights)
     # Of a layout that is imported, transformers does not know the type that the config names.
     described_by: dict[str, Any] = {}
     if is_llama_moe(folder):
         if source_dtype == "unknown":
             source_dtype = str(read_json(folder / "config.json").get("torch_dtype", dtype)).removeprefix("torch.")
-        model = _build_llama_moe(folder, weights, dtype)
+        model = _build_llama_moe(folder, weights, stored, dtype)
         config = model.config
         described_by["config"] = config
     else:
@@ -316,6 +213,7 @@ def _load_folder(
             str(folder),
             name,
             config,
+            stored,
             import_experts=experts,
             dtype=dtype,
             trust_remote_code=remote,
@@ -335,7 +233,7 @@ def _load_folder(
         path=folder,
         files={str(file.relative_to(folder)): _digest_file(file) for file in sorted([*weights, *described])},
         weights_digest=weights_digest(model),
-        license=_license(folder, config),
+        license=_license(folder, config, warnings),
         source_dtype=source_dtype,
         warnings=warnings,
     )
@@ -350,24 +248,25 @@ def _load_gguf(path: Path, revision: str | None, experts: bool, dtype: torch.dty
         raise UsageError(f"{path}: a revision ({revision!r}) belongs to a Hub id, and this is a local file")
     header = read_gguf_header(path)
     folder = str(path.parent)
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
-    except ImportError as error:
-        raise BackendError(f"{path}: loading a GGUF file needs more packages; pip install gguf accelerate ({error})") from error
-    except _BAD_INPUT as error:
-        architecture = header.metadata.get("general.architecture", "unknown")
-        raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} can't read GGUF architecture {architecture!r}: {error}"
-        ) from error
+    check_layers(header, header.layers, path)
+    architecture = header.metadata.get("general.architecture", "unknown")
+    place = f"{path}: GGUF architecture {architecture!r}, transformers {transformers.__version__}"
+    config = load_config(folder, gguf_file=path.name, kind=GGUF_ARCHITECTURE, place=place)
     _check_decoder(config, str(path))
-    check_layers(header, getattr(config.get_text_config(), "num_hidden_layers", None), path)
+    check_layers(header, getattr(config.get_text_config(), "num_hidden_layers", None), path)  # what became of it
     # Without `dequantize`, transformers would keep packed blocks and could fetch matmul kernels from the Hub.
     quantization = GgufConfig(dequantize=True)
     model = _build(
-        folder, str(path), config, import_experts=experts, dtype=dtype, gguf_file=path.name, quantization_config=quantization
+        folder,
+        str(path),
+        config,
+        Stored.of([tensor.shape for tensor in header.tensors]),
+        import_experts=experts,
+        dtype=dtype,
+        gguf_file=path.name,
+        quantization_config=quantization,
     )
-    _forget_gguf(model)
+    forget_gguf(model)
     warnings: list[str] = []
     tokenizer = _tokenizer(folder, warnings, gguf_file=path.name)
     _check_vocabulary(model, tokenizer, warnings)
@@ -408,7 +307,7 @@ def _load_onnx(path: Path, revision: str | None) -> SourceModel:
         path=folder,
         files={str(file.relative_to(folder)): _digest_file(file) for file in sorted([*weight_files_of(path), *described])},
         weights_digest=weights_digest(decoder),
-        license=_license(folder, decoder.config),
+        license=_license(folder, decoder.config, warnings),
         source_dtype="float32",
         warnings=warnings,
         graph=path,
@@ -417,22 +316,20 @@ def _load_onnx(path: Path, revision: str | None) -> SourceModel:
 
 def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     place = folder / "config.json"
-    config: PreTrainedConfig
+    value = read_json(place)
     try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except _BAD_INPUT as error:
-        value = read_json(place)
-        if not trust_remote_code and value.get("auto_map"):
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+    except UsageError as error:
+        if not trust_remote_code and isinstance(value, dict) and value.get("auto_map"):
             raise UnsupportedModelError(
                 f"{place}: the model comes with Python code, which is run only if you ask for it (--trust-remote-code)"
             ) from error
-        model_type = value.get("model_type")
-        if model_type not in transformers.CONFIG_MAPPING:
+        model_type = value.get("model_type") if isinstance(value, dict) else None
+        if model_type is None or (isinstance(model_type, str) and model_type not in transformers.CONFIG_MAPPING):
             raise UnsupportedModelError(
                 f"{place}: model_type: transformers {transformers.__version__} does not know {model_type!r}"
             ) from error
-        raise UsageError(f"{place}: not a config that transformers can read: {_one_line(error)}") from error
+        raise
     _check_decoder(config, str(place))
     return config
 
@@ -467,112 +364,54 @@ def _loader(config: PreTrainedConfig) -> Any:
     return None
 
 
-def _build(location: str, place: str, config: PreTrainedConfig, *, import_experts: bool, **arguments: Any) -> PreTrainedModel:
-    """Load the weights and refuse every difference between them and the config."""
-    try:
-        with _quiet():
-            loaded: Any = (_loader(config) or AutoModelForCausalLM).from_pretrained(
-                location,
-                config=config,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **arguments,
-            )
-    except ImportError as error:
-        raise BackendError(f"{place}: loading this model needs another package: {_one_line(error)}") from error
-    except (SafetensorError, pickle.UnpicklingError, EOFError, struct.error) as error:
-        raise UsageError(f"{place}: the weights can't be read: {_one_line(error)}") from error
-    except _BAD_INPUT as error:
-        raise UsageError(f"{place}: transformers can't build the model: {_one_line(error)}") from error
-    model: PreTrainedModel
-    model, info = loaded
-    _check_loading(info, place)
+def _build(
+    location: str,
+    place: str,
+    config: PreTrainedConfig,
+    stored: Stored | None,
+    *,
+    import_experts: bool,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    **arguments: Any,
+) -> PreTrainedModel:
+    """Load the weights and refuse every difference between them and the config.
+
+    Args:
+        stored: what the weight files hold, or None if their headers do not say (pickles).
+    """
+    loader = _loader(config) or AutoModelForCausalLM
+    if stored is not None and not trust_remote_code:
+        check_counts(config, stored, place)
+        check_size(model_without_memory(loader, config, place=place), stored, place, dtype.itemsize)
+    model, info = load_model(
+        loader, location, place=place, trust_remote_code=trust_remote_code, config=config, dtype=dtype, **arguments
+    )
+    check_loading(info, place)
     if import_experts:
         import_blocks(model)
     return _finished(model, place)
 
 
-def _build_llama_moe(folder: Path, weights: list[Path], dtype: torch.dtype) -> PreTrainedModel:
+def _build_llama_moe(folder: Path, weights: list[Path], stored: Stored | None, dtype: torch.dtype) -> PreTrainedModel:
     """Load a LLaMA-MoE without the Python code that comes with it."""
-    try:
-        with _quiet():
-            model = load_llama_moe(folder, weights, dtype)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, struct.error) as error:
-        raise UsageError(f"{folder}: the weights can't be read: {_one_line(error)}") from error
-    except _BAD_INPUT as error:
-        raise UsageError(f"{folder}: not a LLaMA-MoE that can be read: {_one_line(error)}") from error
+    place = str(folder / "config.json")
+    value = read_json(folder / "config.json")
+    check_config(value, place)
+    if stored is not None:
+        with reading(CONFIG, place):
+            config = PreTrainedConfig.from_dict(value)
+        check_counts(config, stored, place)
+    with reading(MODEL, folder), quiet():
+        model = load_llama_moe(folder, weights, dtype)
     return _finished(model, str(folder))
 
 
 def _finished(model: PreTrainedModel, place: str) -> PreTrainedModel:
-    _check_finite(model, place)
+    check_finite(model, place)
     model.train(False)
     model.requires_grad_(False)
     return model
-
-
-def _check_loading(info: dict[str, Any], place: str) -> None:
-    mismatched = sorted(info["mismatched_keys"])
-    if mismatched:
-        shown = "; ".join(
-            f"{name}: {tuple(found)} in the weights, {tuple(wanted)} by the config"
-            for name, found, wanted in mismatched[:_NAMES_SHOWN]
-        )
-        raise UsageError(f"{place}: the weights do not fit the config: {shown}{_more(mismatched)}")
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UsageError(
-            f"{place}: weights are missing that the config asks for: {', '.join(missing[:_NAMES_SHOWN])}{_more(missing)}"
-        )
-    unexpected = sorted(info["unexpected_keys"])
-    if unexpected:
-        raise UsageError(
-            f"{place}: the weights hold tensors that the config has no place for: {', '.join(unexpected[:_NAMES_SHOWN])}"
-            f"{_more(unexpected)}; check the number of layers and the architecture in the config"
-        )
-
-
-def _check_finite(model: PreTrainedModel, place: str) -> None:
-    for name, parameter in model.named_parameters():
-        # The sum is NaN or infinite if any element is; it needs no mask as large as the weight. Finite weights can overflow
-        # it only in a 16-bit type, hence float32.
-        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
-            bad = int((~torch.isfinite(parameter)).sum())
-            if bad:
-                raise UsageError(
-                    f"{place}: {name}: {bad} of {parameter.numel()} weights are NaN or infinite; the file is damaged"
-                )
-
-
-@contextmanager
-def _one_gguf_reader() -> Iterator[None]:
-    """transformers maps a GGUF file and walks its header for the config, for the weights and for the tokenizer; once is enough.
-
-    With a vocabulary of 262,144 tokens (Gemma) a walk takes 10 to 15 seconds.
-    """
-    try:
-        import gguf
-    except ImportError:
-        yield
-        return
-    original = gguf.GGUFReader
-    vars(gguf)["GGUFReader"] = cache(original)
-    try:
-        yield
-    finally:
-        vars(gguf)["GGUFReader"] = original
-
-
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """After dequantisation it is an ordinary dense model; the quantiser left on it would make exporters treat it as packed."""
-    for owner, names in (
-        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
-        (model.config, ("quantization_config",)),
-    ):
-        for name in names:
-            if name in vars(owner):
-                delattr(owner, name)
 
 
 def _folder_tokenizer(folder: Path, name: str, warnings: list[str], **arguments: Any) -> Any:
@@ -584,10 +423,9 @@ def _folder_tokenizer(folder: Path, name: str, warnings: list[str], **arguments:
 
 def _tokenizer(location: str, warnings: list[str], **arguments: Any) -> Any:
     try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(location, local_files_only=True, **arguments)
-    except Exception as error:
-        warnings.append(f"the tokenizer can't be loaded ({_one_line(error)}); prompts will have to be token ids")
+        return load_tokenizer(location, **arguments)
+    except CladaError as error:
+        warnings.append(f"the tokenizer can't be loaded ({error}); prompts will have to be token ids")
         return None
 
 
@@ -598,14 +436,15 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, warnings: list[str
         warnings.append(f"the tokenizer has {len(tokenizer)} tokens and the model {rows}; text that uses the others will fail")
 
 
-def _license(folder: Path, config: PreTrainedConfig) -> str | None:
+def _license(folder: Path, config: PreTrainedConfig, warnings: list[str]) -> str | None:
     readme = folder / "README.md"
     value: Any = getattr(config, "license", None)
     if value is None and readme.is_file():
         try:
-            value = (metadata_load(readme) or {}).get("license")
-        except (ValueError, OSError, AttributeError):
-            value = None
+            with reading(MODEL_CARD, readme):
+                value = (metadata_load(readme) or {}).get("license")
+        except CladaError as error:
+            warnings.append(f"no licence is recorded: {error}")
     return value if isinstance(value, str) else None
 
 
@@ -613,29 +452,3 @@ def _digest_file(path: Path) -> SourceFile:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return SourceFile(digest, path.stat().st_size)
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.split())[:_MESSAGE_LIMIT]
-
-
-def _more(names: list[Any]) -> str:
-    rest = len(names) - _NAMES_SHOWN
-    return f", and {rest} more" if rest > 0 else ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' own report and progress bars (its GGUF reader's has no switch) would stand beside our messages."""
-    control: Any = transformers_logging
-    level, bars = control.get_verbosity(), control.is_progress_bar_enabled()
-    control.set_verbosity_error()
-    control.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        control.set_verbosity(level)
-        if bars:
-            control.enable_progress_bar()

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from clada_export.config_file import Stored
 from clada_export.errors import UnsupportedModelError, UsageError
-from clada_export.plan import read_json
+from clada_export.json_files import read_json
 
 SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
@@ -88,20 +89,25 @@ def _shards(folder: Path, stem: str) -> list[Path]:
     return shards
 
 
-def check_safetensors(files: list[Path]) -> str:
-    """Open every header (that checks the length of the file too); returns the type most weights are stored in.
+def check_safetensors(files: list[Path]) -> tuple[str, Stored]:
+    """Open every header (that checks the length of the file too).
+
+    Returns:
+        The type that most weights are stored in, and how much there is.
 
     Raises:
         UsageError: a damaged or empty file.
         UnsupportedModelError: a type that is not a plain float.
     """
     elements: Counter[str] = Counter()
+    shapes: list[list[int]] = []
     for file in files:
         try:
             with safe_open(file, framework="pt") as stream:
                 for name in stream.offset_keys():
                     part = stream.get_slice(name)
-                    elements[part.get_dtype()] += int(torch.Size(part.get_shape()).numel())
+                    shapes.append(part.get_shape())
+                    elements[part.get_dtype()] += int(torch.Size(shapes[-1]).numel())
         except (SafetensorError, OSError) as error:
             size = file.stat().st_size
             raise UsageError(
@@ -116,4 +122,4 @@ def check_safetensors(files: list[Path]) -> str:
         raise UnsupportedModelError(
             f"{files[0]}: its weights are stored as {stored}; float32, bfloat16 and float16 weights can be loaded"
         )
-    return names[stored]
+    return names[stored], Stored.of(shapes)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from clada_export.errors import UnsupportedModelError, UsageError
+from clada_export.json_files import read_json
 from clada_export.moe_import.routed_mlp import Origin, RoutedMLP
-from clada_export.plan import read_json
+from clada_export.pretrained import load_generation_config
 from graph_passes.router import Router
 
 MODEL_TYPE = "llama_moe"
@@ -138,8 +138,9 @@ def load_llama_moe(folder: Path, files: Sequence[Path], dtype: torch.dtype = tor
     # Its frequencies are computed, not loaded, so they are still without memory.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.config.dtype = dtype
-    with suppress(OSError):  # There is none; what the config says is enough.
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    generation = load_generation_config(folder)
+    if generation is not None:  # Else what the config says is enough.
+        model.generation_config = generation
     return model
 
 
