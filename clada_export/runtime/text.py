@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from clada_export.errors import BackendError, UsageError
-from clada_export.plan import read_json
+from clada_export.foreign import TEXT, TOKENIZER, TOKENS, reading
+from clada_export.json_files import read_regular
+from clada_export.runtime.chat_template import ChatTemplate
+from clada_export.runtime.tokenizer_growth import check_growth
 
 TOKENIZER_FILE = "tokenizer.json"
+LARGEST_TOKENIZER = 256 << 20
+"""Bytes; those of today's largest vocabularies have 35 MB."""
 
 
 class TextTokenizer:
@@ -17,36 +22,58 @@ class TextTokenizer:
 
     Args:
         folder: holds `tokenizer.json`, and `chat_template.jinja` or `tokenizer_config.json` if there is a chat template.
+        listed: the names of the files in it that may be read; None for any.
 
     Raises:
-        UsageError: `tokenizer.json` can't be read.
+        UsageError: `tokenizer.json` can't be read, or makes a text out of all bounds long.
         BackendError: the package `tokenizers` is missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, listed: Collection[str] | None = None) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise BackendError("text prompts need the package 'tokenizers'; install it with: pip install tokenizers") from error
         self._folder = folder
-        try:
-            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise UsageError(f"{folder / TOKENIZER_FILE}: not a tokenizer that can be read: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._listed = listed
+        self._place = folder / TOKENIZER_FILE
+        if listed is not None and TOKENIZER_FILE not in listed:
+            raise UsageError(f"{self._place}: the export does not list this file, so it is not used")
+        data = read_regular(self._place, LARGEST_TOKENIZER)
+        with reading(TOKENIZER, self._place):
+            self._tokenizer = Tokenizer.from_buffer(data)
+        with reading(TOKENIZER, self._place):
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        check_growth(self._tokenizer, self._place)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with `special_tokens`, those that the model expects around it."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        """Token ids of a text; with `special_tokens`, those that the model expects around it.
+
+        Raises:
+            UsageError: the tokenizer has no tokens for this text, or it is none: half of a surrogate pair is in it.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"character {error.start} of the text is {text[error.start]!a}"
+            raise UsageError(f"{found}, half of a surrogate pair, which no tokenizer takes") from error
+        with reading(TEXT, self._place):
+            ids = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        return list(ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """The text of token ids, without special tokens.
+
+        Raises:
+            UsageError: the tokenizer can't make text of these.
+        """
+        with reading(TOKENS, self._place):
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def stream(self) -> TextStream:
         """A decoder for tokens that come one by one."""
-        return TextStream(self._tokenizer)
+        return TextStream(self._tokenizer, self._place)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, by the model's chat template, up to where the assistant answers.
@@ -55,56 +82,38 @@ class TextTokenizer:
             messages: dicts with `role` and `content`.
 
         Raises:
-            UsageError: the export has no chat template, or the template refuses the messages.
-            BackendError: the package `jinja2` is missing.
+            UsageError: the export has no chat template, or the template is broken, refuses the messages, or takes too long or
+                too much memory.
+            BackendError: the package `jinja2` is missing or too old, or no Python interpreter runs this.
         """
-        template, tokens = self._chat_template()
-        try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise BackendError("chat templates need the package 'jinja2'; install it with: pip install jinja2") from error
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        try:
-            text = environment.from_string(template).render(messages=list(messages), add_generation_prompt=True, **tokens)
-        except TemplateError as error:
-            raise UsageError(f"{self._folder}: the chat template can't be applied: {error}") from error
+        text = ChatTemplate.read(self._folder, self._has).render(messages)
         return self.encode(text, special_tokens=False)
 
-    def _chat_template(self) -> tuple[str, dict[str, str]]:
-        path = self._folder / "tokenizer_config.json"
-        config: Any = read_json(path) if path.is_file() else {}
-        template = config.get("chat_template")
-        file = self._folder / "chat_template.jinja"
-        if file.is_file():
-            template = file.read_text(encoding="utf-8")
-        if isinstance(template, list):  # several named templates
-            template = next((item["template"] for item in template if item.get("name") == "default"), None)
-        if not isinstance(template, str):
-            raise UsageError(f"{self._folder}: this model has no chat template; give a plain prompt")
-        tokens = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = config.get(name)
-            tokens[name] = value.get("content", "") if isinstance(value, dict) else value or ""
-        return template, tokens
+    def _has(self, name: str) -> bool:
+        """Whether the folder has a file of this name that may be read."""
+        return (self._listed is None or name in self._listed) and (self._folder / name).exists()
 
 
 class TextStream:
-    """Decodes tokens one by one; a piece of text comes out when its bytes are complete."""
+    """Decodes tokens one by one; a piece of text comes out when its bytes are complete.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: of the package `tokenizers`.
+        place: its file, for messages.
+    """
+
+    def __init__(self, tokenizer: Any, place: Path) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
+        self._place = place
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
-        """The text that this token completes, or an empty string."""
-        return str(self._stream.step(self._tokenizer, token) or "")
+        """The text that this token completes, or an empty string.
+
+        Raises:
+            UsageError: the tokenizer can't make text of it.
+        """
+        with reading(TOKENS, self._place):
+            return str(self._stream.step(self._tokenizer, token) or "")
