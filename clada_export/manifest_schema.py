@@ -131,7 +131,7 @@ MANIFEST_SCHEMA: dict[str, Any] = {
     ],
     "additionalProperties": False,
     "properties": {
-        "schema_version": {"const": MANIFEST_VERSION},
+        "schema_version": {"type": "integer", "const": MANIFEST_VERSION},
         "tool_version": _STRING,
         "source": {
             "type": "object",

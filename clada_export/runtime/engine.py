@@ -124,7 +124,7 @@ class Engine:
         listed = listed_names(self.manifest)
         if not (self.folder / TOKENIZER_FILE).is_file() or (listed is not None and TOKENIZER_FILE not in listed):
             return None
-        return TextTokenizer(self.folder)
+        return TextTokenizer(self.folder, listed)
 
     def prefill(self, input_ids: Sequence[Sequence[int]], load: float = DENSE) -> StepOutput:
         """Start a batch with these prompts.

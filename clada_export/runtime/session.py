@@ -68,6 +68,7 @@ class GraphSession:
             with reading(OP_LIBRARY, f"{library_name or library}: {_RUNTIME}"):
                 options.register_custom_ops_library(str(library))
         self._model = folder / manifest.model
+        _require_utf8(self._model)
         with reading(ENGINE_GRAPH, f"{self._model}: {_RUNTIME}"):
             self._session = ort.InferenceSession(str(self._model), options, providers=["CPUExecutionProvider"])
         self._cache = manifest.cache
@@ -174,6 +175,13 @@ class GraphSession:
             if not same:
                 text = ", ".join("any" if axis is None else str(axis) for axis in wanted[name])
                 raise BackendError(f"{self._model}: the graph gave {name!r} of shape {list(array.shape)}; [{text}] is wanted")
+
+
+def _require_utf8(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{path}: its path is no UTF-8, and ONNX Runtime opens no such files; rename it") from error
 
 
 def _zeros(shape: Sequence[int], dtype: str) -> ort.OrtValue:

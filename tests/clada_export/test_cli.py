@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from clada_export.cli import main, main_export
+from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.pipeline import export
+from clada_export.runtime import load_engine
 from tests.tiny_models import tiny_model
 
 Folder = Callable[[str], Path]
@@ -173,6 +176,28 @@ def test_a_changed_model_file(copy: Path, capsys: pytest.CaptureFixture[str]) ->
     data.write_bytes(content)
     assert main(["inspect", str(copy)]) == 2
     assert "model.onnx.data" in capsys.readouterr().err
+
+
+def test_zeroed_weights(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = copy / "model.onnx.data"
+    before = data.stat()
+    with data.open("r+b") as stream:
+        stream.write(bytes(before.st_size // 2))
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    arguments = [str(copy), "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1"]
+    for command in (["bench", *arguments], ["run", str(copy), "--prompt", "x"], ["inspect", str(copy)], ["verify", str(copy)]):
+        assert main(command) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "model.onnx.data: changed after the export" in captured.err
+    with pytest.raises(UsageError, match=r"model\.onnx\.data: changed after the export"):
+        load_engine(copy)
+    # Those who know may go on.
+    assert main(["bench", *arguments, "--no-check"]) == 0
+    data.write_bytes(b"")
+    capsys.readouterr()
+    assert main(["bench", *arguments, "--no-check"]) == 2
+    assert "has 0 bytes" in capsys.readouterr().err
 
 
 def test_internal_errors_are_ours(
