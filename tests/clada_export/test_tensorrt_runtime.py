@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 
 from clada_export.errors import BackendError, UsageError
 from clada_export.manifest import TensorSpec, read_manifest
+from clada_export.native import check_content, ort_library_path
 from clada_export.profiles import Profile, choose_profile, plan_profiles
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime import tensorrt_session as module
@@ -208,6 +210,107 @@ def test_opening_checks_the_version(folder: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BackendError, match=r"pip install tensorrt-rtx-cu13==1\.7\.1\.116"):
         _open(monkeypatch, folder, replace(_runtime(engine), version="1.8.0.2"))
     assert _open(monkeypatch, folder, replace(_runtime(engine), version="1.7.1.2"))[1] is engine
+
+
+class FakeRegistry:
+    """A plugin registry that notes what it is given to load, and what was in it."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[str, bytes]] = []
+        self.all_creators: list[Any] = []
+
+    def load_library(self, path: str) -> object:
+        self.loaded.append((path, Path(path).read_bytes()))
+        return object()
+
+    def get_creator(self, name: str, version: str, namespace: str) -> object | None:
+        return object() if self.loaded else None
+
+
+def _with_plugin(tmp_path: Path, embedded: bool) -> Path:
+    out = tmp_path / "out"
+    out.mkdir()
+    library = ort_library_path().read_bytes()
+    (out / "libclada_trt.so").write_bytes(library)
+    plugin = {
+        "name": "SparseFFN",
+        "version": "1",
+        "namespace": "com.clada",
+        "file": "libclada_trt.so",
+        "embedded": embedded,
+        "layers": 2,
+    }
+    return write_export(out, target="trt", engine={**RECORD, "plugin": plugin}, library="libclada_trt.so")
+
+
+def test_the_plugin_is_loaded_from_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _with_plugin(tmp_path, embedded=False)
+    manifest, library = read_manifest(folder), folder / "libclada_trt.so"
+    checked = library.read_bytes()
+    registry, backend = FakeRegistry(), _runtime(object())
+    backend.trt.Runtime.get_plugin_registry = lambda self: registry
+
+    def swap(content: bytes, name: Path) -> Path:
+        library.write_bytes(bytes(len(content)))
+        return check_content(content, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "check_content", swap)
+        _open(monkeypatch, folder, backend)
+    ((path, loaded),) = registry.loaded
+    assert not path.startswith(str(folder)) and loaded == checked
+    # The swapped one is refused before it is loaded.
+    registry.loaded.clear()
+    with pytest.raises(UsageError, match=r"libclada_trt\.so: changed after the export"):
+        open_engine(folder, manifest)
+    assert registry.loaded == []
+    # A library of the user's, and one that was not to be checked, are loaded as they are.
+    open_engine(folder, manifest, ort_library_path())
+    assert registry.loaded[0][0] == str(ort_library_path())
+    registry.loaded.clear()
+    open_engine(folder, manifest, checked=False)
+    assert registry.loaded[0][0] == str(library)
+
+
+def test_an_engine_with_its_plugin_in_it_is_a_library_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _with_plugin(tmp_path, embedded=True)
+    manifest = read_manifest(folder)
+    engine = object()
+    assert _open(monkeypatch, folder, _runtime(engine))[1] is engine
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(bytes(len(content)))
+    with pytest.raises(UsageError, match=r"model\.onnx: changed after the export"):
+        open_engine(folder, manifest)
+    assert open_engine(folder, manifest, checked=False)[1] is engine
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "token_type_ids"}, "input 'token_type_ids' (int64) is none that this program feeds"),
+        ({"dtype": "int32"}, "input 'input_ids' (int32)"),
+        ({"dtype": "no type at all"}, "input 'input_ids' (no type at all)"),
+    ],
+)
+def test_inputs_that_nobody_feeds(folder: Path, changes: dict[str, str], said: str) -> None:
+    manifest = read_manifest(folder)
+    manifest = replace(manifest, inputs=(replace(manifest.inputs[0], **changes), *manifest.inputs[1:]))
+    backend, device = fake_backend(), FakeDevice()
+    fake = FakeEngine(folder / "model.onnx", device, backend.messages)
+    if "name" in changes:
+        fake.inputs[changes["name"]] = fake.inputs.pop("input_ids")
+    with pytest.raises(UsageError, match=re.escape(said)):
+        TensorRTSession(backend, fake, manifest, device)
+
+
+def test_results_of_another_type(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    outputs = tuple(replace(spec, dtype="float64") if spec.name == "logits" else spec for spec in manifest.outputs)
+    backend, device = fake_backend(), FakeDevice()
+    with pytest.raises(UsageError, match=r"output 'logits' is float64; float32 or float16 or bfloat16 is wanted"):
+        TensorRTSession(
+            backend, FakeEngine(folder / "model.onnx", device, backend.messages), replace(manifest, outputs=outputs), device
+        )
 
 
 def test_an_engine_for_another_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
