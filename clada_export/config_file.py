@@ -6,6 +6,8 @@ each label, a module for each layer, a matrix for each vocabulary. Whatever a nu
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +16,34 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from clada_export.errors import UsageError
 
-MOST_LAYERS = 10_000
-MOST_LABELS = 100_000
-"""transformers makes a name for each while it reads the configuration."""
+MOST_LAYERS = 2_000
+MOST_ITEMS = 100_000
+"""Of a list, a text, or labels: transformers makes a name for each label while it reads the configuration."""
 LARGEST_SIZE = 2**53
 _COUNTS = re.compile(r"(num|n)_.*(heads?|experts?|groups?)|n_head|.*_experts")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "n_embd", "ffn_dim")
 _LAYERS = re.compile(r"(n|num|.*_num|encoder|decoder)_(.*_)?layers?")
+_DTYPES = ("dtype", "torch_dtype")
 _SPARE = 4
 """How many times the stored numbers a model may have: tied weights are stored once, and shapes are compared exactly later."""
 _SPARE_BYTES = 256 << 20
+
+_CODE = ("auto_map", "custom_pipelines", "_auto_class")
+"""Names of the model's own code, and what makes transformers write code into an export."""
+_ELSEWHERE = ("transformers_weights", "configuration_files", "name_or_path", "_name_or_path", "_commit_hash")
+"""They lead to other files than those that were checked."""
+_STRUCTURE = ("attribute_map", "sub_configs", "sub_configs_defaults")
+_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_OWN_IMPLEMENTATIONS = ("eager", "sdpa", "grouped_mm", "batched_mm", None)
+"""Those of transformers itself. Any other name is that of a package, or of native code on the Hub."""
+
+
+_LEAST_ENTRY = 40
+"""Bytes that a tensor takes in a pickle at least: a name, a shape, and a key."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +57,82 @@ class Stored:
     @classmethod
     def of(cls, shapes: Sequence[Sequence[int]]) -> Stored:
         """Of tensors with these shapes."""
-        sizes = [torch.Size(shape) for shape in shapes]
-        return cls(len(sizes), sum(size.numel() for size in sizes), max((max(size, default=1) for size in sizes), default=1))
+        sizes = [(math.prod(shape), shape) for shape in shapes]
+        # The axes of a tensor without elements cost nothing, so they say nothing.
+        longest = max((max(shape, default=1) for size, shape in sizes if size), default=1)
+        return cls(len(sizes), sum(size for size, _ in sizes), longest)
+
+    @classmethod
+    def at_most(cls, size: int) -> Stored:
+        """Of files with so many bytes, whatever is in them."""
+        return cls(size // _LEAST_ENTRY, size, size)
 
 
 def check_config(value: Any, place: str) -> None:
     """Look at a parsed configuration before transformers does.
 
     Raises:
-        UsageError: no JSON object, a `model_type` that is no text, or a number beyond all bounds; says where.
+        UsageError: no JSON object, a `model_type` that is no text, a type of numbers that PyTorch has not, or a number, list or
+            text beyond all bounds; says where.
     """
     if not isinstance(value, dict):
         raise UsageError(f"{place}: a JSON object is wanted, and this is {type(value).__name__}")
     for where, name, item in _entries(value):
         if name == "model_type" and not isinstance(item, str):
             raise UsageError(f"{place}: {where}: {str(item)[:60]!r} is no name of an architecture")
-        if isinstance(item, bool) or not isinstance(item, int | float):
-            continue
-        limit = MOST_LAYERS if _LAYERS.fullmatch(name) else MOST_LABELS if name == "num_labels" else LARGEST_SIZE
+        if name in _DTYPES and not _is_dtype(item):
+            raise UsageError(f"{place}: {where}: {str(item)[:60]!r} is no type of PyTorch's tensors")
+        if isinstance(item, list | dict | str) and len(item) > MOST_ITEMS:
+            raise UsageError(f"{place}: {where} has {len(item)} items or letters; at most {MOST_ITEMS} can be meant")
         # transformers writes 1e30 for "no limit" where a float may stand.
-        if isinstance(item, int) and abs(item) > limit:
+        if isinstance(item, bool) or not isinstance(item, int):
+            continue
+        limit = MOST_LAYERS if _LAYERS.fullmatch(name) else MOST_ITEMS if name == "num_labels" else LARGEST_SIZE
+        if abs(item) > limit:
             raise UsageError(f"{place}: {where} is {_shown(item)}; at most {limit} can be meant")
+
+
+def inert(value: Mapping[str, Any], kind: type[PreTrainedConfig] | None = None) -> dict[str, Any]:
+    """A configuration without what is no setting of a model.
+
+    transformers makes an attribute of *every* name, be it one of its own methods, and acts on some: it fetches native code for
+    the name of an attention kernel, and loads another weight file than the usual.
+
+    Args:
+        value: a parsed configuration that `check_config` took.
+        kind: what it becomes; by its `model_type` if not given.
+    """
+    kind = _kind(value) or kind or PreTrainedConfig
+    result = {}
+    for name, item in value.items():
+        if name in (*_CODE, *_ELSEWHERE, *_STRUCTURE) or _is_taken(kind, name):
+            continue
+        if name in _IMPLEMENTATIONS and not (item is None or (isinstance(item, str) and item in _OWN_IMPLEMENTATIONS)):
+            continue
+        inner = getattr(kind, "sub_configs", {}).get(name) if isinstance(item, dict) else None
+        result[name] = inert(item, inner) if inner is not None or (isinstance(item, dict) and _kind(item)) else item
+    return result
+
+
+def _kind(value: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
+    name = value.get("model_type")
+    return CONFIG_MAPPING[name] if isinstance(name, str) and name in CONFIG_MAPPING else None
+
+
+def _is_taken(kind: type, name: str) -> bool:
+    """Whether the name is that of a method, or of something of Python's."""
+    if name.startswith("__"):
+        return True
+    found = inspect.getattr_static(kind, name, None)
+    return inspect.isroutine(found) or isinstance(found, classmethod | staticmethod | type)
+
+
+def _is_dtype(item: Any) -> bool:
+    if isinstance(item, dict):  # for each part of a model
+        return all(_is_dtype(inner) for inner in item.values())
+    if item is None or item == "auto":
+        return True
+    return isinstance(item, str) and isinstance(getattr(torch, item.removeprefix("torch."), None), torch.dtype)
 
 
 def check_counts(config: PreTrainedConfig, stored: Stored, place: str) -> None:
@@ -71,12 +142,11 @@ def check_counts(config: PreTrainedConfig, stored: Stored, place: str) -> None:
         UsageError: a count that the weights can't have; names it.
     """
     text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > stored.tensors:
-        raise UsageError(f"{place}: num_hidden_layers is {layers}, and the weights hold {stored.tensors} tensors")
-    for where, name, item in _entries(config.to_dict()):
+    for where, name, item in _entries(text.to_dict()):
         if not isinstance(item, int) or isinstance(item, bool):
             continue
+        if name == "num_hidden_layers" and item > stored.tensors:
+            raise UsageError(f"{place}: {where} is {item}, and the weights hold {stored.tensors} tensors")
         if _COUNTS.fullmatch(name) and item > max(stored.longest, stored.tensors):
             raise UsageError(
                 f"{place}: {where} is {_shown(item)}, and the weights hold {stored.tensors} tensors with axes of at most "
@@ -136,17 +206,16 @@ def _group() -> Iterator[int]:
             continue  # no such hierarchy, or "max"
 
 
-def _entries(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every named value: its path, its name and itself, at any depth; items of a list have the list's name."""
-    for name, item in value.items():
-        where = f"{prefix}{name}"
-        yield where, str(name), item
+def _entries(value: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Every value: its path, its name and itself, at any depth; items of a list have the list's name."""
+    open_values: list[tuple[str, str, Any]] = [(str(name), str(name), item) for name, item in value.items()]
+    while open_values:
+        where, name, item = open_values.pop()
+        yield where, name, item
         if isinstance(item, Mapping):
-            yield from _entries(item, f"{where}.")
-        elif isinstance(item, list):
-            for index, inner in enumerate(item):
-                if isinstance(inner, Mapping):
-                    yield from _entries(inner, f"{where}.{index}.")
+            open_values.extend((f"{where}.{key}", str(key), inner) for key, inner in item.items())
+        elif isinstance(item, list | tuple):
+            open_values.extend((f"{where}.{index}", name, inner) for index, inner in enumerate(item))
 
 
 def _shown(value: int) -> str:

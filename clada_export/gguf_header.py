@@ -27,11 +27,12 @@ _MAX_STRING = 1 << 24
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: `shape` in torch's order, `type_name` as ggml spells it, `end` in bytes from the start of the file."""
+    """One tensor: `shape` in torch's order, `type_name` as ggml spells it, `bytes` as stored, `end` from the file's start."""
 
     name: str
     shape: tuple[int, ...]
     type_name: str
+    bytes: int
     end: int
 
 
@@ -150,6 +151,9 @@ def _read(stream: BinaryIO, size: int, path: Path) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-stream.tell() // alignment) * alignment
+    names = Counter(entry[0] for entry in entries)
+    if len(names) < len(entries):
+        raise ValueError(f"two tensors are called {names.most_common(1)[0][0]!r}")
     tensors = tuple(_tensor(name, shape, kind, start + offset) for name, shape, kind, offset in entries)
     last = max(tensors, key=lambda tensor: tensor.end)
     if last.end > size:
@@ -157,6 +161,9 @@ def _read(stream: BinaryIO, size: int, path: Path) -> GgufHeader:
             f"{path}: the file is cut short: it has {size} bytes, and its tensor table needs {last.end} "
             f"(up to the end of {last.name!r}); download it again"
         )
+    stored = sum(tensor.bytes for tensor in tensors)
+    if stored > size:  # then some share their bytes, and would be many times as large once they are loaded
+        raise UsageError(f"{path}: damaged: its tensors have {stored} bytes together, and the file has {size}")
     return GgufHeader(metadata, tensors)
 
 
@@ -181,7 +188,8 @@ def _tensor(name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTen
     elements = math.prod(shape)
     if elements % block:
         raise ValueError(f"tensor {name!r} of shape {shape} does not fill whole blocks of {block} ({type_.name})")
-    return GgufTensor(name, shape, type_.name, start + elements // block * block_bytes)
+    size = elements // block * block_bytes
+    return GgufTensor(name, shape, type_.name, size, start + size)
 
 
 def check_layers(header: GgufHeader, layers: int | None, path: Path) -> None:

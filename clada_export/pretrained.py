@@ -7,21 +7,40 @@ fetched, transformers' reports do not stand beside our messages, and what it rai
 
 from __future__ import annotations
 
+import inspect
 import io
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from clada_export.config_file import check_config
+from clada_export.config_file import check_config, inert
+from clada_export.errors import CladaError, UsageError
 from clada_export.foreign import CONFIG, GENERATION_CONFIG, MODEL, TOKENIZER, InputKind, reading
 from clada_export.json_files import read_json
 
+CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer_config.json"
+LARGEST_TOKENIZER = 256 << 20
+"""Bytes of a file of it; the largest known (Gemma) has 33 MB. Parsed, a file may take 20 times its size."""
+_SMALL_FILES = (TOKENIZER_FILE, "special_tokens_map.json", "added_tokens.json")
+_LARGE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+)
 
 
 def load_config(
@@ -34,6 +53,8 @@ def load_config(
 ) -> PreTrainedConfig:
     """The configuration in a folder, or (`gguf_file`) of a GGUF file in it.
 
+    Without trust, transformers gets to see what is a setting of a model and nothing else (`config_file.inert`).
+
     Args:
         trust_remote_code: run Python code that comes with the model.
         kind: what a failure is called.
@@ -43,10 +64,24 @@ def load_config(
     Raises:
         UsageError: of `kind`, or a number in it is out of all bounds.
     """
-    file = Path(folder) / "config.json"
-    if "gguf_file" not in arguments:
-        check_config(read_json(file), str(file))
-    with reading(kind, place or file), quiet():
+    file = Path(folder) / CONFIG_FILE
+    if "gguf_file" in arguments:
+        return _auto_config(folder, trust_remote_code, kind, place or str(file), **arguments)
+    value = read_json(file)
+    check_config(value, str(file))
+    if trust_remote_code:
+        return _auto_config(folder, trust_remote_code, kind, place or str(file), **arguments)
+    with TemporaryDirectory(prefix="clada-") as seen:
+        (Path(seen) / CONFIG_FILE).write_text(json.dumps(inert(value)), encoding="utf-8")
+        config = _auto_config(seen, False, kind, place or str(file), **arguments)
+    config.name_or_path = str(folder)
+    return config
+
+
+def _auto_config(
+    folder: str | Path, trust_remote_code: bool, kind: InputKind, place: str, **arguments: Any
+) -> PreTrainedConfig:
+    with reading(kind, place), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **arguments
         )
@@ -56,7 +91,7 @@ def load_config(
 def load_model(
     loader: Any, location: str, *, place: str | Path, trust_remote_code: bool = False, **arguments: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model with its weights, and what transformers has to say about how they fit.
+    """A model with its weights, and what transformers has to say about how they fit. Its `generation_config.json` is read too.
 
     Args:
         loader: an auto class or a model class.
@@ -67,6 +102,7 @@ def load_model(
         UsageError: it can't be built.
         BackendError: a package that it needs is missing.
     """
+    load_generation_config(location)  # transformers reads it again, and would not say which file is wrong
     with reading(MODEL, place), quiet():
         loaded: tuple[PreTrainedModel, dict[str, Any]] = loader.from_pretrained(
             location,
@@ -82,7 +118,7 @@ def load_model(
     return model, info
 
 
-def model_without_memory(loader: Any, config: PreTrainedConfig, *, place: str | Path) -> PreTrainedModel:
+def model_without_memory(loader: Any, config: PreTrainedConfig, *, place: str | Path) -> Any:
     """The model of a configuration on PyTorch's meta device: all shapes and no weights; never the model's own code.
 
     Args:
@@ -103,34 +139,85 @@ def model_without_memory(loader: Any, config: PreTrainedConfig, *, place: str | 
 def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **arguments: Any) -> Any:
     """The tokenizer in a folder, or (`gguf_file`) of a GGUF file in it.
 
+    Args:
+        trust_remote_code: run Python code that comes with the model.
+        arguments: of `AutoTokenizer.from_pretrained`; the `config` is that of the folder by default.
+
     Raises:
         UsageError: it can't be read.
         BackendError: a package that it needs is missing.
     """
-    with reading(TOKENIZER, location), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(location), trust_remote_code=trust_remote_code, local_files_only=True, **arguments
-        )
+    folder = Path(location)
+    if "gguf_file" not in arguments:
+        _check_tokenizer_files(folder)
+        if not trust_remote_code:
+            arguments.setdefault("config", _config_of_tokenizer(folder))
+    try:
+        with reading(TOKENIZER, location), quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(location), trust_remote_code=trust_remote_code, local_files_only=True, **arguments
+            )
+    except UsageError as error:
+        file = folder / TOKENIZER_FILE
+        if not trust_remote_code and file.is_file() and read_json(file).get("auto_map"):
+            raise UsageError(
+                f"{file}: the tokenizer comes with Python code, which is run only if you ask for it (--trust-remote-code)"
+            ) from error
+        raise
     if not trust_remote_code:
         forget_code(tokenizer)
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Look at the files that transformers parses into Python's values before it does."""
+    for name in _SMALL_FILES:
+        if (folder / name).is_file():
+            value = read_json(folder / name)
+            if not isinstance(value, dict):
+                raise UsageError(f"{folder / name}: a JSON object is wanted, and this is {type(value).__name__}")
+    for file in (*(folder / name for name in _LARGE_FILES), *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+        if file.is_file() and (size := file.stat().st_size) > LARGEST_TOKENIZER:
+            raise UsageError(f"{file}: {size} bytes; at most {LARGEST_TOKENIZER} can be meant")
+
+
+def _config_of_tokenizer(folder: Path) -> PreTrainedConfig:
+    """What transformers chooses the tokenizer's class by; without one it takes that of `tokenizer_config.json`."""
+    if (folder / CONFIG_FILE).is_file():
+        with suppress(CladaError):
+            return load_config(folder)
+    return PreTrainedConfig()
 
 
 def load_generation_config(folder: str | Path) -> GenerationConfig | None:
     """What `generation_config.json` of a folder says, or None if there is none.
 
     Raises:
-        UsageError: it can't be read, or transformers would refuse to write it.
+        UsageError: it can't be read, or has a setting that is none.
     """
     place = Path(folder) / GENERATION_FILE
     if not place.is_file():
         return None
-    check_config(read_json(place), str(place))
+    value = read_json(place)
+    check_config(value, str(place))
+    for name in value:
+        if inspect.isroutine(inspect.getattr_static(GenerationConfig, name, None)) or name.startswith("__"):
+            raise UsageError(f"{place}: {name!r} is no setting")
     with reading(GENERATION_CONFIG, place), quiet():
         config: GenerationConfig = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-        # What it would refuse when the export is written, it refuses now.
-        config.validate(strict=True)
     return config
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[str]:
+    """A folder that holds one file and nothing else, so that transformers reads nothing that lies beside it.
+
+    Raises:
+        UsageError: no such folder can be made.
+    """
+    with TemporaryDirectory(prefix="clada-") as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield folder
 
 
 def forget_code(owner: Any) -> None:

@@ -19,16 +19,16 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
-from clada_export.config_file import Stored, check_config, check_counts, check_size
+from clada_export.config_file import Stored, check_counts, check_size
 from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError
-from clada_export.foreign import CONFIG, GGUF_ARCHITECTURE, MODEL, MODEL_CARD, reading
-from clada_export.gguf_header import check_layers, read_gguf_header
+from clada_export.foreign import GGUF_ARCHITECTURE, MODEL_CARD, one_line, reading
+from clada_export.gguf_header import GgufHeader, check_layers, read_gguf_header
 from clada_export.hub import fetch
 from clada_export.json_files import read_json
 from clada_export.loading import check_finite, check_loading, forget_gguf, one_gguf_reader
 from clada_export.moe_import import import_blocks, is_llama_moe, load_llama_moe
 from clada_export.onnx_source.files import companions, is_onnx, locate_onnx
-from clada_export.pretrained import load_config, load_model, load_tokenizer, model_without_memory, quiet
+from clada_export.pretrained import alone, load_config, load_model, load_tokenizer, model_without_memory
 from clada_export.weight_files import check_config_file, check_safetensors, weight_files
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ def load_source(
         UnsupportedModelError: not a decoder, an architecture unknown to transformers, or weights that are already quantised.
         BackendError: a package that the format needs is missing.
     """
-    path = Path(model).expanduser()
+    path = _path(model)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{model}: it is neither a file nor a folder")
     if path.exists() and is_onnx(path):
         return _load_onnx(locate_onnx(path), revision)
     if path.is_file():
@@ -155,6 +157,15 @@ def load_source(
         experts=import_experts,
         dtype=dtype,
     )
+
+
+def _path(model: str) -> Path:
+    try:
+        path = Path(model).expanduser()
+        path.exists()  # whether the system can say at all
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{model[:200]!r}: no such file or folder: {one_line(error)}") from error
+    return path
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -196,13 +207,16 @@ def _load_folder(
     check_config_file(folder)
     weights = weight_files(folder, pickled)
     pickle_used = weights[0].suffix == ".bin"
-    source_dtype, stored = ("unknown", None) if pickle_used else check_safetensors(weights)
+    if pickle_used:
+        source_dtype, stored = "unknown", Stored.at_most(sum(file.stat().st_size for file in weights))
+    else:
+        source_dtype, stored = check_safetensors(weights)
     # Of a layout that is imported, transformers does not know the type that the config names.
     described_by: dict[str, Any] = {}
     if is_llama_moe(folder):
         if source_dtype == "unknown":
             source_dtype = str(read_json(folder / "config.json").get("torch_dtype", dtype)).removeprefix("torch.")
-        model = _build_llama_moe(folder, weights, stored, dtype)
+        model = _finished(load_llama_moe(folder, weights, stored, dtype), str(folder))
         config = model.config
         described_by["config"] = config
     else:
@@ -247,8 +261,13 @@ def _load_gguf(path: Path, revision: str | None, experts: bool, dtype: torch.dty
     if revision is not None:
         raise UsageError(f"{path}: a revision ({revision!r}) belongs to a Hub id, and this is a local file")
     header = read_gguf_header(path)
-    folder = str(path.parent)
     check_layers(header, header.layers, path)
+    # What lies beside the file is no part of it: a config.json, an adapter, code.
+    with alone(path) as folder:
+        return _load_alone(folder, path, header, experts, dtype)
+
+
+def _load_alone(folder: str, path: Path, header: GgufHeader, experts: bool, dtype: torch.dtype) -> SourceModel:
     architecture = header.metadata.get("general.architecture", "unknown")
     place = f"{path}: GGUF architecture {architecture!r}, transformers {transformers.__version__}"
     config = load_config(folder, gguf_file=path.name, kind=GGUF_ARCHITECTURE, place=place)
@@ -368,7 +387,7 @@ def _build(
     location: str,
     place: str,
     config: PreTrainedConfig,
-    stored: Stored | None,
+    stored: Stored,
     *,
     import_experts: bool,
     dtype: torch.dtype,
@@ -378,10 +397,10 @@ def _build(
     """Load the weights and refuse every difference between them and the config.
 
     Args:
-        stored: what the weight files hold, or None if their headers do not say (pickles).
+        stored: what the weight files hold.
     """
     loader = _loader(config) or AutoModelForCausalLM
-    if stored is not None and not trust_remote_code:
+    if not trust_remote_code:
         check_counts(config, stored, place)
         check_size(model_without_memory(loader, config, place=place), stored, place, dtype.itemsize)
     model, info = load_model(
@@ -391,20 +410,6 @@ def _build(
     if import_experts:
         import_blocks(model)
     return _finished(model, place)
-
-
-def _build_llama_moe(folder: Path, weights: list[Path], stored: Stored | None, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a LLaMA-MoE without the Python code that comes with it."""
-    place = str(folder / "config.json")
-    value = read_json(folder / "config.json")
-    check_config(value, place)
-    if stored is not None:
-        with reading(CONFIG, place):
-            config = PreTrainedConfig.from_dict(value)
-        check_counts(config, stored, place)
-    with reading(MODEL, folder), quiet():
-        model = load_llama_moe(folder, weights, dtype)
-    return _finished(model, str(folder))
 
 
 def _finished(model: PreTrainedModel, place: str) -> PreTrainedModel:

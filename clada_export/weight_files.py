@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from clada_export.config_file import Stored
@@ -15,6 +15,8 @@ from clada_export.json_files import read_json
 SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _INDEX = ".index.json"
+_DISTRIBUTED = ".metadata"
+"""Where it lies, transformers reads pickled shards instead of the safetensors."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -37,7 +39,12 @@ def check_config_file(folder: Path) -> None:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UsageError(f"{folder / 'config.json'}: a JSON object is wanted, and this is {type(config).__name__}")
-    quantised = config.get("quantization_config")
+    if (folder / _DISTRIBUTED).exists():
+        raise UsageError(f"{folder}: this is a checkpoint of a distributed training run ({_DISTRIBUTED}); save the model first")
+    quantised = config.get("quantization_config") or next(
+        (part["quantization_config"] for part in config.values() if isinstance(part, dict) and part.get("quantization_config")),
+        None,
+    )
     if quantised:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise UnsupportedModelError(
@@ -107,7 +114,7 @@ def check_safetensors(files: list[Path]) -> tuple[str, Stored]:
                 for name in stream.offset_keys():
                     part = stream.get_slice(name)
                     shapes.append(part.get_shape())
-                    elements[part.get_dtype()] += int(torch.Size(shapes[-1]).numel())
+                    elements[part.get_dtype()] += math.prod(shapes[-1])
         except (SafetensorError, OSError) as error:
             size = file.stat().st_size
             raise UsageError(

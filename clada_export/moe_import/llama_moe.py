@@ -22,10 +22,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from clada_export.config_file import Stored, check_config, check_counts, check_size
 from clada_export.errors import UnsupportedModelError, UsageError
+from clada_export.foreign import CONFIG, MODEL, WEIGHTS, reading
 from clada_export.json_files import read_json
 from clada_export.moe_import.routed_mlp import Origin, RoutedMLP
-from clada_export.pretrained import load_generation_config
+from clada_export.pretrained import load_generation_config, model_without_memory, quiet
 from graph_passes.router import Router
 
 MODEL_TYPE = "llama_moe"
@@ -103,40 +105,53 @@ def is_llama_moe(folder: Path) -> bool:
     return isinstance(value, dict) and value.get("model_type") == MODEL_TYPE
 
 
-def load_llama_moe(folder: Path, files: Sequence[Path], dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A Llama of transformers whose FFNs are `RoutedMLP`, with the checkpoint's numbers.
+def load_llama_moe(folder: Path, files: Sequence[Path], stored: Stored, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A Llama of transformers whose FFNs are `RoutedMLP`, with the checkpoint's numbers. Its own Python code is not used.
 
     Args:
         folder: holds config.json.
         files: safetensors, or pickled weights (read with `weights_only=True`).
+        stored: how much is in them.
         dtype: of the weights; routers are float32.
 
     Raises:
         UsageError: a config that contradicts itself, or weights that do not fit it; names the field or the tensors.
         UnsupportedModelError: a variant of the layout that the op can't express.
     """
-    place = folder / "config.json"
-    value = read_json(place)
-    settings = read_settings(value, str(place))
-    config = LlamaConfig(**{name: value[name] for name in _LLAMA_FIELDS if name in value})
+    place = str(folder / "config.json")
+    value = read_json(folder / "config.json")
+    check_config(value, place)
+    settings = read_settings(value, place)
+    with reading(CONFIG, place), quiet():
+        config = LlamaConfig(**{name: value[name] for name in _LLAMA_FIELDS if name in value})
+    check_counts(config, stored, place)
+    # Every expert has weights of its own.
+    if settings.experts * len(settings.scales) > stored.tensors:
+        raise UsageError(
+            f"{place}: num_experts is {settings.experts} in each of {len(settings.scales)} layers, and the weights hold "
+            f"{stored.tensors} tensors"
+        )
     # Weights come from the files: nothing is allocated for them before.
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model: LlamaForCausalLM = model_without_memory(LlamaForCausalLM, config, place=folder)
+    check_size(model, stored, place, dtype.itemsize)
     tied = bool(config.tie_word_embeddings)
     ignored = _ignored(tied)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if ".mlp." not in name}
     for index in range(len(settings.scales)):
         wanted |= {f"model.layers.{index}.mlp.{name}": shape for name, shape in settings.shapes.items()}
     wanted = {name: shape for name, shape in wanted.items() if not ignored(name)}
-    state = {name: tensor.to(dtype) for name, tensor in _tensors(files) if not ignored(name)}
+    with reading(WEIGHTS, folder):
+        state = {name: tensor for name, tensor in _tensors(files) if not ignored(name)}
     _check_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, str(folder))
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
     for index, layer in enumerate(model.model.layers):
         layer.mlp = _mixture(settings, index, layer.mlp.act_fn, state)
     model.load_state_dict(state, strict=False, assign=True)
     if tied:
         model.tie_weights()
     # Its frequencies are computed, not loaded, so they are still without memory.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    with reading(MODEL, place):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.config.dtype = dtype
     generation = load_generation_config(folder)
     if generation is not None:  # Else what the config says is enough.
@@ -224,7 +239,10 @@ def _ignored(tied: bool) -> Callable[[str], bool]:
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         if file.suffix == ".bin":
-            yield from torch.load(file, map_location="cpu", weights_only=True).items()
+            value = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
+                raise UsageError(f"{file}: a dictionary of tensors is wanted, and this is something else")
+            yield from value.items()
             continue
         with safe_open(file, framework="pt") as stream:
             for name in stream.offset_keys():

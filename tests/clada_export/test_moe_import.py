@@ -527,7 +527,7 @@ EXPERT = "model.layers.0.mlp.calculator.experts.weight_up.3"
         ({"gate_type": "SwitchBalancedGate"}, UnsupportedModelError, "gate_type"),
         ({"multiply_gate_scores": False}, UnsupportedModelError, "multiply_gate_scores"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, UsageError, "rope_scaling: .*yarn.* linear or dynamic"),
-        ({"hidden_act": "swash"}, UsageError, "not a LLaMA-MoE that can be read: .*swash"),
+        ({"hidden_act": "swash"}, UsageError, "can't build the model: .*swash"),
         ({"num_hidden_layers": 1, "size_experts": None, "score_scale_factor": 1.0}, UsageError, "no place for: model.layers.1"),
     ],
 )
