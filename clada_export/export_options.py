@@ -10,8 +10,9 @@ from clada_export.calibration.budget import parse_sparsity
 from clada_export.calibration.cache import default_cache_folder
 from clada_export.calibration.choose import AUTO
 from clada_export.errors import UsageError
+from clada_export.option_ranges import CONTEXT, SEED, require_between
 from clada_export.policies import PolicySettings, get_policy
-from clada_export.policies.base import check_finetune
+from clada_export.policies.base import check_finetune, check_score
 from clada_export.pruning import PruneSpec
 from clada_export.targets.common import WEIGHT_TYPES
 from clada_export.targets.options import TensorRTOptions, merging_refused
@@ -64,6 +65,9 @@ class ExportOptions:
             if policy.merges and self.target == "trt":
                 raise UsageError(merging_refused(self.policy))
             check_finetune(policy, self.settings, self.prune is not None)
+            check_score(policy.name, policy.scores, self.settings)
+            if self.prune is not None and policy.prune_at(0.5, PolicySettings()) is not None:
+                raise UsageError(f"--policy {policy.name} prunes by itself; leave --prune out")
         if self.train and self.policy != AUTO:
             raise UsageError(f"--train is for --policy {AUTO}; policy {self.policy!r} trains routers if it has any")
         self.settings.check()
@@ -74,7 +78,7 @@ class ExportOptions:
         Budget.parse(self.budget)
         if self.sparsity is not None:
             parse_sparsity(self.sparsity)
-        if self.calibration_context < 8:
-            raise UsageError(f"--calibration-context {self.calibration_context} is too short: at least 8 tokens")
+        require_between("--calibration-context", self.calibration_context, CONTEXT)
+        require_between("--seed", self.seed, SEED)
         if self.calibration_data is not None and self.calibration_tokens is not None:
             raise UsageError("--calibration-data and --calibration-tokens exclude each other; give one")

@@ -111,8 +111,7 @@ def finetune(
         progress: called with (epochs done, epochs at most).
 
     Raises:
-        UsageError: a single window.
-        UsageError: the loss is no longer finite.
+        UsageError: a single window, or a loss that is no longer finite.
     """
     if len(windows) < 2:
         raise UsageError("--finetune needs at least two calibration windows: one to train on, and one to tell when to stop")

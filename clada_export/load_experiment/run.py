@@ -30,6 +30,7 @@ from clada_export.load_experiment.intervals import paired_interval
 from clada_export.load_experiment.simulate import Outcome, Run, document_signals, simulate
 from clada_export.method import Method, draft_layers
 from clada_export.model_config import vocab_size
+from clada_export.option_ranges import CONTEXT, SEED, require_between
 from clada_export.plan import LoadSignal
 from clada_export.progress import Progress, Stages
 from clada_export.source import load_source
@@ -39,6 +40,7 @@ ALLOCATION = "fisher"
 CALIBRATION_WINDOWS = 16
 TOLERANCE = 0.002
 """The share of neurons by which an arm may skip more or less than its baseline."""
+MOST_DOCUMENTS = 10_000
 CORRECTIONS = 2
 """How often an arm that does not is measured again, its levels moved by what was missing."""
 GAMMA = 0.25
@@ -80,8 +82,11 @@ class ExperimentOptions:
         parse_sparsity(self.sparsity)
         if self.documents < 2:
             raise UsageError(f"--documents {self.documents}: an interval over documents needs at least 2")
+        require_between("--documents", self.documents, (2, MOST_DOCUMENTS))
         if self.context < 16:
             raise UsageError(f"--context {self.context} is too short: at least 16 tokens")
+        require_between("--context", self.context, CONTEXT)
+        require_between("--seed", self.seed, SEED)
         unknown = [group for group in self.groups if group not in GROUPS]
         if unknown:
             raise UsageError(f"--group {unknown[0]!r} is unknown; known: {', '.join(GROUPS)}")

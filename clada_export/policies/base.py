@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from clada_export.errors import UsageError
 from clada_export.ffn import EagerFFN
 from clada_export.method import Method
+from clada_export.option_ranges import GRANULE, RANK, ROWS, require_between
 from clada_export.pruning import PruneSpec
+from clada_export.pruning.spec import check_pattern
+from graph_passes.op import SCORES
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,15 +48,18 @@ class PolicySettings:
     pattern: str | None = None
 
     def check(self) -> None:
-        """Refuse numbers that no policy can use.
+        """Refuse what no policy can use.
 
         Raises:
-            UsageError: names the option.
+            UsageError: names the option and what is allowed.
         """
-        for name in ("granule", "rank", "rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} {value} is out of range: it must be at least 1")
+        require_between("--granule", self.granule, GRANULE)
+        require_between("--rank", self.rank, RANK)
+        require_between("--rows", self.rows, ROWS)
+        if self.score is not None and self.score not in SCORES:
+            raise UsageError(f"--score {self.score!r} is unknown; known: {', '.join(SCORES)}")
+        if self.pattern is not None:
+            check_pattern(self.pattern)
         if self.allocation is not None and self.allocation not in ALLOCATION_NAMES:
             raise UsageError(f"--allocation {self.allocation!r} is unknown; known: {', '.join(ALLOCATION_NAMES)}")
 
@@ -182,6 +188,20 @@ def check_gated(name: str, ffns: Sequence[EagerFFN]) -> None:
     plain = next((ffn for ffn in ffns if not ffn.gated), None)
     if plain is not None:
         raise UsageError(f"policy {name!r} reads the gate, and {plain.name} has none; use --policy clada or tt")
+
+
+def check_rank(name: str, ffns: Sequence[EagerFFN], rank: int | None) -> None:
+    """Refuse a rank that is larger than the matrices that it is for.
+
+    Raises:
+        UsageError: names the layer, its sizes and the rank.
+    """
+    narrow = next((ffn for ffn in ffns if rank is not None and rank > min(ffn.hidden_size, ffn.intermediate_size)), None)
+    if narrow is not None:
+        raise UsageError(
+            f"policy {name!r}: --rank {rank} is more than {narrow.name} can use, which is {narrow.hidden_size} x "
+            f"{narrow.intermediate_size}; give at most {min(narrow.hidden_size, narrow.intermediate_size)}"
+        )
 
 
 def check_granule(name: str, ffns: Sequence[EagerFFN], granule: int) -> None:

@@ -20,7 +20,7 @@ from clada_export.ffn import EagerFFN
 from clada_export.method import Method, draft_layers
 from clada_export.plan import LayerPlan, RouterForm
 from clada_export.plan_tensors import LayerTensors
-from clada_export.policies.base import Dynamic, PolicyContext, PolicySettings, check_granule, check_score
+from clada_export.policies.base import Dynamic, PolicyContext, PolicySettings, check_granule, check_rank, check_score
 from graph_passes.op import ContractError
 from graph_passes.router import Router
 
@@ -51,9 +51,10 @@ class RoutedPolicy(Dynamic, ABC):
     clustered: bool = True
 
     def check(self, ffns: Sequence[EagerFFN], settings: PolicySettings) -> None:
-        """Refuse experts that do not divide an FFN."""
+        """Refuse experts that do not divide an FFN, and a rank beyond its sizes."""
         check_score(self.name, self.scores, settings)
         check_granule(self.name, ffns, settings.granule or self.granule)
+        check_rank(self.name, ffns, settings.rank)
 
     @abstractmethod
     def train(self, layer: ExpertLayer, context: PolicyContext, seed: int) -> tuple[Router, TrainingReport]:

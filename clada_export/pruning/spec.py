@@ -41,12 +41,9 @@ class PruneSpec:
             raise UsageError(f"pruning method {self.method!r} is not known; give {' or '.join(METHODS)}")
         if not (math.isfinite(self.sparsity) and 0.0 < self.sparsity < 1.0):
             raise UsageError(f"pruning sparsity {self.sparsity:g} is out of range: it must be above 0 and below 1")
-        if self.pattern in (UNSTRUCTURED, NEURONS):
-            return
-        match = _GROUP.fullmatch(self.pattern)
+        match = check_pattern(self.pattern)
         if match is None:
-            raise UsageError(f"pruning pattern {self.pattern!r} is not known; give {UNSTRUCTURED}, {NEURONS} or n:m, like 2:4")
-        _check_group(int(match[1]), int(match[2]))
+            return
         if not math.isclose(self.sparsity, 1.0 - int(match[1]) / int(match[2])):
             raise UsageError(
                 f"pruning pattern {self.pattern} is sparsity {1 - int(match[1]) / int(match[2]):g}, not {self.sparsity:g}"
@@ -87,6 +84,21 @@ class PruneSpec:
         """How many of `size` weights or neurons go: sparsity * size, rounded down; at least one stays."""
         # 0.29 * 100 is 28.999999999999996, and 29 is meant.
         return min(int(self.sparsity * size + 1e-6), size - 1)
+
+
+def check_pattern(pattern: str) -> re.Match[str] | None:
+    """Refuse a pattern that is none. Returns the two numbers of n:m, or None of another.
+
+    Raises:
+        UsageError: lists those there are.
+    """
+    if pattern in (UNSTRUCTURED, NEURONS):
+        return None
+    match = _GROUP.fullmatch(pattern)
+    if match is None:
+        raise UsageError(f"pruning pattern {pattern!r} is not known; give {UNSTRUCTURED}, {NEURONS} or n:m, like 2:4")
+    _check_group(int(match[1]), int(match[2]))
+    return match
 
 
 def _check_group(n: int, m: int) -> None:

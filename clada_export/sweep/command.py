@@ -11,11 +11,15 @@ from typing import Any
 
 from clada_export.console import ConsoleProgress
 from clada_export.errors import UsageError
+from clada_export.option_ranges import require_between
 from clada_export.sweep.cells import Cell, Outcome, make_cells
 from clada_export.sweep.picture import table
 from clada_export.sweep.ray_pool import PoolOptions, require_ray
 from clada_export.sweep.run import Listener, run_sweep
 from clada_export.sweep.worker import SweepJob
+
+MOST = 2**14
+"""Of workers, of their threads, and of times that a cell is tried again."""
 
 
 def run_command(options: argparse.Namespace, settings: Any, hub: dict[str, Any]) -> int:
@@ -36,6 +40,7 @@ def run_command(options: argparse.Namespace, settings: Any, hub: dict[str, Any])
         calibration_data=options.calibration_data,
         calibration_tokens=options.calibration_tokens,
         calibration_context=options.calibration_context,
+        seed=options.seed,
     ).check()
     pool = pool_options(options.ray_address, options.workers, options.threads, options.retries, len(cells))
     threads = pool.threads if pool is not None else options.threads or len(os.sched_getaffinity(0))
@@ -79,8 +84,7 @@ def pool_options(address: str | None, workers: int | None, threads: int | None, 
         BackendError: workers are asked for, and Ray is not installed.
     """
     for name, value, least in (("--workers", workers, 0), ("--threads", threads, 1), ("--retries", retries, 0)):
-        if value is not None and value < least:
-            raise UsageError(f"{name} {value} is out of range: it must be at least {least}")
+        require_between(name, value, (least, MOST))
     if workers == 0:
         if address is not None:
             raise UsageError("--workers 0 runs cells in this process; leave --ray-address out")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clada_export.errors import UsageError
+from clada_export.option_ranges import BATCH, TOKENS, require_between
 
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 
@@ -49,20 +50,30 @@ class TensorRTOptions:
         """Refuse what can be refused without TensorRT.
 
         Raises:
-            UsageError: a number below 1, a compute capability that is not one, options that exclude each other.
+            UsageError: a number out of range, a timing cache that is no file, a compute capability that is not one, options
+                that exclude each other.
         """
-        for name in ("max_batch", "max_sequence", "max_past"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        require_between("--max-batch", self.max_batch, BATCH)
+        require_between("--max-sequence", self.max_sequence, TOKENS)
+        require_between("--max-past", self.max_past, TOKENS)
         if not self.compute_capabilities:
             raise UsageError("--compute-capability needs at least one, like 8.9")
         for capability in self.compute_capabilities:
-            if not re.fullmatch(r"\d{1,2}\.\d", capability):
+            if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", capability):
                 raise UsageError(f"--compute-capability {capability!r} is not one; give it like 8.9")
         if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
             raise UsageError(f"--compute-capability {' '.join(self.compute_capabilities)} names one twice")
         if self.embed_plugin and not self.plugin:
             raise UsageError("--embed-plugin and --no-plugin exclude each other")
-        if self.timing_cache is not None and not self.timing_cache.absolute().parent.is_dir():
-            raise UsageError(f"--timing-cache {self.timing_cache}: the folder {self.timing_cache.parent} does not exist")
+        if self.timing_cache is not None:
+            _check_timing_cache(self.timing_cache)
+
+
+def _check_timing_cache(path: Path) -> None:
+    try:
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"--timing-cache {path}: the folder {path.parent} does not exist")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"--timing-cache {path}: it is not a file")
+    except OSError as error:
+        raise UsageError(f"--timing-cache {path}: it can't be used: {error.strerror or error}") from error

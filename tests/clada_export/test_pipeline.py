@@ -141,7 +141,7 @@ def test_an_engine_that_computes_something_else_fails(
         ({"budget": "ppl=200%"}, UsageError, "below 100%"),
         ({"sparsity": 1.0}, UsageError, "--sparsity 1 is out of range"),
         ({"sparsity": float("nan")}, UsageError, "--sparsity nan is out of range"),
-        ({"calibration_context": 2}, UsageError, "too short"),
+        ({"calibration_context": 2}, UsageError, "--calibration-context 2 is out of range: it must be at least 8"),
         ({"plan": Path("/does/not/exist.json")}, UsageError, "can't be read"),
         ({"calibration_data": Path("a"), "calibration_tokens": Path("b")}, UsageError, "exclude each other"),
         ({"settings": PolicySettings(score="external")}, UsageError, "has no score 'external'"),

@@ -124,7 +124,7 @@ def test_a_plan_with_routers_can_be_passed_back(model_folder: Folder, kept_trace
     with pytest.raises(UsageError, match="it is missing; copy it beside the plan"):
         export(model_folder("llama"), tmp_path / "c", again)
     file.write_bytes(kept[:100])
-    with pytest.raises(UsageError, match="not a readable safetensors file"):
+    with pytest.raises(UsageError, match="not a safetensors file that can be read"):
         export(model_folder("llama"), tmp_path / "c", again)
     assert not (tmp_path / "c").exists()
 

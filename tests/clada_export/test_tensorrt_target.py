@@ -164,7 +164,7 @@ def test_no_plugin_library(model_folder: Folder, tmp_path: Path, monkeypatch: py
     ("arguments", "said"),
     [
         (["--target", "ort", "--max-batch", "2"], "need --target trt"),
-        (["--target", "trt", "--max-batch", "0"], "--max-batch is 0"),
+        (["--target", "trt", "--max-batch", "0"], "--max-batch 0 is out of range: it must be at least 1 and at most 65536"),
         (["--target", "trt", "--compute-capability", "9.0"], "builds for 7.5"),
         (["--target", "trt", "--no-plugin", "--embed-plugin"], "exclude each other"),
         (["--target", "trt", "--timing-cache", "/does/not/exist/x"], "does not exist"),
