@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from clada_export.cli.options import hub_arguments, hub_options
+from clada_export.cli.shown import say
+from clada_export.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
     from clada_export.onnx_source.files import is_onnx, locate_onnx
 
     place = Path(options.subject)
-    if (place / MANIFEST_NAME).is_file():
+    _require_place(place)
+    if place.is_dir() and os.path.lexists(place / MANIFEST_NAME):
         return _show_engine(place, options.json)
     if is_onnx(place):
         found = inspect_onnx(locate_onnx(place))
@@ -43,15 +47,32 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found.to_dict(), indent=2))
         return 0
-    print(f"{found.what:<9} {found.name}")
+    say(f"{found.what:<9} {found.name}")
     for note in found.notes:
-        print(f"note      {note}")
+        say(f"note      {note}")
     sparse = [layer for layer in found.layers if layer.rewritten]
-    print(f"layers    {len(sparse)} would be rewritten, {len(found.layers) - len(sparse)} would be left dense\n")
+    say(f"layers    {len(sparse)} would be rewritten, {len(found.layers) - len(sparse)} would be left dense")
+    say()
     for layer in found.layers:
         mark, text = ("✓", f"{layer.form}, {layer.hidden_size} x {layer.intermediate_size}") if layer.rewritten else ("✗", "")
-        print(f"[{mark}] {layer.name:<44} {'; '.join(part for part in (text, layer.reason) if part)}")
+        say(f"[{mark}] {layer.name:<44} {'; '.join(part for part in (text, layer.reason) if part)}")
     return 0
+
+
+def _require_place(place: Path) -> None:
+    """Refuse a name that is no path at all, or leads nowhere; one that does not exist may be a Hub id.
+
+    Raises:
+        UsageError: says what the system says.
+    """
+    try:
+        place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UsageError(f"{place}: can't be read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL
+        raise UsageError(f"{str(place)!r}: can't be read: {error}") from error
 
 
 def _show_engine(folder: Path, as_json: bool) -> int:
@@ -64,39 +85,40 @@ def _show_engine(folder: Path, as_json: bool) -> int:
     plan, source, op, drift = manifest.sparsity_plan(), manifest.source, manifest.op, manifest.drift
     signal, budget = plan.load, plan.calibration.get("budget", "given")
     revision = f", {source['revision']}" if source["revision"] else ""
-    print(f"model     {source['name']} ({source['kind']}{revision})")
+    say(f"model     {source['name']} ({source['kind']}{revision})")
     stored = "FFN weights" if manifest.engine is None else "model"
-    print(f"target    {manifest.target}, {stored} {manifest.dtype}, {op['domain']}::{op['name']} version {op['version']}")
+    say(f"target    {manifest.target}, {stored} {manifest.dtype}, {op['domain']}::{op['name']} version {op['version']}")
     if manifest.engine is not None:
         _inspect_engine(manifest.engine)
-    print(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {budget}")
+    say(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {budget}")
     if plan.prune is not None:
-        print(f"pruned    {plan.prune}")
+        say(f"pruned    {plan.prune}")
     if (read := plan.calibration.get("relative_bytes")) is not None:
-        print(f"reads     {read:.2f} of the dense FFNs' bytes for a token at load 0")
-    print(
+        say(f"reads     {read:.2f} of the dense FFNs' bytes for a token at load 0")
+    say(
         f"load      {signal.surprisal_weight:g} * (S - {signal.surprisal_mean:.3f}) / {signal.surprisal_std:.3f}"
         f" + {signal.entropy_weight:g} * (H - {signal.entropy_mean:.3f}) / {signal.entropy_std:.3f}  (nats)"
     )
     if signal.rule != "exp" or signal.momentum:
         given = "".join(f", {name} {value:g}" for name, value in signal.parameters.items())
-        print(f"          rule {signal.rule}{given}; momentum {signal.momentum:g}")
+        say(f"          rule {signal.rule}{given}; momentum {signal.momentum:g}")
     if drift:
-        print(
+        say(
             f"drift     perplexity {drift['ppl_increase']:+.2%}, KL {drift['kl']:.4f} nats, top-1 {drift['top1']:.1%}"
             f" on {drift['tokens']} tokens"
         )
-    print(f"sparsity  {plan.expected_sparsity:.1%} expected at load 0\n")
-    print(f"{'layer':<44} {'activation':<10} {'d x f':>13} {'threshold':>10} {'skipped':>8} {'CETT':>6}")
+    say(f"sparsity  {plan.expected_sparsity:.1%} expected at load 0")
+    say()
+    say(f"{'layer':<44} {'activation':<10} {'d x f':>13} {'threshold':>10} {'skipped':>8} {'CETT':>6}")
     for layer in plan.layers:
         threshold = f"{layer.threshold[0]:.4g}" if len(layer.threshold) == 1 else f"[{len(layer.threshold)}]"
         kind = layer.activation + ("*" if layer.gated else "")
         sizes = f"{layer.hidden_size} x {layer.intermediate_size}"
         shares = f"{layer.expected_sparsity:>8.1%} {layer.expected_cett:>6.3f}"
-        print(f"{layer.name:<44} {kind:<10} {sizes:>13} {threshold:>10} {shares}")
-    print("(* gated)")
+        say(f"{layer.name:<44} {kind:<10} {sizes:>13} {threshold:>10} {shares}")
+    say("(* gated)")
     for warning in manifest.warnings:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     return 0
 
 
@@ -105,8 +127,8 @@ def _inspect_engine(engine: dict[str, Any]) -> None:
     held = "embedded in the engine" if plugin and plugin["embedded"] else f"in {plugin['file']}" if plugin else ""
     layers = f"{plugin['layers']} plugin layers, {held}" if plugin else "no plugin: dense arithmetic"
     for file in engine["files"]:
-        print(f"engine    {file['file']} for compute capability {', '.join(file['compute_capabilities'])}")
-    print(f"          {engine['package']} {engine['version']}; {layers}")
+        say(f"engine    {file['file']} for compute capability {', '.join(file['compute_capabilities'])}")
+    say(f"          {engine['package']} {engine['version']}; {layers}")
     for profile in engine["profiles"]:
         sizes = ", ".join(f"{key} {profile[key][0]}..{profile[key][2]}" for key in ("batch", "sequence", "past"))
-        print(f"profile   {profile['name']}: {sizes}")
+        say(f"profile   {profile['name']}: {sizes}")
