@@ -26,7 +26,8 @@ MOST_ITEMS = 100_000
 LARGEST_SIZE = 2**53
 _COUNTS = re.compile(r"(num|n)_.*(heads?|experts?|groups?)|n_head|.*_experts")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "n_embd", "ffn_dim")
-_LAYERS = re.compile(r"(n|num|.*_num|encoder|decoder)_(.*_)?layers?")
+_REPEATS = r"(layer|block|cycle|stack|stage)s?"
+_LAYERS = re.compile(rf"(n|num|.*_num|encoder|decoder)_(.*_)?{_REPEATS}(_.*)?|.*_cycles|depth")
 _DTYPES = ("dtype", "torch_dtype")
 _SPARE = 4
 """How many times the stored numbers a model may have: tied weights are stored once, and shapes are compared exactly later."""
@@ -61,6 +62,11 @@ class Stored:
         # The axes of a tensor without elements cost nothing, so they say nothing.
         longest = max((max(shape, default=1) for size, shape in sizes if size), default=1)
         return cls(len(sizes), sum(size for size, _ in sizes), longest)
+
+    @property
+    def most_parts(self) -> int:
+        """How many modules and parameters a model of them may have: a part that its configuration leaves out may be built."""
+        return 20_000 + 8 * self.tensors
 
     @classmethod
     def at_most(cls, size: int) -> Stored:

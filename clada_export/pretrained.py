@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +25,7 @@ from clada_export.config_file import check_config, inert
 from clada_export.errors import CladaError, UsageError
 from clada_export.foreign import CONFIG, GENERATION_CONFIG, MODEL, TOKENIZER, InputKind, reading
 from clada_export.json_files import read_json
+from clada_export.runtime.tokenizer_growth import check_growth
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -118,22 +120,49 @@ def load_model(
     return model, info
 
 
-def model_without_memory(loader: Any, config: PreTrainedConfig, *, place: str | Path) -> Any:
+def model_without_memory(loader: Any, config: PreTrainedConfig, *, place: str | Path, most: int) -> Any:
     """The model of a configuration on PyTorch's meta device: all shapes and no weights; never the model's own code.
 
     Args:
         loader: an auto class or a model class.
         place: for messages.
+        most: how many modules and parameters it may have, so that no count that is set too high takes all day.
 
     Raises:
         UsageError: it can't be built.
         BackendError: a package that it needs is missing.
     """
-    with reading(MODEL, place), quiet(), torch.device("meta"):
+    with reading(MODEL, place), quiet(), torch.device("meta"), _bounded(most, place):
         model: PreTrainedModel = (
             loader(config) if not hasattr(loader, "from_config") else loader.from_config(config, trust_remote_code=False)
         )
     return model
+
+
+@contextmanager
+def _bounded(most: int, place: str | Path) -> Iterator[None]:
+    """Count the parts that models get inside, and stop where there are too many."""
+    count = 0
+
+    def counted(module: nn.Module, name: str, part: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise UsageError(
+                f"{place}: the configuration asks for more than {most} modules and parameters, {type(module).__name__} among "
+                "them; the weights can't have so many: check its counts"
+            )
+
+    hooks: Any = torch.nn.modules.module
+    handles = [
+        hooks.register_module_module_registration_hook(counted),
+        hooks.register_module_parameter_registration_hook(counted),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **arguments: Any) -> Any:
@@ -166,6 +195,8 @@ def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **a
         raise
     if not trust_remote_code:
         forget_code(tokenizer)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        check_growth(backend, folder)
     return tokenizer
 
 

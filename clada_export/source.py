@@ -402,7 +402,7 @@ def _build(
     loader = _loader(config) or AutoModelForCausalLM
     if not trust_remote_code:
         check_counts(config, stored, place)
-        check_size(model_without_memory(loader, config, place=place), stored, place, dtype.itemsize)
+        check_size(model_without_memory(loader, config, place=place, most=stored.most_parts), stored, place, dtype.itemsize)
     model, info = load_model(
         loader, location, place=place, trust_remote_code=trust_remote_code, config=config, dtype=dtype, **arguments
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import torch
 from torch import Tensor
 
 from clada_export.errors import UsageError
+from clada_export.foreign import TEXT, TOKEN_FILE, reading
+from clada_export.json_files import read_regular
+
+LARGEST_FILE = 256 << 20
+"""Bytes. A calibration looks at a few windows, and a text takes many times its size while it is tokenised."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,16 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 text file.
 
     Raises:
-        UsageError: the file can't be read, is not text, or is empty.
+        UsageError: the file can't be read, is none (a folder, a pipe), has more than `LARGEST_FILE` bytes, is not text, or is
+            empty.
     """
+    what = f"calibration text {path}"
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"calibration text {path}: can't be read: {error.strerror or error}") from error
+        text = read_regular(path, LARGEST_FILE).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"calibration text {path}: not UTF-8 text (byte {error.start})") from error
+        raise UsageError(f"{what}: not UTF-8 text (byte {error.start})") from error
     if not text.strip():
-        raise UsageError(f"calibration text {path}: it is empty")
+        raise UsageError(f"{what}: it is empty")
     return text
 
 
@@ -56,22 +62,29 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
     """Read token ids from a `.npy` file: one integer array of any shape, read as one long text.
 
     Raises:
-        UsageError: not such a file (pickled arrays are refused), or an id outside 0..vocab_size-1.
+        UsageError: not such a file (pickled arrays are refused), more than `LARGEST_FILE` bytes of it, or an id outside
+            0..vocab_size-1.
     """
+    what = f"calibration tokens {path}"
     try:
-        ids = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UsageError(f"calibration tokens {path}: can't be read: {error}") from error
-    except (ValueError, EOFError) as error:
-        raise UsageError(f"calibration tokens {path}: not a plain .npy array: {error}") from error
-    if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
-        raise UsageError(f"calibration tokens {path}: token ids are integers; found {getattr(ids, 'dtype', type(ids))}")
-    ids = ids.reshape(-1).astype(np.int64)
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{what}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+        raise UsageError(f"{what}: can't be read: it is no regular file of at most {LARGEST_FILE >> 20} MB")
+    # Mapped, so that no array is made for what a header says and the file has not.
+    with reading(TOKEN_FILE, what), np.errstate(over="ignore"):
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(ids, np.ndarray):
+        raise UsageError(f"{what}: {TOKEN_FILE.fault}: it is an archive of arrays (.npz)")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UsageError(f"{what}: token ids are integers; found {ids.dtype}")
+    ids = ids.reshape(-1)
     if ids.size == 0:
-        raise UsageError(f"calibration tokens {path}: it is empty")
+        raise UsageError(f"{what}: it is empty")
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise UsageError(f"calibration tokens {path}: ids from {ids.min()} to {ids.max()}; the model has 0 to {vocab_size - 1}")
-    return ids
+        raise UsageError(f"{what}: ids from {ids.min()} to {ids.max()}; the model has 0 to {vocab_size - 1}")
+    return ids.astype(np.int64)
 
 
 def make_windows(ids: np.ndarray, context: int, calibration: int, heldout: int, origin: str) -> CalibrationData:
@@ -135,5 +148,10 @@ def load_calibration_data(
         return CalibrationData(data.calibration, data.heldout, data.origin, data.digest, (warning,))
     text = read_text(text_file) if text_file is not None else default_text()
     origin = str(text_file.name) if text_file is not None else "pydoc_data.topics"
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-    return make_windows(ids, context, calibration, heldout, origin)
+    return make_windows(_tokenize(tokenizer, text, origin), context, calibration, heldout, origin)
+
+
+def _tokenize(tokenizer: Any, text: str, origin: str) -> np.ndarray:
+    with reading(TEXT, origin):
+        ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    return ids

@@ -132,7 +132,7 @@ def load_llama_moe(folder: Path, files: Sequence[Path], stored: Stored, dtype: t
             f"{stored.tensors} tensors"
         )
     # Weights come from the files: nothing is allocated for them before.
-    model: LlamaForCausalLM = model_without_memory(LlamaForCausalLM, config, place=folder)
+    model: LlamaForCausalLM = model_without_memory(LlamaForCausalLM, config, place=folder, most=stored.most_parts)
     check_size(model, stored, place, dtype.itemsize)
     tied = bool(config.tie_word_embeddings)
     ignored = _ignored(tied)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.tiny_decoders import tiny_decoder
 from clada_export.calibration import Budget, CalibrationOptions, calibrate, load_calibration_data
@@ -78,8 +83,48 @@ def test_tokens_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="float64"):
         read_tokens(path, 4)
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(UsageError, match="not a plain"):
+    with pytest.raises(UsageError, match=r"tokens\.npy: not a file of token ids: .*Python objects"):
         read_tokens(path, 4)
+    np.savez(tmp_path / "tokens.npz", np.arange(3))
+    with pytest.raises(UsageError, match="an archive of arrays"):
+        read_tokens(tmp_path / "tokens.npz", 4)
+    np.save(path, np.array([1, 2**64 - 1], dtype=np.uint64))
+    with pytest.raises(UsageError, match=f"ids from 1 to {2**64 - 1}"):
+        read_tokens(path, 4)
+    np.save(path, np.zeros((0, 3), dtype=np.int32))
+    with pytest.raises(UsageError, match="it is empty"):
+        read_tokens(path, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((10**12,), "mmap length is greater than file size"),
+        ((2**62, 2**62), "not a file of token ids"),
+        ((-3,), "not a file of"),
+    ],
+)
+def test_token_files_that_claim_more_than_they_have(tmp_path: Path, shape: tuple[int, ...], said: str) -> None:
+    path = tmp_path / "tokens.npy"
+    header = str({"descr": "<i8", "fortran_order": False, "shape": shape}).ljust(117).encode() + b"\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64))
+    with pytest.raises(UsageError, match=said):
+        read_tokens(path, 100)
+
+
+@pytest.mark.parametrize("read", [read_text, lambda path: read_tokens(path, 100)])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("pipe", "loop", ".", "a\0b", "missing", "x" * 300):
+        with pytest.raises(UsageError, match="can't be read"):
+            read(tmp_path / name)
+
+
+def test_a_tokenizer_that_fails_on_the_text_is_named(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="missing"))
+    with pytest.raises(UsageError, match=r"pydoc_data\.topics: the tokenizer fails on this text: .*Missing .UNK."):
+        load_calibration_data(PreTrainedTokenizerFast(tokenizer_object=words), 100)
 
 
 def test_random_tokens_carry_a_warning() -> None:
