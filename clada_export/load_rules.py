@@ -255,6 +255,8 @@ def in_float32(loads: Array) -> npt.NDArray[np.float32]:
 
     NaN stays NaN.
     """
+    if (np.abs(loads) <= LARGEST).all():
+        return loads.astype(np.float32)
     bounded = np.where(np.isfinite(loads), np.clip(loads, -LARGEST, LARGEST), loads)
     return bounded.astype(np.float32)
 
@@ -303,9 +305,11 @@ class LoadTracker:
         # Signals of any size are welcome: what overflows is told apart below.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             load = self._next(known, finite)
-        # A rule's -inf is a number that was too small for float64, not a row that is to be skipped.
-        load = np.where(np.isneginf(load), -LARGEST, load)
-        return in_float32(np.where(finite & ~np.isnan(load), load, np.inf))
+        if not (finite & np.isfinite(load)).all():
+            # A rule's -inf is a number that was too small for float64, not a row that is to be skipped.
+            load = np.where(np.isneginf(load), -LARGEST, load)
+            load = np.where(finite & ~np.isnan(load), load, np.inf)
+        return in_float32(load)
 
     def _next(self, known: Array, finite: npt.NDArray[np.bool_]) -> Array:
         mean, deviation = self._moments[:, 0], self._moments[:, 1]
