@@ -159,9 +159,10 @@ def _place(path: Iterable[Any]) -> str:
 
 
 def _short(text: str, limit: int = 300) -> str:
-    """Text for a message: on one line, and not the whole of a large file."""
-    line = " ".join(text[: 4 * limit].split())
-    return line if len(text) <= limit else line[:limit] + "..."
+    """Text for a message: on one line, and not the whole of a large file but how it begins and ends."""
+    if len(text) > limit:
+        text = f"{text[: limit * 2 // 3]} ... {text[-limit // 3 :]}"
+    return " ".join(text.split())
 
 
 def _each(validator: Any, items: Any, instance: Any, schema: dict[str, Any]) -> Iterator[Any]:

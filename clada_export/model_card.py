@@ -7,6 +7,7 @@ them is Markdown only if it says so (`Markdown`); all else is escaped.
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,7 +134,8 @@ def write_model_card(folder: Path, manifest: Manifest) -> None:
     if source.get("license"):
         matter["license"] = source["license"]
     matter["tags"] = ["clada", "onnx", "onnxruntime" if manifest.engine is None else "tensorrt", "activation-sparsity"]
-    front = Markdown(yaml.safe_dump(matter, sort_keys=False, width=1000))
+    # Quoted and on one line each: a line of a multi-line text could be the end of the header.
+    front = Markdown(yaml.safe_dump(matter, sort_keys=False, default_style='"', width=math.inf))
     plan = manifest.sparsity_plan()
     name = str(source["name"])
     revision = fill(" (revision {:code})", source["revision"]) if source.get("revision") else Markdown("")

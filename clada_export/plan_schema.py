@@ -177,7 +177,7 @@ PLAN_SCHEMA: dict[str, Any] = {
             "required": ["file", "sha256"],
             "additionalProperties": False,
             "properties": {
-                "file": {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"},
+                "file": {"type": "string", "maxLength": 255, "pattern": "^[A-Za-z0-9._-]+$"},
                 "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
             },
         },

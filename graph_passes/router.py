@@ -62,6 +62,8 @@ class Router:
             raise ContractError(
                 f"router: {len(self.weights)} weights and {len(self.biases)} biases; one of each a layer is wanted"
             )
+        if self.weights[0].ndim != 2:
+            raise ContractError(f"router: weight 0 has shape {list(self.weights[0].shape)}; wanted [.., hidden_size]")
         width = self.hidden_size
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if weight.ndim != 2 or weight.shape[1] != width:

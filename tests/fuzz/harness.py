@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,7 +123,8 @@ def _limits() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, hard))
     signal.setitimer(signal.ITIMER_REAL, HANG_S)
     # Native code does not see the signal; this ends the process, with the place where it hangs on stderr.
-    faulthandler.dump_traceback_later(3 * HANG_S, exit=True)
+    # A test that captures what is printed has taken sys.stderr away.
+    faulthandler.dump_traceback_later(3 * HANG_S, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
