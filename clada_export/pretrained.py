@@ -236,6 +236,7 @@ def load_generation_config(folder: str | Path) -> GenerationConfig | None:
             raise UsageError(f"{place}: {name!r} is no setting")
     with reading(GENERATION_CONFIG, place), quiet():
         config: GenerationConfig = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    forget_code(config)
     return config
 
 
