@@ -15,23 +15,26 @@ _UNARY = ("Relu", "Sigmoid", "Tanh", "Erf", "Gelu", "FastGelu", "QuickGelu", "Ne
 _BINARY = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min")
 _PARTS = ("Slice", "Gather", "Unsqueeze", "Squeeze", "Identity", "Cast")
 """Operators that take some of the numbers of a shape."""
-_DEPTH = 64
 
 
 class HoistShapeReads(ir.passes.InPlacePass):
     """Move Shape nodes up over elementwise operators, and put the target of a Reshape in their place."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Look at every Shape node of the main graph once."""
+        """Look at every node of the main graph once."""
         changed = False
+        origins: dict[ir.Value, ir.Value] = {}
+        positive: dict[ir.Value, bool] = {}
         for node in list(model.graph):
+            _note_origin(node, origins)
+            _note_positive(node, positive)
             if node.op_type != "Shape" or node.domain or node.inputs[0] is None or node.outputs[0].is_graph_output():
                 continue
-            source = _origin(node.inputs[0], {}, 0)
+            source = origins.get(node.inputs[0], node.inputs[0])
             reshape = source.producer()
-            if reshape is not None and reshape.op_type == "Reshape" and not node.attributes and _positive(reshape.inputs[1]):
-                assert reshape.inputs[1] is not None
-                ir.convenience.replace_all_uses_with(node.outputs[0], reshape.inputs[1])
+            target = reshape.inputs[1] if reshape is not None and reshape.op_type == "Reshape" and not reshape.domain else None
+            if target is not None and not node.attributes and _is_positive(target, positive):
+                ir.convenience.replace_all_uses_with(node.outputs[0], target)
                 changed = True
             elif source is not node.inputs[0]:
                 node.replace_input_with(0, source)
@@ -39,17 +42,11 @@ class HoistShapeReads(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, changed)
 
 
-def _origin(value: ir.Value, known: dict[ir.Value, ir.Value], depth: int) -> ir.Value:
-    """The earliest value that surely has the same shape."""
-    if value not in known:
-        known[value] = value
-        node = value.producer()
-        if node is not None and depth < _DEPTH:
-            operands = _shaping_operands(node)
-            origins = {_origin(operand, known, depth + 1) for operand in operands}
-            if len(origins) == 1:
-                known[value] = origins.pop()
-    return known[value]
+def _note_origin(node: ir.Node, known: dict[ir.Value, ir.Value]) -> None:
+    """Note the earliest value that surely has the shape of the node's result; `known` has those of the nodes before it."""
+    origins = {known.get(operand, operand) for operand in _shaping_operands(node)}
+    if len(origins) == 1:
+        known[node.outputs[0]] = origins.pop()
 
 
 def _shaping_operands(node: ir.Node) -> list[ir.Value]:
@@ -76,17 +73,17 @@ def _adds_nothing(value: ir.Value, other: ir.Value) -> bool:
     return other.shape is not None and len(other.shape) > 0 and other.shape[-1] == dims[0]
 
 
-def _positive(target: ir.Value | None) -> bool:
-    """Whether a target shape is made of positive constants and numbers of other shapes: no -1 to infer, no 0 to copy."""
-    if target is None:
-        return False
-    if (known := constant_array(target)) is not None:
-        return bool((known > 0).all())
-    node = target.producer()
-    if node is None:
-        return False
+def _note_positive(node: ir.Node, known: dict[ir.Value, bool]) -> None:
+    """Note whether the node's result is made of positive constants and numbers of shapes: no -1 to infer, no 0 to copy."""
     if node.op_type == "Shape":
-        return True
-    if node.op_type in _PARTS:
-        return _positive(node.inputs[0])
-    return node.op_type == "Concat" and all(_positive(value) for value in node.inputs)
+        known[node.outputs[0]] = True
+    elif node.op_type in _PARTS:
+        known[node.outputs[0]] = _is_positive(node.inputs[0], known)
+    elif node.op_type == "Concat":
+        known[node.outputs[0]] = all(_is_positive(value, known) for value in node.inputs)
+
+
+def _is_positive(value: ir.Value | None, known: dict[ir.Value, bool]) -> bool:
+    """Whether a target shape is a positive constant, or known to be made of such."""
+    array = constant_array(value)
+    return bool((array > 0).all()) if array is not None else value is not None and known.get(value, False)

@@ -5,6 +5,7 @@ Calibration and verification see a PyTorch model: they call it with token ids, h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from clada_export.errors import UnsupportedModelError
 from clada_export.ffn import EagerFFN, EagerFFNs, SkippedFFN
+from clada_export.foreign import ONNX_RUN, reading
 from clada_export.onnx_source.graph import SOURCE_NAME
 from clada_export.onnx_source.stages import Stage, cut
 from clada_export.reference import activate
@@ -104,7 +106,7 @@ class OnnxDecoder(nn.Module):
         self._source_names = {str(value.name): str(value.meta.get(SOURCE_NAME, value.name)) for value in interface}
         self._inputs = [value.name for value in self._proto.graph.input]
         self._cache = {
-            str(value.name): (_cache_shape(value), value.dtype.numpy())
+            str(value.name): (_cache_shape(value, path), value.dtype.numpy())
             for value in model.graph.inputs
             if str(value.name).startswith("past_key_values.") and value.dtype is not None
         }
@@ -132,11 +134,13 @@ class OnnxDecoder(nn.Module):
         values: dict[str, Array] = self._feeds(input_ids.numpy(), attention_mask, past_key_values)
         for stage, session in self._stages:
             if stage.nodes:
-                found = session.run(list(stage.outputs), {name: values[name] for name in stage.inputs})
+                feeds = {name: values[name] for name in stage.inputs}
+                with reading(ONNX_RUN, self.path):
+                    found = session.run(list(stage.outputs), feeds)
                 values.update(zip(stage.outputs, found, strict=True))
             for index in stage.ffns:
                 before, after, width = self._edges[index]
-                x = torch.from_numpy(values[before]).reshape(*input_ids.shape, width)
+                x = self._rows(before, values[before], input_ids.shape, width)
                 y: Tensor = self.ffns[index](x)
                 values[after] = (y.reshape(-1, width) if self._flat[index] else y).detach().numpy()
         return self._output(values, use_cache)
@@ -155,9 +159,10 @@ class OnnxDecoder(nn.Module):
             # An input that the graph does not use was left out here.
             if value.name not in feeds:
                 shape = [size if isinstance(size, int) else 1 for size in value.shape]
-                feeds[value.name] = np.zeros(shape, dtype=helper.tensor_dtype_to_np_dtype(_ELEMENTS[value.type]))
+                feeds[value.name] = np.zeros(shape, dtype=helper.tensor_dtype_to_np_dtype(self._element(value)))
         names = [value.name for value in self._proto.graph.output]
-        found = self._whole.run([self._source_names[name] for name in names], feeds)
+        with reading(ONNX_RUN, self.path):
+            found = self._whole.run([self._source_names[name] for name in names], feeds)
         return self._output(dict(zip(names, found, strict=True)), use_cache)
 
     def _state(self) -> list[tuple[int, int]]:
@@ -195,7 +200,7 @@ class OnnxDecoder(nn.Module):
             session = self._session(proto) if stage.nodes else None
             if session is not None:
                 for value in session.get_outputs():
-                    types[value.name] = _tensor_type(_ELEMENTS[value.type])
+                    types[value.name] = _tensor_type(self._element(value))
             self._stages.append((stage, session))
 
     def _session(self, model: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
@@ -206,27 +211,42 @@ class OnnxDecoder(nn.Module):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not isinstance(model, Path):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
-        try:
-            source = str(model) if isinstance(model, Path) else model.SerializeToString()
+        source = str(model) if isinstance(model, Path) else model.SerializeToString()
+        with reading(ONNX_RUN, self.path):
             return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        # The exceptions of ONNX Runtime share no base but Exception.
-        except Exception as error:
-            text = str(error).strip().splitlines()
+
+    def _element(self, value: Any) -> int:
+        """The element type of an input or output of a session."""
+        if value.type not in _ELEMENTS:
+            raise UnsupportedModelError(f"{self.path}: {value.name!r} is a {value.type}; a tensor of numbers is wanted")
+        return int(_ELEMENTS[value.type])
+
+    def _rows(self, name: str, found: Array, ids: Sequence[int], width: int) -> Tensor:
+        """The input of an FFN as [batch, sequence, width]."""
+        if not isinstance(found, np.ndarray) or found.dtype != np.float32 or found.size != math.prod(ids) * width:
             raise UnsupportedModelError(
-                f"ONNX Runtime does not run this graph: {text[0][:300] if text else error!r}"
-            ) from error
+                f"{self.path}: {name!r}, which an FFN reads, is {np.shape(found)} for tokens {tuple(ids)}; wanted are rows of "
+                f"{width} numbers"
+            )
+        return torch.from_numpy(found).reshape(*ids, width)
 
 
 _ELEMENTS = {
     "tensor(float)": onnx.TensorProto.FLOAT,
     "tensor(float16)": onnx.TensorProto.FLOAT16,
+    "tensor(bfloat16)": onnx.TensorProto.BFLOAT16,
     "tensor(double)": onnx.TensorProto.DOUBLE,
     "tensor(int64)": onnx.TensorProto.INT64,
     "tensor(int32)": onnx.TensorProto.INT32,
+    "tensor(int16)": onnx.TensorProto.INT16,
     "tensor(int8)": onnx.TensorProto.INT8,
+    "tensor(uint64)": onnx.TensorProto.UINT64,
+    "tensor(uint32)": onnx.TensorProto.UINT32,
+    "tensor(uint16)": onnx.TensorProto.UINT16,
     "tensor(uint8)": onnx.TensorProto.UINT8,
     "tensor(bool)": onnx.TensorProto.BOOL,
 }
+"""Of a session's inputs and outputs, by what ONNX Runtime calls them."""
 
 
 def _tensor_type(element: int) -> onnx.TypeProto:
@@ -243,12 +263,12 @@ def _linear(weight: MatrixSource, bias: VectorSource | None) -> nn.Linear:
     return linear
 
 
-def _cache_shape(value: ir.Value) -> tuple[int, int]:
+def _cache_shape(value: ir.Value, path: Path) -> tuple[int, int]:
     """(heads, head size) of keys or values."""
     sizes = [fixed_size(size) for size in value.shape or ()]
     if len(sizes) != 4 or sizes[1] is None or sizes[3] is None:
         raise UnsupportedModelError(
-            f"cache input {value.name!r} has shape {value.shape}; wanted is [batch, heads, past, head_dim], with numbers for "
-            "heads and head_dim"
+            f"{path}: cache input {value.name!r} has shape {value.shape}; wanted is [batch, heads, past, head_dim], with "
+            "numbers for heads and head_dim"
         )
     return sizes[1], sizes[3]

@@ -10,18 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
-from onnxscript.optimizer import fold_constants
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
 
-from clada_export.errors import UnsupportedModelError
-from clada_export.onnx_source.files import companions, read_onnx
-from clada_export.plan import read_json
+from clada_export.errors import UnsupportedModelError, UsageError
+from clada_export.foreign import ONNX_GRAPH, reading
+from clada_export.json_files import read_json
+from clada_export.onnx_source.check import check_inputs
+from clada_export.onnx_source.files import STORED, companions, read_onnx
+from clada_export.onnx_source.growth import check_lists, check_values, fold_constants
+from clada_export.onnx_source.inline import InlineFunctions
 from graph_passes.naming import name_interface
 from graph_passes.rewrite import RewriteFFNs
-from graph_passes.rules.common import fixed_size
+from graph_passes.rules.common import fixed_size, rank
+from graph_passes.rules.weights import FLOATS
 from graph_passes.search import FFNMiss, FFNSearch, rewritten_ffns
 from graph_passes.shape_reads import HoistShapeReads
 
+_TOKENS = ("input_ids", "attention_mask", "position_ids")
+_CACHED = re.compile(r"(past_key_values|present)\.\d+\.(key|value)", re.ASCII)
+_CACHE_TYPES = (*FLOATS, ir.DataType.DOUBLE, ir.DataType.INT8, ir.DataType.UINT8)
+_LOGITS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 SOURCE_NAME = "clada.source_name"
 """By this the inputs and outputs of `load_graph`'s result remember what they are called in the file."""
 
@@ -31,16 +39,23 @@ def readable_graph(path: Path) -> ir.Model:
 
     Raises:
         UsageError: damaged, or weights are missing (`clada_export.onnx_source.files`).
+        UnsupportedModelError: it can't be prepared, or has values that are far larger than the file.
     """
     model = read_onnx(path)
     if not rewritten_ffns(model):
-        InlinePass()(model)
+        with reading(ONNX_GRAPH, path):
+            InlineFunctions()(model)
     # Some tools append the nodes that they add, which ONNX Runtime takes.
-    TopologicalSortPass()(model)
+    with reading(ONNX_GRAPH, path):
+        TopologicalSortPass()(model)
+    check_inputs(model, path)
+    check_lists(model, path)
     # Some exporters write no shapes, and leave sizes that are numbers ("half of the last axis") to be computed at run time.
-    with _quiet():
+    with _quiet(), reading(ONNX_GRAPH, path):
         ShapeInferencePass()(model)
-        fold_constants(model, onnx_shape_inference=True)
+    with _quiet(), reading(ONNX_GRAPH, path):
+        fold_constants(model, path)
+    check_values(model, model.meta[STORED], path)
     HoistShapeReads()(model)
     RemoveUnusedNodesPass()(model)
     for value in (value for node in model.graph for value in node.outputs):
@@ -65,9 +80,9 @@ def _quiet() -> Iterator[None]:
 
 def _settle_head_size(model: ir.Model, folder: Path) -> None:
     """Write the size of a head into the cache's shapes where the graph has a name for it, and a file beside it the number."""
-    size = _head_size(folder)
+    size = _head_size(folder, model.meta[STORED])
     for value in (*model.graph.inputs, *model.graph.outputs):
-        cached = re.fullmatch(r"(past_key_values|present)\.\d+\.(key|value)", str(value.name))
+        cached = _CACHED.fullmatch(str(value.name))
         if (
             cached
             and size is not None
@@ -78,15 +93,51 @@ def _settle_head_size(model: ir.Model, folder: Path) -> None:
             value.shape = ir.Shape([*list(value.shape)[:3], size])
 
 
-def _head_size(folder: Path) -> int | None:
-    """What the configuration of onnxruntime-genai or transformers says, if one is there."""
+def _head_size(folder: Path, stored: int) -> int | None:
+    """What the configuration of onnxruntime-genai or transformers says, if one is there.
+
+    Raises:
+        UsageError: a file that is no JSON, or a number that no head can have in a model of `stored` numbers.
+    """
     for name, path in (("genai_config.json", ("model", "decoder", "head_size")), ("config.json", ("head_dim",))):
-        found: Any = read_json(folder / name) if (folder / name).is_file() else None
+        found: Any = read_json(folder / name) if (folder / name).exists() else None
         for key in path:
             found = found.get(key) if isinstance(found, dict) else None
-        if isinstance(found, int):
+        if isinstance(found, int) and not isinstance(found, bool):
+            if not 0 < found <= stored:
+                raise UsageError(f"{folder / name}: {'.'.join(path)} is {found}, and the weights hold {stored} numbers")
             return found
     return None
+
+
+def _is_known(name: str) -> bool:
+    return name in _TOKENS or (name.startswith("past_key_values.") and _CACHED.fullmatch(name) is not None)
+
+
+def _check_interface(model: ir.Model, path: Path) -> None:
+    """Raise UnsupportedModelError unless inputs and outputs are those of a text decoder with a cache of keys and values."""
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    outputs = {str(value.name): value for value in model.graph.outputs}
+    inner = {value.name for node in model.graph for value in node.outputs} - set(outputs)
+    both = [*model.graph.inputs, *model.graph.outputs]
+    if len({value.name for value in both}) < len(both) or not inner.isdisjoint(inputs):
+        names = ", ".join(str(value.meta[SOURCE_NAME]) for value in both[:4])
+        raise UnsupportedModelError(f"{path}: two inputs or outputs, or an inner value, would have one name ({names}, ...)")
+    for name, value in inputs.items():
+        if name in _TOKENS:
+            if rank(value) not in (None, 2) or value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+                raise UnsupportedModelError(
+                    f"{path}: input {name!r} is {value.type} {value.shape}; wanted is a matrix of integers"
+                )
+        elif name.replace("past_key_values", "present", 1) not in outputs:
+            raise UnsupportedModelError(f"{path}: the graph takes {name!r} and does not give what to pass on the next time")
+        elif value.dtype not in _CACHE_TYPES:
+            raise UnsupportedModelError(f"{path}: input {name!r} is {value.type}, which is no type of a cache")
+    logits = outputs["logits"]
+    if rank(logits) not in (None, 3) or logits.dtype not in _LOGITS:
+        raise UnsupportedModelError(
+            f"{path}: output 'logits' is {logits.type} {logits.shape}; wanted is [batch, sequence, vocabulary] of floats"
+        )
 
 
 def _invented(size: int | ir.SymbolicDim) -> bool:
@@ -129,12 +180,10 @@ def load_graph(path: Path) -> ir.Model:
         value.meta[SOURCE_NAME] = str(value.name)
     _settle_head_size(model, companions(path))
     report = name_interface(model)
-    known = {"input_ids", "attention_mask", "position_ids"}
-    others = [
-        str(value.name) for value in model.graph.inputs if value.name not in known and "past_key_values." not in str(value.name)
-    ]
+    others = [name for name in map(str, (value.name for value in model.graph.inputs)) if not _is_known(name)]
     if report.unresolved or others:
         raise UnsupportedModelError(
             f"{path}: inputs that a text decoder does not have: {', '.join([*report.unresolved, *others])}"
         )
+    _check_interface(model, path)
     return model

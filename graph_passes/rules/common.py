@@ -10,6 +10,9 @@ import onnx_ir as ir
 
 from graph_passes.rules.weights import MatrixSource, VectorSource
 
+MOST_RESHAPES = 64
+"""In a row. Every projection looks back, and none may look through all of a graph."""
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -75,7 +78,10 @@ def through_reshapes(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node | None
     Each comes with the node that leads from it to the one before, None for the first.
     """
     yield value, None
-    while (node := value.producer()) is not None and node.domain in ("", "ai.onnx"):
+    for _ in range(MOST_RESHAPES):
+        node = value.producer()
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return
         source = node.inputs[0] if node.inputs else None
         if source is None or not (node.op_type == "Identity" or (node.op_type == "Reshape" and keeps_last_axis(node))):
             return

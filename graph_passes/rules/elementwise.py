@@ -175,15 +175,18 @@ def expression(value: ir.Value) -> Elementwise:
     leaves: list[ir.Value] = []
     biases: dict[ir.Value, VectorSource] = {}
     seen: set[ir.Value] = set()
+    begun = 0
 
     def visit(current: ir.Value) -> None:
+        nonlocal begun
         if current in seen:
             return
         seen.add(current)
         node = current.producer()
-        if node is None or not _inside(node) or len(order) >= MAX_NODES:
+        if node is None or begun >= MAX_NODES or not _inside(node):
             leaves.append(current)
             return
+        begun += 1
         bias = _fused_bias(node)
         for operand in _operands(node):
             if bias is not None:

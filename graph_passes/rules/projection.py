@@ -25,6 +25,8 @@ from graph_passes.rules.weights import (
 )
 
 _PASSED = ("Identity", "QuantizeLinear", "DequantizeLinear")
+MOST_PASSED = 64
+"""Nodes between a product and its result. Every product looks back, and none may look through all of a graph."""
 MATMUL_OPS = ("MatMul", "Gemm", "FusedMatMul")
 
 
@@ -111,6 +113,8 @@ def match_projection(value: ir.Value) -> Projection | NoProjection:
             return NoProjection(f"{value.name!r} is the result of {describe(node)}, not of a projection", linear=False)
         passed.extend(nodes)
         value = previous
+        if len(passed) > MOST_PASSED:
+            return NoProjection(f"{value.name!r} is more than {MOST_PASSED} nodes away from a matrix product", linear=False)
     product = match_product(node)
     if isinstance(product, str):
         return NoProjection(product, linear=True)

@@ -18,6 +18,8 @@ QUANTISED_OPS = (
     "QGemm",
     "DynamicQuantizeMatMul",
 )
+MOST_STEPS = 4
+"""Nodes between an operand and its constant: each tool that changes types or layouts puts one there."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,15 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and value.is_initializer() and not value.is_graph_input()
 
 
-def constant_scalar(value: ir.Value | None) -> float | None:
+def constant_scalar(value: ir.Value | None, steps: int = MOST_STEPS) -> float | None:
     """The number a one-element constant holds (initializer, Constant node, or either behind a DequantizeLinear or Cast)."""
     node = value.producer() if value is not None else None
+    if node is not None and steps == 0:
+        return None
     if node is not None and casts_floats(node):
-        return constant_scalar(node.inputs[0])
+        return constant_scalar(node.inputs[0], steps - 1)
     if node is not None and node.op_type == "DequantizeLinear":
-        level, scale, *zero = (constant_scalar(operand) for operand in node.inputs[:3])
+        level, scale, *zero = (constant_scalar(operand, steps - 1) for operand in node.inputs[:3])
         return None if level is None or scale is None else (level - (zero[0] or 0.0 if zero else 0.0)) * scale
     array = constant_array(value)
     return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind not in "SUO" else None
@@ -126,7 +130,7 @@ def constant_array(value: ir.Value | None, limit: int = 1024) -> np.ndarray | No
     return tensor.numpy()
 
 
-def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSource | str:
+def matrix_source(value: ir.Value | None, transposed: bool = False, steps: int = MOST_STEPS) -> MatrixSource | str:
     """Describe the weight operand of a projection, or say why it is not a constant matrix.
 
     Transposes and Casts of an initializer are looked through.
@@ -134,14 +138,16 @@ def matrix_source(value: ir.Value | None, transposed: bool = False) -> MatrixSou
     if value is None:
         return "the weight is missing"
     node = value.producer()
+    if node is not None and steps == 0:
+        return f"weights are more than {MOST_STEPS} nodes away from {value.name!r}"
     if node is not None and node.op_type == "Transpose":
         permutation = node.attributes.get_ints("perm", (1, 0))
         if tuple(permutation) == (1, 0):
-            return matrix_source(node.inputs[0], not transposed)
+            return matrix_source(node.inputs[0], not transposed, steps - 1)
     if node is not None and node.op_type == "Identity":
-        return matrix_source(node.inputs[0], transposed)
+        return matrix_source(node.inputs[0], transposed, steps - 1)
     if node is not None and casts_floats(node):
-        inner = matrix_source(node.inputs[0], transposed)
+        inner = matrix_source(node.inputs[0], transposed, steps - 1)
         if isinstance(inner, str):
             return inner
         if inner.cast is not None:
@@ -183,11 +189,11 @@ def integer_product(node: ir.Node | None) -> ir.Node | None:
     return None
 
 
-def vector_source(value: ir.Value | None) -> VectorSource | None:
+def vector_source(value: ir.Value | None, steps: int = MOST_STEPS) -> VectorSource | None:
     """Describe a bias operand: a constant with one axis longer than one, the last. None if it is not one."""
     node = None if value is None else value.producer()
     if node is not None and casts_floats(node):
-        return vector_source(node.inputs[0])
+        return vector_source(node.inputs[0], steps - 1) if steps else None
     if value is None or not is_constant(value):
         return None
     dims = _dims(value)
