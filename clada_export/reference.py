@@ -223,7 +223,8 @@ def select_granules(
             return ~(score < level * best) & eligible
         case "topk":
             granules = score.shape[-1]
-            k = torch.round(threshold.float() / multiplier).clamp(1, granules).to(torch.int64)
+            # In float64, which holds every count of granules; float32 does up to 2^24.
+            k = torch.round(threshold.float() / m).double().clamp(1, granules).to(torch.int64)
             rank_by = torch.where(nan, torch.full_like(score, float("inf")), score)
             rank_by = torch.where(eligible, rank_by, torch.full_like(score, float("-inf")))
             # A stable sort gives ties to the lowest index.
@@ -231,7 +232,7 @@ def select_granules(
             rank = torch.empty_like(order).scatter_(
                 -1, order, torch.arange(granules, device=score.device).expand_as(order).contiguous()
             )
-            return (rank < k.unsqueeze(-1)) & eligible
+            return (rank < k) & eligible
     raise ContractError(f"SparseFFN: unknown rule {attributes.rule!r}")
 
 
@@ -321,6 +322,8 @@ def check_inputs(
     if tensors.w_in.dim() != 3 or tensors.w_in.shape[1] != n:
         raise ContractError(f"SparseFFN: input 'w_in' has shape {list(tensors.w_in.shape)}; wanted [f, {n}, d]")
     f, _, d = tensors.w_in.shape
+    if f < 1 or d < 1:
+        raise ContractError(f"SparseFFN: input 'w_in' has shape {list(tensors.w_in.shape)}; f and d must be at least 1")
     if x.dim() < 1 or x.shape[-1] != d:
         raise ContractError(f"SparseFFN: input 'x' has shape {list(x.shape)}; its last axis must be {d}, the width of w_in")
     if attributes.granule > f or f % attributes.granule:

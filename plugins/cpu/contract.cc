@@ -133,7 +133,8 @@ Attributes ReadAttributes(const std::string& node, const AttributeReader& reader
   a.score = Choice(node, reader, "score", kScores, a.score);
   a.rule = Choice(node, reader, "rule", kRules, a.rule);
   reader.Int("granule", &a.granule);
-  if (a.granule < 1) Fail(node, "attribute 'granule' is " + std::to_string(a.granule) + "; it must be at least 1");
+  if (a.granule < 1 || a.granule > INT32_MAX)
+    Fail(node, "attribute 'granule' is " + std::to_string(a.granule) + "; it must be at least 1 and below 2^31");
   a.combine = Choice(node, reader, "combine", kCombines, a.combine);
   a.load_slope = Number(node, reader, "load_slope", a.load_slope);
   a.load_min = Number(node, reader, "load_min", a.load_min);
@@ -212,6 +213,8 @@ Problem MakeProblem(const std::string& node, const Attributes& a, const std::vec
   const TensorView& w_in = check.Get(Input::kWIn, {kFloat, ElementType::kFloat16, ElementType::kBFloat16});
   if (w_in.shape.size() != 3 || w_in.shape[1] != n || w_in.shape[0] < 1 || w_in.shape[2] < 1)
     check.ShapeError(Input::kWIn, w_in, "wanted [f, " + std::to_string(n) + ", d], f and d at least 1");
+  // `active` counts neurons in 32 bits, and so do the lists of those that are chosen.
+  if (w_in.shape[0] > INT32_MAX) check.ShapeError(Input::kWIn, w_in, "wanted fewer than 2^31 neurons");
   const int64_t f = p.intermediate_size = w_in.shape[0];
   const int64_t d = p.hidden_size = w_in.shape[2];
   p.weight_type = static_cast<FloatType>(w_in.type);
@@ -251,8 +254,15 @@ Problem MakeProblem(const std::string& node, const Attributes& a, const std::vec
   if ((a.use_stat || a.emit_stat) && !sequences) check.ShapeError(Input::kX, x, "the prompt statistic wants [B, S, d]");
   p.batch = sequences ? rows[0] : 1;
   p.sequence = 1;
-  for (size_t i = sequences ? 1 : 0; i < rows.size(); ++i) p.sequence *= rows[i];
-  if (p.rows() > INT32_MAX) check.ShapeError(Input::kX, x, "wanted fewer than 2^31 rows");
+  // Where one axis is 0 the others may be anything, and their product need not fit a number.
+  if (std::find(rows.begin(), rows.end(), 0) != rows.end())
+    p.sequence = 0;
+  else
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (rows[i] < 0 || rows[i] > INT32_MAX / (p.sequence * (i > 0 && sequences ? p.batch : 1)))
+        check.ShapeError(Input::kX, x, "wanted fewer than 2^31 rows");
+      if (i > 0 || !sequences) p.sequence *= rows[i];
+    }
   if (a.score == Score::kExternal) {
     Shape full = rows;
     full.push_back(granules);

@@ -32,6 +32,7 @@ class Direct {
     if (count > 1) {
       const int64_t neuron_bytes = (n_ + 1) * d_ * SizeOf(problem.weight_type);
       block_ = std::min(block_, std::max<int64_t>(8, static_cast<int64_t>(kBlockBytes) / neuron_bytes));
+      block_ = CeilDiv(plan.chunk, CeilDiv(plan.chunk, block_));  // all of a size: a small one at the end would cost as much
     }
     if (!plan.two_pass && a_.granule > 1) block_ = std::max<int64_t>(1, block_ / a_.granule) * a_.granule;
   }
@@ -154,7 +155,7 @@ class Direct {
       }
     }
     const int64_t sequence = Sequence(i);
-    Decide(problem_, first, count, score, LoadMultiplier(a_, problem_.load[rows_[i]]),
+    Decide(problem_, first, count, score, plan_.multiplier[rows_[i]],
            plan_.prior ? plan_.prior + sequence * granules : nullptr,
            plan_.prior_factor ? plan_.prior_factor + sequence * granules : nullptr, plan_.mask + i * granules + first,
            plan_.rank ? plan_.rank + i * granules : nullptr);
@@ -214,7 +215,7 @@ class Direct {
       active += plan_.count[at];
     }
     if (problem_.active) problem_.active[row] = active;
-    if (a_.emit_stat && problem_.load[row] == HUGE_VALF) {
+    if (a_.emit_stat && plan_.kind[row] == kPromptRow) {
       const float* hidden = plan_.hidden + i * f_;
       const float total = a_.stat_norm == StatNorm::kRow ? Energy(hidden, f_) : 1.0f;
       AddShare(hidden, f_, total, problem_.stat + Sequence(i) * f_);

@@ -4,13 +4,14 @@
 
 #include <immintrin.h>
 
-#include "kernels_body.h"
+#include "kernels_table.h"
 
 namespace {
 
 struct Avx2 {
   using F = __m256;
   static constexpr int64_t kWidth = 8;
+  static constexpr int kPanelRows = 4, kPanelParts = 2;  // a tile's rows; its columns are a part of a panel's
 
   static F Set(float value) { return _mm256_set1_ps(value); }
   static F Load(const float* p) { return _mm256_loadu_ps(p); }
@@ -53,6 +54,21 @@ struct Avx2 {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
+  // columns[k] = number k of eight rows, `stride` apart.
+  static void LoadColumns(const float* p, int64_t stride, F (&columns)[8]) {
+    for (int k = 0; k < 8; k += 4) {
+      F part[4];  // part[i]: rows i and i + 4
+      for (int i = 0; i < 4; ++i, p += stride)
+        part[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+      p += 4 - 4 * stride;
+      const F a = _mm256_unpacklo_ps(part[0], part[1]), b = _mm256_unpacklo_ps(part[2], part[3]);
+      const F c = _mm256_unpackhi_ps(part[0], part[1]), e = _mm256_unpackhi_ps(part[2], part[3]);
+      columns[k] = _mm256_shuffle_ps(a, b, 0x44);
+      columns[k + 1] = _mm256_shuffle_ps(a, b, 0xee);
+      columns[k + 2] = _mm256_shuffle_ps(c, e, 0x44);
+      columns[k + 3] = _mm256_shuffle_ps(c, e, 0xee);
+    }
   }
   static F Levels(__m128i nibbles) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(nibbles)); }
   static F ShadowBlock(const uint8_t* q, const float* x) {

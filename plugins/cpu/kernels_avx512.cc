@@ -4,13 +4,14 @@
 
 #include <immintrin.h>
 
-#include "kernels_body.h"
+#include "kernels_table.h"
 
 namespace {
 
 struct Avx512 {
   using F = __m512;
   static constexpr int64_t kWidth = 16;
+  static constexpr int kPanelRows = 8, kPanelParts = 1;  // a tile's rows; its columns are a part of a panel's
 
   static F Set(float value) { return _mm512_set1_ps(value); }
   static F Load(const float* p) { return _mm512_loadu_ps(p); }
@@ -51,6 +52,26 @@ struct Avx512 {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
+  // columns[k] = number k of sixteen rows, `stride` apart. Parts of rows are put together as they are loaded: that leaves half of
+  // the shuffles.
+  static void LoadColumns(const float* p, int64_t stride, F (&columns)[16]) {
+    for (int k = 0; k < 16; k += 4) {
+      F part[4];  // part[i]: rows i, i + 4, i + 8, i + 12
+      for (int i = 0; i < 4; ++i, p += stride) {
+        part[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        part[i] = _mm512_insertf32x4(part[i], _mm_loadu_ps(p + 4 * stride), 1);
+        part[i] = _mm512_insertf32x4(part[i], _mm_loadu_ps(p + 8 * stride), 2);
+        part[i] = _mm512_insertf32x4(part[i], _mm_loadu_ps(p + 12 * stride), 3);
+      }
+      p += 4 - 4 * stride;
+      const F a = _mm512_unpacklo_ps(part[0], part[1]), b = _mm512_unpacklo_ps(part[2], part[3]);
+      const F c = _mm512_unpackhi_ps(part[0], part[1]), e = _mm512_unpackhi_ps(part[2], part[3]);
+      columns[k] = _mm512_shuffle_ps(a, b, 0x44);
+      columns[k + 1] = _mm512_shuffle_ps(a, b, 0xee);
+      columns[k + 2] = _mm512_shuffle_ps(c, e, 0x44);
+      columns[k + 3] = _mm512_shuffle_ps(c, e, 0xee);
+    }
   }
   // Sixteen bytes become 32 numbers by a table look-up: the permutation reads only the low four bits of its index.
   static F ShadowBlock(const uint8_t* q, const float* x) {

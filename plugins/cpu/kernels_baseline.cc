@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Portable C++ on the compiler's vector extension (SSE2 on x86-64, NEON on aarch64).
-#include "kernels_body.h"
+#include "kernels_table.h"
 
 namespace {
 
@@ -8,6 +8,7 @@ struct Baseline {
   using F = float __attribute__((vector_size(32)));
   using I = int32_t __attribute__((vector_size(32)));
   static constexpr int64_t kWidth = 8;
+  static constexpr int kPanelRows = 2, kPanelParts = 3;  // a tile's rows; its columns are a part of a panel's
 
   static F Set(float value) { return F{value, value, value, value, value, value, value, value}; }
   static F Load(const float* p) {
@@ -51,6 +52,11 @@ struct Baseline {
     return (F)((bits & 0x007fffff) | 0x3f000000);
   }
   static float Sum(F v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+  // columns[k] = number k of eight rows, `stride` apart.
+  static void LoadColumns(const float* p, int64_t stride, F (&columns)[8]) {
+    for (int k = 0; k < 8; ++k)
+      for (int i = 0; i < 8; ++i) columns[k][i] = p[i * stride + k];
+  }
   static F Levels(const uint8_t* q, int shift) {
     using Bytes = uint8_t __attribute__((vector_size(8)));
     Bytes bytes;

@@ -38,6 +38,21 @@ inline float ToFloat(Half value) {
   return BitsToFloat(sign | bits);
 }
 
+// A vector of `count` numbers, less than its width; the others are 0.
+template <class V, class W>
+inline typename V::F LoadPart(const W* p, int64_t count) {
+  W part[V::kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = p[i];
+  return V::LoadWeight(part);
+}
+
+template <class V>
+inline void StorePart(float* p, int64_t count, typename V::F value) {
+  float part[V::kWidth];
+  V::Store(part, value);
+  for (int64_t i = 0; i < count; ++i) p[i] = part[i];
+}
+
 // Rows are walked in the order of memory, one stream at a time: two rows at once (gate and up, or several neurons) halve what a
 // core reads a second, because they defeat the hardware's prefetching. A list's gaps defeat it too, so while one of its rows is
 // used, the one that comes kAhead places later is fetched, into the second-level cache: the first level has too few slots for
@@ -61,25 +76,29 @@ inline void FetchFirst(const W* w, int64_t stride, const int32_t* list, int64_t 
     for (int64_t k = 0; k < length; k += 64 / static_cast<int64_t>(sizeof(W))) Fetch(w + (list ? list[i] : i) * stride + k);
 }
 
-// Four accumulators hide the latency of the additions.
+// Two accumulators, whose sums are added at the end: vector i goes to accumulator i % 2. One would do for memory, but not for the
+// caches; four bring nothing, and are more than the tiles of DotBlock have registers for.
 template <class V, class W, bool kFetch>
 inline float DotRow(const float* x, const W* w, const W* ahead, int64_t d) {
   using F = typename V::F;
   constexpr int64_t kWidth = V::kWidth, kLine = 64 / static_cast<int64_t>(sizeof(W));
-  F a = V::Set(0.0f), b = a, c = a, e = a;
+  F a = V::Set(0.0f), b = a;
   int64_t i = 0;
   for (; i + 4 * kWidth <= d; i += 4 * kWidth) {
     if constexpr (kFetch)
       for (int64_t k = 0; k < 4 * kWidth; k += kLine) Fetch(ahead + i + k);
     a = V::Fma(V::LoadWeight(w + i), V::Load(x + i), a);
     b = V::Fma(V::LoadWeight(w + i + kWidth), V::Load(x + i + kWidth), b);
-    c = V::Fma(V::LoadWeight(w + i + 2 * kWidth), V::Load(x + i + 2 * kWidth), c);
-    e = V::Fma(V::LoadWeight(w + i + 3 * kWidth), V::Load(x + i + 3 * kWidth), e);
+    a = V::Fma(V::LoadWeight(w + i + 2 * kWidth), V::Load(x + i + 2 * kWidth), a);
+    b = V::Fma(V::LoadWeight(w + i + 3 * kWidth), V::Load(x + i + 3 * kWidth), b);
   }
-  for (; i + kWidth <= d; i += kWidth) a = V::Fma(V::LoadWeight(w + i), V::Load(x + i), a);
-  float sum = V::Sum(V::Add(V::Add(a, b), V::Add(c, e)));
-  for (; i < d; ++i) sum += ToFloat(w[i]) * x[i];
-  return sum;
+  for (; i < d; i += kWidth) {
+    const int64_t left = d - i;
+    F& sum = i / kWidth % 2 ? b : a;
+    sum = left < kWidth ? V::Fma(LoadPart<V>(w + i, left), LoadPart<V>(x + i, left), sum)
+                        : V::Fma(V::LoadWeight(w + i), V::Load(x + i), sum);
+  }
+  return V::Sum(V::Add(a, b));
 }
 
 template <class V, class W>
@@ -110,7 +129,8 @@ inline void AxpyRow(float coefficient, const W* row, const W* ahead, int64_t d, 
     V::Store(y + i, V::Fma(c, V::LoadWeight(row + i), V::Load(y + i)));
     V::Store(y + i + kWidth, V::Fma(c, V::LoadWeight(row + i + kWidth), V::Load(y + i + kWidth)));
   }
-  for (; i < d; ++i) y[i] += coefficient * ToFloat(row[i]);
+  for (; i + kWidth <= d; i += kWidth) V::Store(y + i, V::Fma(c, V::LoadWeight(row + i), V::Load(y + i)));
+  if (i < d) StorePart<V>(y + i, d - i, V::Fma(c, LoadPart<V>(row + i, d - i), LoadPart<V>(y + i, d - i)));
 }
 
 template <class V, class W>
@@ -189,11 +209,12 @@ inline typename V::F Polynomial(typename V::F x, const float (&c)[N]) {
   return p;
 }
 
-// Cephes' expf: relative error about 1e-7 on the clamped range.
+// Cephes' expf: relative error about 1e-7 from -87 to 88.3; below, e^-87, and above, infinite (where float32 ends at 88.7), so that
+// the sigmoid of a large negative number is 0.
 template <class V>
 inline typename V::F Exp(typename V::F value) {
   using F = typename V::F;
-  const F x = V::Max(V::Min(value, V::Set(88.0f)), V::Set(-87.0f));
+  const F x = V::Max(V::Min(value, V::Set(89.0f)), V::Set(-87.0f));
   const F n = V::Round(V::Mul(x, V::Set(1.44269504088896341f)));
   F r = V::Fma(n, V::Set(-0.693359375f), x);
   r = V::Fma(n, V::Set(2.12194440e-4f), r);
@@ -322,28 +343,20 @@ void Add(const float* a, int64_t count, float* y) {
 template <class V>
 void InversePower(const float* r, int64_t count, float gamma, float* out) {
   using F = typename V::F;
+  constexpr float kSmallest = 1.17549435e-38f, kTwo64 = 18446744073709551616.0f, kLog64 = 44.3614195558364998f;
   for (int64_t i = 0; i < count; i += V::kWidth) {
     float in[V::kWidth], result[V::kWidth];
     const int64_t part = count - i < V::kWidth ? count - i : V::kWidth;
     for (int64_t k = 0; k < V::kWidth; ++k) in[k] = k < part ? r[i + k] : 1.0f;
-    const F value = V::Load(in);
-    const F power = Exp<V>(V::Mul(V::Set(-gamma), Log<V>(value)));
-    V::Store(result, V::SelectLess(value, V::Set(1.17549435e-38f), V::Set(__builtin_inff()), power));
+    const F value = V::Load(in), smallest = V::Set(kSmallest);
+    // Subnormal numbers are made normal for the logarithm.
+    F log = Log<V>(V::SelectLess(value, smallest, V::Mul(value, V::Set(kTwo64)), value));
+    log = V::SelectLess(value, smallest, V::Sub(log, V::Set(kLog64)), log);
+    // The square of the root goes down to 0 and up to infinity as the power does; Exp stops before.
+    const F root = Exp<V>(V::Mul(V::Set(-0.5f * gamma), log));
+    V::Store(result, V::SelectLess(V::Set(0.0f), value, V::Mul(root, root), V::Set(__builtin_inff())));
     for (int64_t k = 0; k < part; ++k) out[i + k] = result[k];
   }
-}
-
-template <class V>
-constexpr clada::Kernels MakeKernels(const char* name) {
-  return {name,
-          {Dot<V, float>, Dot<V, Half>, Dot<V, BFloat>},
-          {Axpy<V, float>, Axpy<V, Half>, Axpy<V, BFloat>},
-          {Convert<V, float>, Convert<V, Half>, Convert<V, BFloat>},
-          Shadow<V>,
-          Fold<V>,
-          Activate<V>,
-          Add<V>,
-          InversePower<V>};
 }
 
 }  // namespace

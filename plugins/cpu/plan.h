@@ -10,9 +10,12 @@ namespace clada {
 
 constexpr int64_t kBlockNeurons = 64;     // neurons that are scored, chosen and computed together
 constexpr int64_t kBlockRows = 16;        // rows that share one pass over the weights
-constexpr int64_t kGemmRows = 16;        // dense rows from which a GEMM beats row by row
-constexpr size_t kPromptBytes = 64u << 20;  // scratch of the GEMM path, about
+constexpr int64_t kPromptRows = 6;        // dense rows from which products of matrices beat row by row: measured, at six by a sixth
+constexpr size_t kPromptBytes = 64u << 20;  // scratch of a prompt, about
 constexpr size_t kBlockBytes = 384u << 10;  // weights of one block: they stay in a core's L2 cache while rows take turns
+
+constexpr int64_t CeilDiv(int64_t value, int64_t step) { return (value + step - 1) / step; }
+constexpr int64_t RoundUp(int64_t value, int64_t step) { return CeilDiv(value, step) * step; }
 
 // Hands out pieces of the scratch memory; with a null base it only counts.
 class Arena {
@@ -22,47 +25,54 @@ class Arena {
   T* Take(int64_t count) {
     T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    most_ = used_ > most_ ? used_ : most_;
     return piece;
   }
   size_t used() const { return used_; }
+  // Gives back what was taken since `used` was this.
+  void Rewind(size_t used) { used_ = used; }
+  size_t most() const { return most_; }
 
  private:
   char* base_;
-  size_t used_ = 0;
+  size_t used_ = 0, most_ = 0;
 };
 
-enum RowKind : uint8_t { kSparseRow = 0, kDenseRow = 1, kPaddingRow = 2 };
+// What a row's load says: a rule, every neuron (+inf: a row of the prompt; NaN: one that the statistic ignores), nothing.
+enum RowKind : uint8_t { kSparseRow = 0, kDenseRow = 1, kPromptRow = 2, kPaddingRow = 3 };
 
+// Follows from the call's sizes alone. What depends on loads is kept in the scratch memory and read from there, so that a load that
+// changes while the call runs can't make two of its parts disagree.
 struct Plan {
-  int64_t direct_rows = 0;  // rows that go neuron by neuron
-  int64_t gemm_rows = 0;    // dense rows that go through the GEMM
   int64_t chunk = 0;        // neurons of one task
   int64_t chunks = 0;
   bool two_pass = false;    // the rule needs all scores, or a granule is wider than a block
   int64_t block_rows = 0;   // rows of one direct pass
-  int64_t panel_rows = 0;   // rows of one GEMM pass
-  int64_t panel_neurons = 0;  // neurons whose weights are converted at a time; f for float32
+  int64_t panel_rows = 0;   // rows of one pass of a prompt; 0: no call of this size is one
+  int64_t slots = 0;        // panels of packed weights that are in use at a time
 
   // Scratch.
   uint8_t* kind = nullptr;     // [rows] RowKind
-  int32_t* order = nullptr;    // [rows] direct rows, then GEMM rows
+  float* multiplier = nullptr;  // [rows] m(load) of sparse rows
+  int32_t* order = nullptr;    // [rows] direct rows, then the prompt's
   float* prior = nullptr;      // [batch, E], with use_stat
   float* prior_factor = nullptr;  // [batch, E], with use_stat and prior_gamma > 0
   float* prefix = nullptr;     // [batch, f], score prefix
+
+  // Of a direct pass.
   float* folded = nullptr;     // [block_rows, d / 16], score shadow
   float* score = nullptr;      // [block_rows, f] of neurons; of granules after the decision's sum
   float* hidden = nullptr;     // [block_rows, f]
   float* gate = nullptr;       // [block_rows, f] activated gates, score gate
   uint8_t* mask = nullptr;     // [block_rows, E], two passes
-  int32_t* rank = nullptr;     // [block_rows, E], rule topk
+  uint64_t* rank = nullptr;    // [block_rows, E], rule topk
   float* partial = nullptr;    // [chunks, block_rows, d]
   int32_t* count = nullptr;    // [chunks, block_rows] active neurons
-  float* gathered_x = nullptr;  // [panel_rows, d]
-  float* gathered_y = nullptr;  // [panel_rows, d]
-  float* pre = nullptr;        // [panel_rows, n panel_neurons]
-  float* act = nullptr;        // [panel_rows, f], panel after panel
-  float* weights = nullptr;    // [panel_neurons, n d] of float16 or bfloat16 weights
-  float* part_y = nullptr;     // [panel_rows, d], one panel's share of y
+
+  // Of a prompt's pass, in the same memory.
+  float* x = nullptr;          // [panel_rows, PackedSize(d)] packed
+  float* hidden_rows = nullptr;  // [panel_rows, f]
+  float* weights = nullptr;    // [slots, kPanelColumns, PackedSize(d)] packed weights
   float* bias = nullptr;       // [f, n], the biases as w_in orders them
   float* energy = nullptr;     // [panel_rows] what a row's h^2 is divided by; 0: the row is not counted
 };
@@ -81,12 +91,12 @@ size_t MakePlan(const Problem& problem, void* base, Plan* plan);
 float LoadMultiplier(const Attributes& attributes, float load);
 // mask[e] = 1 iff granule e of the row runs. `rank` is scratch of E numbers, for topk.
 void Decide(const Problem& problem, int64_t first, int64_t count, const float* score, float multiplier, const float* prior,
-            const float* prior_factor, uint8_t* mask, int32_t* rank);
+            const float* prior_factor, uint8_t* mask, uint64_t* rank);
 
 // direct.cc: `count` rows (their indices in `rows`, ascending), neuron by neuron.
 void RunDirect(const Problem& problem, const Host& host, const Plan& plan, const int32_t* rows, int64_t count);
 
-// prompt.cc: `count` dense rows through the GEMM.
+// prompt.cc: `count` dense rows (their indices in `rows`, ascending), together.
 void RunPrompt(const Problem& problem, const Host& host, const Plan& plan, const int32_t* rows, int64_t count);
 
 // The sum of hidden^2.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Many dense rows (prompts): two GEMMs on the weights as they lie, the activation in between.
+// Many dense rows (prompts): two products of matrices on the weights as they lie, the activation in between. Every sum is made of
+// the same numbers in the same order as in direct.cc, so a row has the same bits whichever way it went.
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <cstring>
 
 #include "plan.h"
@@ -9,124 +10,125 @@
 namespace clada {
 namespace {
 
-constexpr int64_t kColumns = 256;  // neurons of one task of the statistic
+constexpr int64_t kStatColumns = 256;  // neurons of one task of the statistic
+constexpr int64_t kPanelNeurons = 64;  // of one panel of w_out: 12 KB, which stay in the L1 cache
+constexpr int64_t kAxpyRows = 256;     // rows of one task that use it
 
-// Without a host: correct, and fast enough for tests. [k, n] weights are walked row by row.
-void SimpleGemm(const Host& host, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c) {
-  const Kernels& kernels = *host.kernels;
-  Parallel(host, m, [&](int64_t row) {
-    const float* x = a + row * k;
-    float* out = c + row * n;
-    if (transpose_b) {
-      kernels.dot[0](x, b, k, k, 1, nullptr, n, out);
-    } else {
-      std::memset(out, 0, static_cast<size_t>(n) * sizeof(float));
-      kernels.axpy[0](x, b, n, nullptr, k, out);
+// One pass over some dense rows.
+class Prompt {
+ public:
+  Prompt(const Problem& problem, const Host& host, const Plan& plan, const int32_t* rows, int64_t count)
+      : problem_(problem),
+        a_(problem.attributes),
+        host_(host),
+        k_(*host.kernels),
+        plan_(plan),
+        rows_(rows),
+        count_(count),
+        d_(problem.hidden_size),
+        f_(problem.intermediate_size),
+        n_(problem.projections()),
+        type_(static_cast<int>(problem.weight_type)) {}
+
+  void Run() const {
+    Parallel(host_, CeilDiv(count_, kRunRows), [&](int64_t run) {
+      const int64_t i = run * kRunRows;
+      k_.pack_x(Rows(problem_), rows_ + i, std::min(kRunRows, count_ - i), d_, plan_.x + i * PackedSize(d_));
+    });
+    Hidden();
+    if (a_.emit_stat) AddStat();
+    if (a_.combine == Combine::kWeighted) Parallel(host_, count_, [&](int64_t i) { Weigh(i); });
+    const int64_t columns = CeilDiv(d_, kPanelColumns), blocks = CeilDiv(count_, kAxpyRows);
+    Parallel(host_, columns * blocks, [&](int64_t task) {
+      const int64_t first = task / columns * kAxpyRows;
+      Down(task % columns * kPanelColumns, first, std::min(kAxpyRows, count_ - first));
+    });
+    if (problem_.active)
+      for (int64_t i = 0; i < count_; ++i) problem_.active[rows_[i]] = static_cast<int32_t>(f_);
+  }
+
+ private:
+  float* HiddenRow(int64_t i) const { return plan_.hidden_rows + i * f_; }
+
+  // The hidden values. A slot packs weights and uses them up, panel after panel, so that its memory stays in a core's cache. Who
+  // takes which panel does not matter to the numbers.
+  void Hidden() const {
+    const int64_t neurons = kPanelColumns / n_, panels = CeilDiv(f_, neurons);
+    std::atomic<int64_t> next{0};
+    Parallel(host_, plan_.slots, [&](int64_t slot) {
+      float* packed = plan_.weights + slot * kPanelColumns * PackedSize(d_);
+      for (int64_t panel = next++; panel < panels; panel = next++) Panel(panel * neurons, std::min(neurons, f_ - panel * neurons), packed);
+    });
+  }
+
+  void Panel(int64_t first, int64_t size, float* packed) const {
+    alignas(64) float pre[kRunRows * kPanelColumns], hidden[kRunRows * kPanelColumns];
+    const int64_t width = kPanelColumns / n_;
+    k_.pack_rows[type_](WeightAt(problem_, problem_.w_in, first * n_ * d_), d_, size * n_, packed);
+    for (int64_t i = 0; i < count_; i += kRunRows) {
+      const int64_t rows = std::min(kRunRows, count_ - i);
+      k_.dot_block(plan_.x + i * PackedSize(d_), rows, packed, d_, pre);
+      if (a_.has_bias)
+        for (int64_t r = 0; r < rows; ++r) k_.add(plan_.bias + first * n_, size * n_, pre + r * kPanelColumns);
+      k_.activate(a_.activation, a_.gated, pre, rows * width, hidden);
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(HiddenRow(i + r) + first, hidden + r * width, static_cast<size_t>(size) * sizeof(float));
     }
-  });
-}
+  }
 
-void RunGemm(const Host& host, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c) {
-  if (host.gemm.run)
-    host.gemm.run(host.gemm.host, transpose_b, m, n, k, a, b, c);
-  else
-    SimpleGemm(host, transpose_b, m, n, k, a, b, c);
-}
+  void AddStat() const {
+    Parallel(host_, count_, [&](int64_t i) {
+      const bool counts = plan_.kind[rows_[i]] == kPromptRow;
+      plan_.energy[i] = counts ? a_.stat_norm == StatNorm::kRow ? Energy(HiddenRow(i), f_) : 1.0f : 0.0f;
+    });
+    Parallel(host_, CeilDiv(f_, kStatColumns), [&](int64_t task) {
+      const int64_t j = task * kStatColumns;
+      for (int64_t i = 0; i < count_; ++i)
+        AddShare(HiddenRow(i) + j, std::min(kStatColumns, f_ - j), plan_.energy[i],
+                 problem_.stat + rows_[i] / problem_.sequence * f_ + j);
+    });
+  }
 
-// `count` weights from element `at` as float32: the memory itself, or a copy.
-const float* Weights(const Problem& problem, const Host& host, const Plan& plan, const void* weights, int64_t at,
-                     int64_t rows, int64_t width) {
-  const char* source = WeightAt(problem, weights, at);
-  if (problem.weight_type == FloatType::kFloat32) return reinterpret_cast<const float*>(source);
-  Parallel(host, rows, [&](int64_t row) {
-    host.kernels->convert[static_cast<int>(problem.weight_type)](source + row * width * 2, width, plan.weights + row * width);
-  });
-  return plan.weights;
-}
+  void Weigh(int64_t i) const {
+    const int64_t at = problem_.score_per_sequence ? rows_[i] / problem_.sequence : rows_[i];
+    const float* score = problem_.score + at * problem_.granules();
+    float* hidden = HiddenRow(i);
+    for (int64_t j = 0; j < f_; ++j) hidden[j] *= score[j / a_.granule];
+  }
+
+  // Some columns of y, of rows [first, first + count). A chunk's sum is made before it is added to the others'.
+  void Down(int64_t column, int64_t first, int64_t count) const {
+    alignas(64) float panel[kPanelNeurons * kPanelColumns];
+    alignas(64) float part[kAxpyRows * kPanelColumns];
+    float start[kPanelColumns] = {};
+    const int64_t columns = std::min(kPanelColumns, d_ - column);
+    float* y = Results(problem_) + column;
+    if (a_.has_bias) std::memcpy(start, problem_.down_bias + column, static_cast<size_t>(columns) * sizeof(float));
+    for (int64_t chunk = 0; chunk < f_; chunk += plan_.chunk) {
+      const int64_t end = std::min(f_, chunk + plan_.chunk);
+      for (int64_t j = chunk; j < end; j += kPanelNeurons) {
+        const int64_t size = std::min(kPanelNeurons, end - j);
+        k_.pack_columns[type_](WeightAt(problem_, problem_.w_out, j * d_ + column), d_, size, columns, panel);
+        k_.axpy_block(HiddenRow(first) + j, f_, count, panel, size, {j == chunk, j + size == end, chunk == 0 ? start : nullptr}, part, y, rows_ + first, d_,
+                      columns);
+      }
+    }
+  }
+
+  const Problem& problem_;
+  const Attributes& a_;
+  const Host& host_;
+  const Kernels& k_;
+  const Plan& plan_;
+  const int32_t* rows_;
+  const int64_t count_, d_, f_, n_;
+  const int type_;
+};
 
 }  // namespace
 
 void RunPrompt(const Problem& problem, const Host& host, const Plan& plan, const int32_t* rows, int64_t count) {
-  const Attributes& a = problem.attributes;
-  const Kernels& kernels = *host.kernels;
-  const int64_t d = problem.hidden_size, f = problem.intermediate_size, n = problem.projections();
-  const size_t row_bytes = static_cast<size_t>(d) * sizeof(float);
-
-  // Neighbouring rows are used where they lie.
-  const bool neighbours = rows[count - 1] - rows[0] == count - 1;
-  const float* x = Rows(problem) + rows[0] * d;
-  float* y = Results(problem) + rows[0] * d;
-  if (!neighbours) {
-    for (int64_t i = 0; i < count; ++i) std::memcpy(plan.gathered_x + i * d, Rows(problem) + rows[i] * d, row_bytes);
-    x = plan.gathered_x;
-    y = plan.gathered_y;
-  }
-  if (a.has_bias)
-    for (int64_t j = 0; j < f; ++j) {
-      if (a.gated) plan.bias[2 * j] = problem.gate_bias[j];
-      plan.bias[n * j + n - 1] = problem.up_bias[j];
-    }
-
-  // hidden of panel p lies at count * first neuron, [count, neurons of p].
-  for (int64_t first = 0; first < f; first += plan.panel_neurons) {
-    const int64_t size = std::min(plan.panel_neurons, f - first);
-    const float* weights = Weights(problem, host, plan, problem.w_in, first * n * d, size * n, d);
-    RunGemm(host, true, count, n * size, d, x, weights, plan.pre);
-    Parallel(host, count, [&](int64_t i) {
-      float* pre = plan.pre + i * n * size;
-      if (a.has_bias) kernels.add(plan.bias + n * first, n * size, pre);
-      kernels.activate(a.activation, a.gated, pre, size, plan.act + count * first + i * size);
-    });
-  }
-
-  if (a.emit_stat) {
-    const auto panel = [&](int64_t j) { return j / plan.panel_neurons * plan.panel_neurons; };
-    Parallel(host, count, [&](int64_t i) {
-      float total = 1.0f;
-      if (a.stat_norm == StatNorm::kRow) {
-        total = 0.0f;
-        for (int64_t first = 0; first < f; first += plan.panel_neurons) {
-          const int64_t size = std::min(plan.panel_neurons, f - first);
-          total += Energy(plan.act + count * first + i * size, size);
-        }
-      }
-      plan.energy[i] = problem.load[rows[i]] == HUGE_VALF ? total : 0.0f;  // NaN loads are dense, but no prompt
-    });
-    Parallel(host, (f + kColumns - 1) / kColumns, [&](int64_t task) {
-      for (int64_t j = task * kColumns; j < std::min(f, (task + 1) * kColumns);) {
-        const int64_t first = panel(j), size = std::min(plan.panel_neurons, f - first);
-        const int64_t part = std::min({first + size - j, (task + 1) * kColumns - j, f - j});
-        for (int64_t i = 0; i < count; ++i)
-          AddShare(plan.act + count * first + i * size + (j - first), part, plan.energy[i],
-                   problem.stat + rows[i] / problem.sequence * f + j);
-        j += part;
-      }
-    });
-  }
-
-  if (a.combine == Combine::kWeighted)
-    Parallel(host, count, [&](int64_t i) {
-      const int64_t at = problem.score_per_sequence ? rows[i] / problem.sequence : rows[i];
-      const float* score = problem.score + at * problem.granules();
-      for (int64_t first = 0; first < f; first += plan.panel_neurons) {
-        const int64_t size = std::min(plan.panel_neurons, f - first);
-        float* hidden = plan.act + count * first + i * size;
-        for (int64_t j = 0; j < size; ++j) hidden[j] *= score[(first + j) / a.granule];
-      }
-    });
-
-  for (int64_t first = 0; first < f; first += plan.panel_neurons) {
-    const int64_t size = std::min(plan.panel_neurons, f - first);
-    const float* weights = Weights(problem, host, plan, problem.w_out, first * d, size, d);
-    float* out = first == 0 ? y : plan.part_y;
-    RunGemm(host, false, count, d, size, plan.act + count * first, weights, out);
-    if (first > 0) Parallel(host, count, [&](int64_t i) { kernels.add(plan.part_y + i * d, d, y + i * d); });
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    if (a.has_bias) kernels.add(problem.down_bias, d, y + i * d);
-    if (!neighbours) std::memcpy(Results(problem) + rows[i] * d, y + i * d, row_bytes);
-    if (problem.active) problem.active[rows[i]] = static_cast<int32_t>(f);
-  }
+  Prompt(problem, host, plan, rows, count).Run();
 }
 
 }  // namespace clada

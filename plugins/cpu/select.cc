@@ -2,6 +2,8 @@
 // The rules: which granules run.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <limits>
 
 #include "plan.h"
@@ -14,8 +16,25 @@ float LoadMultiplier(const Attributes& a, float load) {
   return std::min(std::max(factor, a.load_min), a.load_max);
 }
 
+namespace {
+
+// Larger for what ranks higher: by the score's bits, turned so that they order as integers; equal scores by the index. NaN counts
+// as infinite. Scores are read once, so that the order holds whatever happens to their memory.
+uint64_t Key(float score, int64_t index) {
+  if (std::isnan(score)) score = HUGE_VALF;
+  score += 0.0f;  // -0 equals 0
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof(bits));
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(bits) << 32 | (UINT32_MAX - static_cast<uint32_t>(index));
+}
+
+int64_t Granule(uint64_t key) { return UINT32_MAX - static_cast<uint32_t>(key); }
+
+}  // namespace
+
 void Decide(const Problem& problem, int64_t first, int64_t count, const float* score, float multiplier, const float* prior,
-            const float* prior_factor, uint8_t* mask, int32_t* rank) {
+            const float* prior_factor, uint8_t* mask, uint64_t* rank) {
   const Attributes& a = problem.attributes;
   const auto eligible = [&](int64_t i) { return prior == nullptr || prior[first + i] >= a.backbone_min; };
   const auto level = [&](int64_t i) {
@@ -37,17 +56,15 @@ void Decide(const Problem& problem, int64_t first, int64_t count, const float* s
     }
     case Rule::kTopk: {
       const float wanted = std::nearbyint(problem.threshold[0] / multiplier);
-      const int64_t k = static_cast<int64_t>(std::min(std::max(wanted, 1.0f), static_cast<float>(count)));
-      const auto key = [&](int32_t i) {
-        if (!eligible(i)) return -std::numeric_limits<float>::infinity();
-        return std::isnan(score[i]) ? std::numeric_limits<float>::infinity() : score[i];
-      };
-      for (int64_t i = 0; i < count; ++i) rank[i] = static_cast<int32_t>(i), mask[i] = 0;
-      std::nth_element(rank, rank + (k - 1), rank + count, [&](int32_t i, int32_t j) {
-        const float left = key(i), right = key(j);
-        return left > right || (left == right && i < j);
-      });
-      for (int64_t i = 0; i < k; ++i) mask[rank[i]] = eligible(rank[i]);
+      // Compared as doubles: above 2^24 there are counts that no float has.
+      const bool all = static_cast<double>(wanted) >= static_cast<double>(count);
+      const int64_t k = all ? count : wanted >= 1.0f ? static_cast<int64_t>(wanted) : 1;
+      for (int64_t i = 0; i < count; ++i) rank[i] = Key(eligible(i) ? score[i] : -HUGE_VALF, i), mask[i] = 0;
+      if (k < count) std::nth_element(rank, rank + (k - 1), rank + count, std::greater<uint64_t>());
+      for (int64_t i = 0; i < k; ++i) {
+        const int64_t e = Granule(rank[i]);
+        mask[e] = eligible(e);
+      }
       return;
     }
   }

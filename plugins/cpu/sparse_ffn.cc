@@ -10,8 +10,6 @@
 namespace clada {
 namespace {
 
-int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 #if defined(__x86_64__)
 bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 bool HasAvx512() {
@@ -72,61 +70,47 @@ size_t MakePlan(const Problem& problem, void* base, Plan* plan) {
   const Attributes& a = problem.attributes;
   const int64_t rows = problem.rows(), d = problem.hidden_size, f = problem.intermediate_size, n = problem.projections();
   const int64_t granules = problem.granules();
-  int64_t dense = 0, padding = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const float load = problem.load[r];
-    dense += std::isnan(load) || (std::isinf(load) && load > 0);
-    padding += std::isinf(load) && load < 0;
-  }
-  plan->gemm_rows = dense >= kGemmRows ? dense : 0;
-  plan->direct_rows = rows - padding - plan->gemm_rows;
 
   // About 32 tasks: enough to balance eight threads, few enough that their partial sums cost little.
   plan->two_pass = a.rule != Rule::kThreshold || a.granule > kBlockNeurons;
-  plan->chunk = RoundUp(std::max<int64_t>(16, (f + 31) / 32), plan->two_pass ? 1 : a.granule);
-  plan->chunks = (f + plan->chunk - 1) / plan->chunk;
-  plan->block_rows = std::min(plan->direct_rows, kBlockRows);
+  plan->chunk = RoundUp(std::max<int64_t>(kBlockNeurons, CeilDiv(f, 32)), plan->two_pass ? 1 : a.granule);
+  plan->chunks = CeilDiv(f, plan->chunk);
+  plan->block_rows = std::min(rows, kBlockRows);
 
   Arena arena(base);
   plan->kind = arena.Take<uint8_t>(rows);
+  plan->multiplier = arena.Take<float>(rows);
   plan->order = arena.Take<int32_t>(rows);
   if (a.use_stat) {
     plan->prior = arena.Take<float>(problem.batch * granules);
     if (a.prior_gamma > 0.0f) plan->prior_factor = arena.Take<float>(problem.batch * granules);
     if (a.score == Score::kPrefix) plan->prefix = arena.Take<float>(problem.batch * f);
   }
-  if (plan->direct_rows > 0) {
-    const int64_t block = plan->block_rows;
-    if (a.score == Score::kShadow) plan->folded = arena.Take<float>(block * (d / (kShadowBlock / 2)));
-    plan->score = arena.Take<float>(block * f);
-    plan->hidden = arena.Take<float>(block * f);
-    if (a.score == Score::kGate && a.gated) plan->gate = arena.Take<float>(block * f);
-    plan->mask = arena.Take<uint8_t>(block * granules);
-    if (a.rule == Rule::kTopk) plan->rank = arena.Take<int32_t>(block * granules);
-    plan->partial = arena.Take<float>(plan->chunks * block * d);
-    plan->count = arena.Take<int32_t>(plan->chunks * block);
-  }
-  if (plan->gemm_rows > 0) {
-    const bool plain = problem.weight_type == FloatType::kFloat32;
-    // A quarter of the budget for converted weights; the rest for rows.
-    const int64_t weight_bytes = n * d * static_cast<int64_t>(sizeof(float));
-    const int64_t fit = static_cast<int64_t>(kPromptBytes / 4) / weight_bytes;
-    plan->panel_neurons = plain ? f : std::min(f, std::max<int64_t>(64, fit / 64 * 64));
-    const int64_t row_bytes = (n * plan->panel_neurons + f + 3 * d) * static_cast<int64_t>(sizeof(float));
-    const int64_t row_budget = static_cast<int64_t>(kPromptBytes) * 3 / 4 / row_bytes;
-    plan->panel_rows = std::min(plan->gemm_rows, std::max<int64_t>(kGemmRows, row_budget / 16 * 16));
-    plan->gathered_x = arena.Take<float>(plan->panel_rows * d);
-    plan->gathered_y = arena.Take<float>(plan->panel_rows * d);
-    plan->pre = arena.Take<float>(plan->panel_rows * n * plan->panel_neurons);
-    plan->act = arena.Take<float>(plan->panel_rows * f);
-    if (!plain) {
-      plan->weights = arena.Take<float>(plan->panel_neurons * n * d);
-      plan->part_y = arena.Take<float>(plan->panel_rows * d);
-    }
-    if (a.has_bias) plan->bias = arena.Take<float>(n * f);
-    plan->energy = arena.Take<float>(plan->panel_rows);
-  }
-  return arena.used();
+  const size_t shared = arena.used();
+  const int64_t block = plan->block_rows;
+  if (a.score == Score::kShadow) plan->folded = arena.Take<float>(block * (d / (kShadowBlock / 2)));
+  plan->score = arena.Take<float>(block * f);
+  plan->hidden = arena.Take<float>(block * f);
+  if (a.score == Score::kGate && a.gated) plan->gate = arena.Take<float>(block * f);
+  plan->mask = arena.Take<uint8_t>(block * granules);
+  if (a.rule == Rule::kTopk) plan->rank = arena.Take<uint64_t>(block * granules);
+  plan->partial = arena.Take<float>(plan->chunks * block * d);
+  plan->count = arena.Take<int32_t>(plan->chunks * block);
+
+  if (rows < kPromptRows) return arena.most();
+  arena.Rewind(shared);  // direct rows are done when the prompt's come
+  // A quarter of the budget for packed weights; the rest for rows.
+  const int64_t slot_size = kPanelColumns * PackedSize(d), slot_bytes = slot_size * static_cast<int64_t>(sizeof(float));
+  const int64_t fit = std::clamp<int64_t>(static_cast<int64_t>(kPromptBytes / 4) / slot_bytes, 16, 64);
+  plan->slots = std::min(CeilDiv(f, kPanelColumns / n), fit);
+  const int64_t row_budget = static_cast<int64_t>(kPromptBytes) * 3 / 4 / ((f + d) * static_cast<int64_t>(sizeof(float)));
+  plan->panel_rows = std::min(rows, std::max<int64_t>(64, row_budget / 64 * 64));
+  plan->x = arena.Take<float>(plan->panel_rows * PackedSize(d));
+  plan->hidden_rows = arena.Take<float>(plan->panel_rows * f);
+  plan->weights = arena.Take<float>(plan->slots * slot_size);
+  if (a.has_bias) plan->bias = arena.Take<float>(n * f);
+  plan->energy = arena.Take<float>(plan->panel_rows);
+  return arena.most();
 }
 
 namespace {
@@ -137,8 +121,17 @@ size_t WideBytes(const Problem& problem) {
   return static_cast<size_t>(RoundUp(2 * problem.rows() * problem.hidden_size * 4, 64));
 }
 
+// Memory that others may write meanwhile: the compiler must not read it again.
+float ReadOnce(const float* p) { return *static_cast<const volatile float*>(p); }
+
+RowKind KindOf(float load) {
+  if (std::isnan(load)) return kDenseRow;
+  if (!std::isinf(load)) return kSparseRow;
+  return load > 0 ? kPromptRow : kPaddingRow;
+}
+
 void RunWide(const Problem& problem, const Host& host, void* scratch) {
-  const int64_t rows = problem.rows(), d = problem.hidden_size, f = problem.intermediate_size;
+  const int64_t rows = problem.rows(), d = problem.hidden_size, f = problem.intermediate_size, n = problem.projections();
   const Attributes& a = problem.attributes;
   if (a.emit_stat && problem.batch > 0) {
     const size_t bytes = static_cast<size_t>(problem.batch * f) * sizeof(float);
@@ -150,24 +143,38 @@ void RunWide(const Problem& problem, const Host& host, void* scratch) {
   if (a.use_stat)
     Parallel(host, problem.batch, [&](int64_t b) { MakePrior(problem, *host.kernels, plan, b); });
 
-  int64_t direct = 0, gemm = plan.direct_rows;
+  int64_t dense = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    const float load = problem.load[r];
-    const bool infinite = std::isinf(load);
-    plan.kind[r] = infinite && load < 0 ? kPaddingRow : infinite || std::isnan(load) ? kDenseRow : kSparseRow;
-    if (plan.kind[r] == kPaddingRow) {
-      std::memset(Results(problem) + r * d, 0, static_cast<size_t>(d) * sizeof(float));
-      if (problem.active) problem.active[r] = 0;
-    } else if (plan.kind[r] == kDenseRow && plan.gemm_rows > 0) {
-      plan.order[gemm++] = static_cast<int32_t>(r);
-    } else {
-      plan.order[direct++] = static_cast<int32_t>(r);
-    }
+    const float load = ReadOnce(problem.load + r);
+    plan.kind[r] = KindOf(load);
+    plan.multiplier[r] = plan.kind[r] == kSparseRow ? LoadMultiplier(a, load) : 1.0f;
+    dense += plan.kind[r] == kDenseRow || plan.kind[r] == kPromptRow;
   }
-  for (int64_t done = 0; done < plan.direct_rows; done += plan.block_rows)
-    RunDirect(problem, host, plan, plan.order + done, std::min(plan.block_rows, plan.direct_rows - done));
-  for (int64_t done = 0; done < plan.gemm_rows; done += plan.panel_rows)
-    RunPrompt(problem, host, plan, plan.order + plan.direct_rows + done, std::min(plan.panel_rows, plan.gemm_rows - done));
+  int32_t* order = plan.order;
+  const auto list = [&](auto wanted) {
+    int32_t* const first = order;
+    for (int64_t r = 0; r < rows; ++r)
+      if (wanted(plan.kind[r])) *order++ = static_cast<int32_t>(r);
+    return order - first;
+  };
+  const bool prompt = dense >= kPromptRows;
+  const int64_t direct_rows = list([&](uint8_t kind) { return kind == kSparseRow || (kind != kPaddingRow && !prompt); });
+  const int64_t prompt_rows = list([&](uint8_t kind) { return prompt && (kind == kDenseRow || kind == kPromptRow); });
+  for (int64_t r = 0; r < rows; ++r) {
+    if (plan.kind[r] != kPaddingRow) continue;
+    std::memset(Results(problem) + r * d, 0, static_cast<size_t>(d) * sizeof(float));
+    if (problem.active) problem.active[r] = 0;
+  }
+
+  for (int64_t done = 0; done < direct_rows; done += plan.block_rows)
+    RunDirect(problem, host, plan, plan.order + done, std::min(plan.block_rows, direct_rows - done));
+  if (prompt && a.has_bias)
+    for (int64_t j = 0; j < f; ++j) {
+      if (a.gated) plan.bias[2 * j] = problem.gate_bias[j];
+      plan.bias[n * j + n - 1] = problem.up_bias[j];
+    }
+  for (int64_t done = 0; done < prompt_rows; done += plan.panel_rows)
+    RunPrompt(problem, host, plan, plan.order + direct_rows + done, std::min(plan.panel_rows, prompt_rows - done));
 }
 
 }  // namespace

@@ -7,11 +7,10 @@
 namespace clada::cuda {
 namespace {
 
-// Larger numbers for larger scores; NaN counts as infinite, and what is not eligible the smallest.
+// Larger numbers for larger scores; NaN counts as infinite, and what is not eligible as -infinity.
 __device__ __forceinline__ unsigned Rank(float score, bool eligible) {
-  if (!eligible) return 0u;
   if (score != score) score = INFINITY;
-  const unsigned bits = FloatToBits(score);
+  const unsigned bits = FloatToBits((eligible ? score : -INFINITY) + 0.0f);  // -0 becomes 0, which it equals
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
@@ -61,9 +60,10 @@ __device__ void Select(const Problem& problem, const RuleInput& rule, float mult
   const Attributes& a = problem.attributes;
   const int64_t granules = problem.granules();
   if (a.rule == Rule::kTopk) {
-    const float k = fminf(fmaxf(rintf(rule.threshold[0] / multiplier), 1.0f), static_cast<float>(granules));
-    // A k that is not a number takes all.
-    SelectTop(a, rule, granules, k >= 1.0f ? static_cast<int64_t>(k) : granules, score, mask);
+    const float wanted = fmaxf(rintf(rule.threshold[0] / multiplier), 1.0f);
+    // Compared as doubles: above 2^24 there are counts that no float has. A k that is not a number is 1: fmaxf passes NaN over.
+    const bool all = static_cast<double>(wanted) >= static_cast<double>(granules);
+    SelectTop(a, rule, granules, all ? granules : static_cast<int64_t>(wanted), score, mask);
     return;
   }
   float best = 1.0f;

@@ -89,6 +89,8 @@ std::string CheckLimits(const Problem& problem) {
   if (n * f > kMost) return over("n * intermediate_size", n * f);
   if (problem.batch > 65535) return "batch is " + std::to_string(problem.batch) + "; at most 65535 sequences fit a launch";
   if (problem.rows() > kMost) return over("batch * sequence", problem.rows());
+  // A thread of the statistic has one neuron of one sequence; a launch, at most 2^31 - 1 blocks of them.
+  if (problem.batch * f > kMost * kThreads) return over("batch * intermediate_size / 256", problem.batch * f / kThreads);
   return {};
 }
 

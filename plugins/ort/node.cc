@@ -96,14 +96,20 @@ Problem Bind(const std::string& node, const Attributes& attributes, Ort::KernelC
   }
   Problem problem = MakeProblem(node, attributes, views, check_threshold);
 
+  size_t output = 0;
+  const auto memory = [&](const std::vector<int64_t>& shape) {
+    Ort::UnownedValue value = context.GetOutput(output, shape);
+    if (!value)
+      throw ContractError("SparseFFN node '" + node + "': output " + std::to_string(output) +
+                          " is not connected; no output is optional");
+    ++output;
+    return value.GetTensorMutableRawData();
+  };
   const std::vector<int64_t>& shape = views[0].shape;
-  problem.y = context.GetOutput(0, shape).GetTensorMutableRawData();
-  size_t output = 1;
-  if (attributes.emit_stat)
-    problem.stat = context.GetOutput(output++, {problem.batch, problem.intermediate_size}).GetTensorMutableData<float>();
+  problem.y = memory(shape);
+  if (attributes.emit_stat) problem.stat = static_cast<float*>(memory({problem.batch, problem.intermediate_size}));
   if (attributes.emit_active)
-    problem.active =
-        context.GetOutput(output, std::vector<int64_t>(shape.begin(), shape.end() - 1)).GetTensorMutableData<int32_t>();
+    problem.active = static_cast<int32_t*>(memory(std::vector<int64_t>(shape.begin(), shape.end() - 1)));
   return problem;
 }
 

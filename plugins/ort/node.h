@@ -4,7 +4,9 @@
 #define CLADA_ORT_NODE_H_
 
 #include <exception>
+#include <new>
 #include <string>
+#include <type_traits>
 
 #include "sparse_ffn_op.h"
 
@@ -35,16 +37,25 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-// Runs a body that may throw, and turns what it throws into a status.
+// Runs a body that may throw, and turns what it throws, whatever it is, into a status that names the op: nothing may pass the
+// runtime's C interface. `Body` returns nothing, or a status.
 template <class Body>
 OrtStatusPtr Guard(Body body) noexcept {
   try {
-    body();
-    return nullptr;
+    if constexpr (std::is_void_v<decltype(body())>) {
+      body();
+      return nullptr;
+    } else {
+      return body();
+    }
   } catch (const ContractError& error) {
     return Ort::GetApi().CreateStatus(ORT_INVALID_ARGUMENT, error.what());
+  } catch (const std::bad_alloc&) {
+    return Ort::GetApi().CreateStatus(ORT_FAIL, "SparseFFN: out of memory");
   } catch (const std::exception& error) {
     return Ort::GetApi().CreateStatus(ORT_FAIL, error.what());
+  } catch (...) {
+    return Ort::GetApi().CreateStatus(ORT_FAIL, "SparseFFN: an unknown exception");
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <atomic>
 
+#include "node.h"
+
 namespace clada::ort {
 namespace {
 
@@ -77,7 +79,7 @@ ElementType ToElementType(ONNXTensorElementDataType type) {
 }
 
 OrtStatusPtr ORT_API_CALL InferShapes(const OrtCustomOp*, OrtShapeInferContext* context) {
-  try {
+  return Guard([&]() -> OrtStatusPtr {
     TypeAndShape x, load, weights;
     if (!Read(context, 0, &x)) return nullptr;
     // An x of unknown rank reads like a scalar, which x can't be; the load has the same rows.
@@ -108,9 +110,7 @@ OrtStatusPtr ORT_API_CALL InferShapes(const OrtCustomOp*, OrtShapeInferContext* 
       return Write(context, output, load);
     }
     return nullptr;
-  } catch (const std::exception& error) {
-    return Ort::GetApi().CreateStatus(ORT_FAIL, error.what());
-  }
+  });
 }
 
 }  // namespace clada::ort

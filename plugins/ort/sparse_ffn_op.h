@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ONNX Runtime shell of com.clada::SparseFFN: turns ORT's tensors into a clada::Problem, and gives it ORT's threads, memory
-// and GEMM.
+// The ONNX Runtime shell of com.clada::SparseFFN: turns ORT's tensors into a clada::Problem, and gives it ORT's threads and
+// memory.
 #ifndef CLADA_ORT_SPARSE_FFN_OP_H_
 #define CLADA_ORT_SPARSE_FFN_OP_H_
 
@@ -30,8 +30,6 @@ class SparseFFNKernel {
   bool threshold_checked_ = false;
   const Kernels* kernels_ = nullptr;
   Ort::MemoryInfo memory_;
-  Ort::Op gemm_{nullptr};            // c = a * b
-  Ort::Op gemm_transposed_{nullptr};  // c = a * b^T
 };
 
 // The inputs after `threshold`, and the outputs after `y`, depend on the attributes, so both lists end in a variadic part.

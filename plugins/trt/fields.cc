@@ -32,7 +32,7 @@ const PluginField* FieldReader::Find(const char* name, const char* wanted, std::
                                      bool single) const {
   for (int32_t i = 0; fields_ && i < fields_->nbFields; ++i) {
     const PluginField& field = fields_->fields[i];
-    if (std::strcmp(field.name, name) != 0) continue;
+    if (field.name == nullptr || std::strcmp(field.name, name) != 0) continue;
     if (field.data == nullptr) return nullptr;
     const std::string what = "SparseFFN node '" + node_ + "': attribute '" + name + "' ";
     if (std::find(types.begin(), types.end(), field.type) == types.end())

@@ -92,12 +92,14 @@ def make_case(
     seed: int = 0,
     per_sequence: bool = False,
     zero_row: tuple[int, ...] | None = None,
+    clear: bool = True,
 ) -> Case:
     """A random case, drawn again until its choices are clear.
 
     Args:
         dtype: of the weights; x_dtype: of x and y, float32 or as the weights.
         zero_row: the index of a row of x that is 0.
+        clear: False takes the first, for comparisons where choices must fall alike whatever they hang on.
     """
     a, n, g = attributes, 2 if attributes.gated else 1, attributes.granule
     for attempt in range(200):
@@ -137,7 +139,7 @@ def make_case(
             torch.rand(*score_shape, generator=generator) if a.score == "external" else None,
             torch.rand(shape[0], f, generator=generator).square() if a.use_stat else None,
         )
-        if case.is_clear():
+        if not clear or case.is_clear():
             return case
     raise AssertionError("no case with clear choices was found")
 

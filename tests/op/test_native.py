@@ -23,28 +23,60 @@ def attributes(score: str, rule: str = "threshold", **changes: object) -> Sparse
     return SparseFFNAttributes(score=score, rule=rule, emit_active=True, **(stat | changes))
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("score", SCORES)
-def test_thread_count_does_not_change_a_bit(score: str, rows: int) -> None:
-    for rule in RULES:
-        case = make_case(attributes(score, rule, emit_stat=True), shape=(1, rows), f=512)
-        first, *others = (run_native(case, threads=threads) for threads in (1, 2, 4))
-        for other in others:
-            for name, value in first.items():
-                np.testing.assert_array_equal(other[name], value, err_msg=f"{name}, {rule}")
+@settings(FAST, max_examples=120)
+@given(data=st.data())
+def test_bits_depend_on_neither_threads_nor_company(data: st.DataObject) -> None:
+    """y and active of each row, alone, in a batch, on any number of threads; stat of each sequence. Up to 70 rows, dense,
+    sparse and mixed, at sizes that blocks, panels and vectors divide, and that they don't."""
+    draw = data.draw
+    score = draw(st.sampled_from(SCORES), label="score")
+    granule = draw(st.sampled_from([1, 1, 4, 70]), label="granule")
+    d = draw(
+        st.sampled_from([32, 64, 192, 288, 576]) if score == "shadow" else st.sampled_from([1, 17, 31, 33, 48, 64, 100, 192])
+    )
+    f = granule * draw(st.integers(1, 700 // granule), label="granules")
+    sequence = draw(st.sampled_from([1, 3, 5, 6, 9, 16, 17, 35]), label="sequence")
+    wanted = attributes(
+        score,
+        draw(st.sampled_from(RULES), label="rule"),
+        granule=granule,
+        gated=draw(st.booleans(), label="gated"),
+        has_bias=draw(st.booleans(), label="bias"),
+        emit_stat=True,
+        stat_norm=draw(st.sampled_from(["row", "none"]), label="stat_norm"),
+        load_slope=0.3,
+    )
+    loads = draw(st.sampled_from([[1.0], [0.0], [1.0, 0.0], [1.0, 1.0, 0.0, 2.0, 3.0]]), label="loads")
+    values = torch.tensor([0.2, float("inf"), float("-inf"), float("nan")])
+    kinds = torch.tensor(loads)[torch.randint(len(loads), (2, sequence), generator=torch.Generator().manual_seed(1))]
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), label="weights")
+    case = make_case(
+        wanted, shape=(2, sequence), d=d, f=f, dtype=dtype, x_dtype=draw(st.sampled_from([torch.float32, dtype])),
+        load=values[kinds.long()], seed=draw(st.integers(0, 1000)), clear=False,
+    )  # fmt: skip
+    with instruction_set(draw(st.sampled_from(available_isas()))):
+        one, three = (session(make_model(case), library=ort_library_path(), threads=threads) for threads in (1, 3))
+    together = run(one, case)
+    for name, value in run(three, case).items():
+        np.testing.assert_array_equal(value, together[name], err_msg=f"{name}, three threads")
 
+    def part(b: int, rows: slice) -> dict[str, np.ndarray]:
+        at = (slice(b, b + 1), rows)
+        cut = replace(
+            case,
+            x=case.x[at].contiguous(),
+            load=case.load[at].contiguous(),
+            score=None if case.score is None else case.score[at].contiguous(),
+            past_stat=None if case.past_stat is None else case.past_stat[b : b + 1],
+        )
+        return run(one, cut)
 
-@pytest.mark.parametrize("isa", available_isas())
-@pytest.mark.parametrize("score", ["gate", "exact", "shadow", "external"])
-def test_a_row_alone_has_the_bits_it_has_in_a_batch(score: str, isa: str) -> None:
-    case = make_case(attributes(score, load_slope=0.3), shape=(6, 3), f=160)
-    together = run_native(case, isa=isa, threads=2)
-    for b in range(6):
-        for s in range(3):
-            at = (slice(b, b + 1), slice(s, s + 1))
-            score_row = None if case.score is None else case.score[at]
-            alone = run_native(replace(case, x=case.x[at], load=case.load[at], score=score_row), isa=isa)
-            np.testing.assert_array_equal(alone["y"][0, 0], together["y"][b, s])
+    for b in range(2):
+        np.testing.assert_array_equal(part(b, slice(None))["stat"][0], together["stat"][b], err_msg=f"stat, sequence {b}")
+        for s in range(sequence):
+            alone = part(b, slice(s, s + 1))
+            for name in ("y", "active"):
+                np.testing.assert_array_equal(alone[name][0, 0], together[name][b, s], err_msg=f"{name}, row {b}, {s}")
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])

@@ -90,15 +90,6 @@ struct ParallelFor {
   void* host = nullptr;
 };
 
-// The host's GEMM for prompts: c[m, n] = a[m, k] * b, b being [k, n], or [n, k] when transposed; all float32, dense rows.
-// It may throw; `RunSparseFFN` then passes the exception on.
-struct Gemm {
-  using Function = void (*)(void* host, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a, const float* b,
-                            float* c);
-  Function run = nullptr;  // null: a simple GEMM of our own
-  void* host = nullptr;
-};
-
 // An instruction set: "avx512", "avx2" or "baseline".
 struct Kernels;
 // The named one, or the best this machine has when name is null or empty. Null when it is unknown or the machine lacks it.
@@ -107,15 +98,15 @@ const char* KernelsName(const Kernels* kernels);
 
 struct Host {
   ParallelFor parallel_for;
-  Gemm gemm;
   const Kernels* kernels = nullptr;
 };
 
-// Bytes of scratch memory that this call needs; reads `load`, and no other data.
+// Bytes of scratch memory that a call of these sizes needs. Looks at no pointer.
 size_t ScratchBytes(const Problem& problem);
 
 // Runs one call. Shapes must have been checked (clada/contract.h). `scratch` is 64-byte aligned and holds ScratchBytes().
-// The result has the same bits for any thread count.
+// A row of y has the same bits for any number of threads and any other rows; a sequence's row of stat, for any other sequences.
+// Memory stays within its bounds whatever the inputs' values are, also if they change meanwhile.
 void RunSparseFFN(const Problem& problem, const Host& host, void* scratch);
 
 }  // namespace clada

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the framework-free kernel over random calls, on every instruction set that the machine has. Buffers have exactly the
 // bytes that the contract gives them, at odd addresses, so the sanitizers see every access beyond; the instruction sets and the
-// thread orders are compared with each other.
+// thread orders are compared with each other, and each row with itself alone. Then what random calls don't meet: sizes at the edge
+// of their types, and inputs that change while a call runs.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +11,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "clada/contract.h"
@@ -80,6 +83,30 @@ bool Same(const std::vector<float>& a, const std::vector<float>& b, float tolera
   return true;
 }
 
+// What a row of x gives alone, for calls without a statistic of their own to add to.
+std::vector<float> Alone(const Problem& p, const Host& host, int64_t row) {
+  Problem one = p;
+  const int64_t sequence = row / p.sequence, d = p.hidden_size, e = p.granules();
+  one.batch = one.sequence = 1;
+  one.x = static_cast<const char*>(p.x) + row * d * SizeOf(p.x_type);
+  one.load = p.load + row;
+  one.score = p.score + (p.score_per_sequence ? sequence : row) * e;
+  if (p.past_stat) one.past_stat = p.past_stat + sequence * p.intermediate_size;
+  Buffer<float> y(d), stat(p.intermediate_size);
+  Buffer<uint16_t> y_half(d);
+  Buffer<int32_t> active(1);
+  one.y = p.x_type == FloatType::kFloat32 ? static_cast<void*>(y.data()) : y_half.data();
+  one.stat = p.stat ? stat.data() : nullptr;
+  one.active = p.active ? active.data() : nullptr;
+  void* scratch = std::aligned_alloc(64, (ScratchBytes(one) + 64) / 64 * 64);
+  RunSparseFFN(one, host, scratch);
+  std::free(scratch);
+  std::vector<float> all;
+  for (int64_t i = 0; i < d; ++i)
+    all.push_back(p.x_type == FloatType::kFloat32 ? y.data()[i] : Wide(p.x_type, y_half.data()[i]));
+  return all;
+}
+
 int Run(int number) {
   Problem p;
   Attributes& a = p.attributes;
@@ -97,7 +124,7 @@ int Run(int number) {
   a.emit_active = Pick(0, 1) == 1;
   a.has_bias = Pick(0, 1) == 1;
   p.batch = Pick(1, 3);
-  p.sequence = Pick(0, 9) == 0 ? Pick(20, 60) : Pick(0, 6);
+  p.sequence = Pick(0, 4) == 0 ? Pick(2, 40) : Pick(0, 6);
   p.hidden_size = a.score == Score::kShadow ? 32 * Pick(1, 5) : Pick(1, 90);
   p.intermediate_size = a.granule * Pick(1, a.granule > 1 ? 6 : 200);
   p.weight_type = static_cast<FloatType>(Pick(0, 2));
@@ -161,6 +188,13 @@ int Run(int number) {
         return 1;
       }
     }
+    for (int64_t row = 0; row < rows; ++row) {
+      const std::vector<float> alone = Alone(p, host, row);
+      if (std::memcmp(alone.data(), first.data() + row * d, alone.size() * sizeof(float)) != 0) {
+        std::printf("call %d, %s: row %d has other bits alone\n", number, isa, static_cast<int>(row));
+        return 1;
+      }
+    }
     for (const float value : first)
       if (std::isnan(value)) {
         std::printf("call %d, %s: NaN\n", number, isa);
@@ -178,12 +212,122 @@ int Run(int number) {
   return 0;
 }
 
+// A plain layer of ones: f neurons of one number each.
+struct Layer {
+  Layer(int64_t rows, int64_t f) : x(rows), y(rows), load(rows), w(f), active(rows) {
+    std::fill_n(w.data(), f, 1.0f);
+    std::fill_n(x.data(), rows, 1.0f);
+    std::fill_n(load.data(), rows, 0.0f);
+    p.batch = 1, p.sequence = rows, p.hidden_size = 1, p.intermediate_size = f;
+    p.attributes.gated = false, p.attributes.activation = Activation::kIdentity, p.attributes.emit_active = true;
+    p.x = x.data(), p.y = y.data(), p.load = load.data(), p.w_in = p.w_out = w.data(), p.active = active.data();
+  }
+  void Run(const Host& host) {
+    void* scratch = std::aligned_alloc(64, (ScratchBytes(p) + 64) / 64 * 64);
+    RunSparseFFN(p, host, scratch);
+    std::free(scratch);
+  }
+  Problem p;
+  Buffer<float> x, y, load, w;
+  Buffer<int32_t> active;
+};
+
+int Expect(bool holds, const char* what) {
+  if (!holds) std::printf("%s\n", what);
+  return !holds;
+}
+
+// topk among more granules than float32 can count: k is exact, and stays within them.
+int ManyGranules(const Host& host) {
+  const int64_t f = (int64_t{1} << 24) + 3;
+  Layer layer(1, f);
+  layer.p.attributes.rule = Rule::kTopk;
+  int failures = 0;
+  for (const auto& [wanted, active] : {std::pair<float, int64_t>{16777216.0f, 16777216}, {16777218.0f, 16777218},
+                                       {16777220.0f, f}, {3e38f, f}, {HUGE_VALF, f}, {0.0f, 1}}) {
+    layer.p.threshold = &wanted;
+    layer.Run(host);
+    failures += Expect(layer.active.data()[0] == active, "topk of many granules takes another number of them");
+  }
+  return failures;
+}
+
+std::vector<std::pair<float*, int64_t>> scribbled;
+
+// Writes other numbers into some inputs before each step of a call.
+void Scribble(void*, size_t count, ParallelBody body, void* context) {
+  const float numbers[] = {0.0f, 0.4f, -1.0f, HUGE_VALF, -HUGE_VALF, std::nanf(""), 1e-42f, 3e38f};
+  for (size_t i = 0; i < count; ++i) {
+    for (const auto& [values, size] : scribbled)
+      for (int64_t k = 0; k < size; ++k) values[k] = numbers[Pick(0, 7)];
+    body(context, i);
+  }
+}
+
+// Inputs that change while the call reads them: any result, but no access beyond a buffer.
+int ChangingInputs(Host host) {
+  host.parallel_for.run = &Scribble;
+  for (int i = 0; i < 300; ++i) {
+    const int64_t rows = Pick(1, 40), f = Pick(1, 300);
+    Layer layer(rows, f);
+    Attributes& a = layer.p.attributes;
+    a.rule = static_cast<Rule>(Pick(0, 2));
+    a.score = Pick(0, 1) ? Score::kPrefix : Score::kExternal;
+    a.load_slope = 0.3f, a.use_stat = a.emit_stat = true, a.prior_gamma = 0.5f, a.backbone_min = 0.2f;
+    Buffer<float> score(rows * f), past(f), stat(f), threshold(1);
+    scribbled = {{layer.load.data(), rows}, {score.data(), rows * f}, {past.data(), f}, {threshold.data(), 1}};
+    std::fill_n(threshold.data(), 1, 0.5f);
+    std::fill_n(score.data(), rows * f, 0.5f);
+    std::fill_n(past.data(), f, 0.5f);
+    for (int64_t r = 0; r < rows; ++r)
+      if (Pick(0, 1)) layer.load.data()[r] = HUGE_VALF;
+    layer.p.score = score.data(), layer.p.past_stat = past.data(), layer.p.stat = stat.data();
+    layer.p.threshold = threshold.data();
+    layer.Run(host);
+  }
+  return 0;
+}
+
+// Shapes whose sizes do not fit are refused, by the input's name and without a product that overflows.
+int Refusals() {
+  Attributes a;
+  a.gated = false;
+  const int64_t big = int64_t{1} << 40;
+  const auto said = [&](std::vector<int64_t> x, std::vector<int64_t> load, int64_t f, int64_t d) {
+    const auto view = [](std::vector<int64_t> shape) { return TensorView{ElementType::kFloat32, "", std::move(shape), nullptr}; };
+    try {
+      const Problem p = MakeProblem("here", a, {view(x), view(load), view({f, 1, d}), view({f, d}), view({1})}, false);
+      return std::to_string(p.rows()) + " rows";
+    } catch (const ContractError& error) {
+      return std::string(error.what());
+    }
+  };
+  const auto refused = [](const std::string& text, const char* input) {
+    return text.find("node 'here'") != std::string::npos && text.find(input) != std::string::npos;
+  };
+  return Expect(refused(said({big, big, 4}, {big, big}, 8, 4), "'x'"), "too many rows are taken") +
+         Expect(refused(said({65536, 65536, 4}, {65536, 65536}, 8, 4), "'x'"), "2^32 rows are taken") +
+         Expect(refused(said({2, big, big, big, 4}, {2, big, big, big}, 8, 4), "'x'"), "a product overflows") +
+         Expect(said({big, 0, big, big, 4}, {big, 0, big, big}, 8, 4) == "0 rows", "no rows are refused") +
+         Expect(said({3, 5, 4}, {3, 5}, 8, 4) == "15 rows", "rows are refused") +
+         Expect(refused(said({1, 4}, {1}, int64_t{1} << 31, 4), "'w_in'"), "too many neurons are taken");
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const int calls = count > 1 ? std::atoi(arguments[1]) : 600;
   int failures = 0;
   for (int i = 0; i < calls; ++i) failures += Run(i);
+  failures += Refusals();
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    Host host;
+    host.kernels = FindKernels(isa);
+    if (host.kernels) failures += ChangingInputs(host);
+  }
+  Host best;
+  best.kernels = FindKernels(nullptr);
+  failures += ManyGranules(best);
   std::printf("%d calls, %d failures\n", calls, failures);
   return failures != 0;
 }
