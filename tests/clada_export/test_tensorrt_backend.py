@@ -212,8 +212,8 @@ def test_settings_that_this_tensorrt_does_not_have(rtx: Backend, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"max_batch": 0}, "--max-batch is 0"),
-        ({"max_past": -1}, "--max-past is -1"),
+        ({"max_batch": 0}, "--max-batch 0 is out of range"),
+        ({"max_past": -1}, "--max-past -1 is out of range"),
         ({"compute_capabilities": ()}, "at least one"),
         ({"compute_capabilities": ("sm_89",)}, "'sm_89' is not one"),
         ({"compute_capabilities": ("8.9", "8.9")}, "names one twice"),
