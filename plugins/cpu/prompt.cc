@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kStatColumns = 256;  // neurons of one task of the statistic
 constexpr int64_t kPanelNeurons = 64;  // of one panel of w_out: 12 KB, which stay in the L1 cache
-constexpr int64_t kAxpyRows = 256;     // rows of one task that use it
+constexpr int64_t kAxpyRows = 256;     // rows of one task that use it, at most
+constexpr int64_t kAxpyTasks = 24;     // tasks that there should be
 
 // One pass over some dense rows.
 class Prompt {
@@ -38,10 +39,12 @@ class Prompt {
     Hidden();
     if (a_.emit_stat) AddStat();
     if (a_.combine == Combine::kWeighted) Parallel(host_, count_, [&](int64_t i) { Weigh(i); });
-    const int64_t columns = CeilDiv(d_, kPanelColumns), blocks = CeilDiv(count_, kAxpyRows);
-    Parallel(host_, columns * blocks, [&](int64_t task) {
-      const int64_t first = task / columns * kAxpyRows;
-      Down(task % columns * kPanelColumns, first, std::min(kAxpyRows, count_ - first));
+    // Narrow layers have few panels of columns: there rows are cut too, so that there is work for eight threads.
+    const int64_t columns = CeilDiv(d_, kPanelColumns), cuts = CeilDiv(kAxpyTasks, columns);
+    const int64_t rows = std::clamp(RoundUp(CeilDiv(count_, cuts), kRunRows), kAxpyRows / 8, kAxpyRows);
+    Parallel(host_, columns * CeilDiv(count_, rows), [&](int64_t task) {
+      const int64_t first = task / columns * rows;
+      Down(task % columns * kPanelColumns, first, std::min(rows, count_ - first));
     });
     if (problem_.active)
       for (int64_t i = 0; i < count_; ++i) problem_.active[rows_[i]] = static_cast<int32_t>(f_);

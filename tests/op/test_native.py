@@ -26,8 +26,10 @@ def attributes(score: str, rule: str = "threshold", **changes: object) -> Sparse
 @settings(FAST, max_examples=120)
 @given(data=st.data())
 def test_bits_depend_on_neither_threads_nor_company(data: st.DataObject) -> None:
-    """y and active of each row, alone, in a batch, on any number of threads; stat of each sequence. Up to 70 rows, dense,
-    sparse and mixed, at sizes that blocks, panels and vectors divide, and that they don't."""
+    """y and active of each row, alone, in a batch, on any number of threads; stat of each sequence.
+
+    Up to 70 rows, dense, sparse and mixed, at sizes that blocks, panels and vectors divide, and that they do not.
+    """
     draw = data.draw
     score = draw(st.sampled_from(SCORES), label="score")
     granule = draw(st.sampled_from([1, 1, 4, 70]), label="granule")
