@@ -26,15 +26,13 @@ from clada_export.errors import CladaError, UsageError
 from clada_export.foreign import CONFIG, GENERATION_CONFIG, MODEL, TOKENIZER, InputKind, reading
 from clada_export.json_files import read_json
 from clada_export.runtime.tokenizer_growth import check_growth
+from clada_export.tokenizer_file import LARGEST, check_tokenizer_file
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
-LARGEST_TOKENIZER = 256 << 20
-"""Bytes of a file of it; the largest known (Gemma) has 33 MB. Parsed, a file may take 20 times its size."""
 _SMALL_FILES = (TOKENIZER_FILE, "special_tokens_map.json", "added_tokens.json")
 _LARGE_FILES = (
-    "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
     "vocab.txt",
@@ -87,6 +85,10 @@ def _auto_config(
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **arguments
         )
+        parts = config.get_text_config(), config.get_text_config(decoder=True)
+    # Any name becomes an attribute: a `text_config` of a type that has no such part stays a dictionary.
+    if not all(isinstance(part, PreTrainedConfig) for part in parts):
+        raise kind.error(f"{place}: {kind.fault}: its part about text is none that the type {config.model_type!r} has")
     return config
 
 
@@ -186,6 +188,8 @@ def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **a
             tokenizer = AutoTokenizer.from_pretrained(
                 str(location), trust_remote_code=trust_remote_code, local_files_only=True, **arguments
             )
+            # Settings that make no sense show when it is used.
+            len(tokenizer), tokenizer("", add_special_tokens=False)
     except UsageError as error:
         file = folder / TOKENIZER_FILE
         if not trust_remote_code and file.is_file() and read_json(file).get("auto_map"):
@@ -207,9 +211,11 @@ def _check_tokenizer_files(folder: Path) -> None:
             value = read_json(folder / name)
             if not isinstance(value, dict):
                 raise UsageError(f"{folder / name}: a JSON object is wanted, and this is {type(value).__name__}")
+    if (folder / "tokenizer.json").is_file():
+        check_tokenizer_file(folder / "tokenizer.json")
     for file in (*(folder / name for name in _LARGE_FILES), *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
-        if file.is_file() and (size := file.stat().st_size) > LARGEST_TOKENIZER:
-            raise UsageError(f"{file}: {size} bytes; at most {LARGEST_TOKENIZER} can be meant")
+        if file.is_file() and (size := file.stat().st_size) > LARGEST:
+            raise UsageError(f"{file}: {size} bytes; at most {LARGEST} can be meant")
 
 
 def _config_of_tokenizer(folder: Path) -> PreTrainedConfig:

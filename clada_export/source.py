@@ -225,7 +225,7 @@ def _load_folder(
             source_dtype = str(config.dtype or dtype).removeprefix("torch.")
         model = _build(
             str(folder),
-            name,
+            name if kind == "hub" else str(folder),
             config,
             stored,
             import_experts=experts,
@@ -401,8 +401,10 @@ def _build(
     """
     loader = _loader(config) or AutoModelForCausalLM
     if not trust_remote_code:
-        check_counts(config, stored, place)
-        check_size(model_without_memory(loader, config, place=place, most=stored.most_parts), stored, place, dtype.itemsize)
+        settings = place if "gguf_file" in arguments else str(Path(location) / "config.json")
+        check_counts(config, stored, settings)
+        empty = model_without_memory(loader, config, place=settings, most=stored.most_parts)
+        check_size(empty, stored, settings, dtype.itemsize)
     model, info = load_model(
         loader, location, place=place, trust_remote_code=trust_remote_code, config=config, dtype=dtype, **arguments
     )
