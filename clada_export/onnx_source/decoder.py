@@ -206,7 +206,7 @@ class OnnxDecoder(nn.Module):
     def _session(self, model: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is in the exception too
         # Dozens of sessions take turns: threads that wait for work by spinning would take it from the one that has some.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not isinstance(model, Path):

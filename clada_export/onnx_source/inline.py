@@ -17,7 +17,7 @@ class InlineFunctions(InlinePass):
 
     def __init__(self) -> None:
         super().__init__()
-        self._taken: Counter[str] = Counter()
+        self._taken: Counter[tuple[bool, str]] = Counter()
         self._originals: dict[tuple[str, str, str], list[tuple[Any, str]]] = {}
 
     def _instantiate_call(self, node: ir.Node, call_site_id: str) -> Any:
@@ -28,8 +28,13 @@ class InlineFunctions(InlinePass):
             values = [(value, value.name or "val") for each in inner for value in each.outputs]
             self._originals[key] = [*named, *values]
         for item, name in self._originals[key]:
+            is_node = isinstance(item, ir.Node)
             # Nodes and values have names of their own each.
-            kind = f"{type(item).__name__} {name}"
-            self._taken[kind] += 1
-            item.name = name if self._taken[kind] == 1 else f"{name}_{self._taken[kind]}"
+            used = self._used_node_names if is_node else self._used_value_names
+            number, free = self._taken[is_node, name], name
+            while number == self._taken[is_node, name] or free in used:
+                number += 1
+                free = name if number == 1 else f"{name}_{number}"
+            self._taken[is_node, name] = number
+            item.name = free
         return super()._instantiate_call(node, call_site_id)

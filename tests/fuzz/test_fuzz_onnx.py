@@ -19,6 +19,7 @@ from clada_export.errors import CladaError, UnsupportedModelError, UsageError
 from clada_export.inspection import inspect_onnx
 from clada_export.onnx_source.graph import load_graph
 from clada_export.onnx_source.load import load_decoder
+from tests.fuzz.grown import grown_model
 from tests.fuzz.harness import JSON_VALUES, damaged, fuzz, hold, mutated
 from tests.fuzz.messages import changed_message
 from tests.fuzz.small_decoder import small_decoder
@@ -453,8 +454,13 @@ def test_long_graphs_are_looked_at(tmp_path: Path, change: Change) -> None:
 # --- Generated
 
 
-_CHANGED = changed_message(_fresh).map(lambda model: bytes(model.SerializeToString(deterministic=True)))
-_MODELS = _CHANGED | _CHANGED | _CHANGED | st.builds(_small).flatmap(damaged)
+def _bytes(model: onnx.ModelProto) -> bytes:
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+_CHANGED = changed_message(_fresh).map(_bytes)
+_GROWN = grown_model(_fresh).map(_bytes)
+_MODELS = _CHANGED | _GROWN | changed_message(_fresh).map(_bytes) | st.builds(_small).flatmap(damaged)
 _GENAI = {"model": {"decoder": {"head_size": 4, "num_attention_heads": 2}, "vocab_size": 32}}
 _CONFIG = _config()
 _GENERATION = {"eos_token_id": 2, "bos_token_id": 1, "temperature": 0.7, "do_sample": True, "max_length": 20}
@@ -487,4 +493,4 @@ def test_decoders(tmp_path: Path) -> None:
         error = hold(lambda: load_decoder(path))
         assert error is None or str(tmp_path) in str(error)
 
-    assert fuzz("ONNX decoder", st.tuples(st.just(_small()) | _CHANGED, _FILES), check, chunk=20) > 0
+    assert fuzz("ONNX decoder", st.tuples(st.just(_small()) | _CHANGED | _GROWN, _FILES), check, chunk=20) > 0
