@@ -27,9 +27,9 @@ TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
 LARGEST_TEMPLATE = 4 << 20
 """Bytes; those of today's models have 20,000 at most."""
-SECONDS = 4
+SECONDS = 2
 """Of CPU. Rendering takes milliseconds."""
-CLOCK_S = 2 * SECONDS
+CLOCK_S = 3 * SECONDS
 """By the clock, for a machine that has other things to do."""
 MEMORY = 256 << 20
 """Bytes of address space, of which Python and Jinja take 40 MB; and `_MEMORY_PER_BYTE` times what the messages have."""

@@ -1,7 +1,7 @@
 """Render one chat template, in a process of its own: `python -I -S render_template.py FOLDER...`.
 
 A script, not a module: it imports nothing of this package. The folders are where jinja2 and what it needs are found. stdin is a
-JSON object with `template`, `values` and the bounds `memory` (bytes of address space), `seconds` (of CPU, and twice that by the
+JSON object with `template`, `values` and the bounds `memory` (bytes of address space), `seconds` (of CPU, and thrice that by the
 clock) and `longest` (characters of the result); stdout is one with `text`, or with `error` and, if known, `line`. Nothing on
 stdout means that the system ended the process at one of the bounds.
 """
@@ -56,7 +56,7 @@ def _bound(memory: int, seconds: int) -> None:
         value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(what, (value, value))
     # Should the caller be killed, nobody else would end a template that sleeps.
-    signal.alarm(2 * seconds)
+    signal.alarm(3 * seconds)
 
 
 def _line(error: BaseException) -> int | None:
