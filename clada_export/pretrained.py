@@ -31,6 +31,8 @@ from clada_export.tokenizer_file import LARGEST, check_tokenizer_file
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer_config.json"
+_MOST_HOLES = 100_000
+"""Ids without a token: when a vocabulary is written, each is looked for and told of."""
 _SMALL_FILES = (TOKENIZER_FILE, "special_tokens_map.json", "added_tokens.json")
 _LARGE_FILES = (
     "tokenizer.model",
@@ -119,6 +121,8 @@ def load_model(
     model, info = loaded
     if not trust_remote_code:
         forget_code(model.config)
+        if model.generation_config is not None:
+            forget_code(model.generation_config)
     return model, info
 
 
@@ -189,7 +193,8 @@ def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **a
                 str(location), trust_remote_code=trust_remote_code, local_files_only=True, **arguments
             )
             # Settings that make no sense show when it is used.
-            len(tokenizer), tokenizer("", add_special_tokens=False)
+            tokenizer("", add_special_tokens=False)
+            count, highest = len(tokenizer), max(tokenizer.get_vocab().values(), default=0)
     except UsageError as error:
         file = folder / TOKENIZER_FILE
         if not trust_remote_code and file.is_file() and read_json(file).get("auto_map"):
@@ -197,6 +202,8 @@ def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **a
                 f"{file}: the tokenizer comes with Python code, which is run only if you ask for it (--trust-remote-code)"
             ) from error
         raise
+    if highest > 2 * count + _MOST_HOLES:
+        raise UsageError(f"{location}: {TOKENIZER.fault}: it has {count} tokens, and one of them has the id {highest}")
     if not trust_remote_code:
         forget_code(tokenizer)
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
@@ -260,7 +267,7 @@ def alone(file: Path) -> Iterator[str]:
 
 def forget_code(owner: Any) -> None:
     """Take the names of the model's own classes out of a configuration or tokenizer: an export must not pass them on."""
-    for name in ("auto_map", "_auto_map", "custom_pipelines"):
+    for name in ("auto_map", "_auto_map", "custom_pipelines", "custom_generate"):
         if getattr(owner, name, None):
             setattr(owner, name, None)
             vars(owner).pop(name, None)

@@ -159,6 +159,7 @@ def test_a_tokenizer_that_makes_no_sense_is_left_out(tmp_path: Path) -> None:
     for files in (
         {**_folder_files(), "tokenizer.json": b'{"version": "1.0"}'},
         _json(_folder_files(), "tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 2**32}, "unk_token": "a"}),
+        _json(_folder_files(), "tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 2**32 - 1}, "unk_token": "a"}),
         _json(_folder_files(), "tokenizer.json", normalizer=_TWICE_FORTY_TIMES),
         {**_folder_files(), "tokenizer_config.json": b"[]"},
         {**_folder_files(), "added_tokens.json": b"[" * 100_000},
