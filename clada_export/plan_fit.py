@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clada_export.adapters import check_adapters
+import torch
+
+from clada_export.adapters import adapted_weights, check_adapters
 from clada_export.calibration import Budget
-from clada_export.errors import UsageError
+from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.ffn import EagerFFN
 from clada_export.plan import LayerPlan, SparsityPlan
 from clada_export.pruning import PruneSpec
@@ -67,6 +69,18 @@ def require_fit(plan: SparsityPlan, ffns: Sequence[EagerFFN], weights_digest: st
             raise UsageError(f"{origin}: layer {layer.name!r} is not in this model")
         require_same(layer, ffn.activation, ffn.gated, ffn.hidden_size, ffn.intermediate_size, origin)
     check_adapters(ffns, plan.arrays, origin)
+
+
+def require_finite_weights(plan: SparsityPlan, ffns: Sequence[EagerFFN]) -> None:
+    """Check the weights that an engine is made of, as they are now: no calibration has run the model.
+
+    Raises:
+        UnsupportedModelError: NaN or infinite; names the layer.
+    """
+    for ffn in ffns:
+        weights = [item.weight for item in adapted_weights(ffn)] if plan.layer(ffn.name) else []
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+            raise UnsupportedModelError(f"{ffn.name}: a weight is not finite, as it is read or in the engine's type")
 
 
 def require_same(layer: LayerPlan, activation: str, gated: bool, hidden_size: int, intermediate_size: int, origin: str) -> None:

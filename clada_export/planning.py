@@ -19,7 +19,7 @@ from clada_export.ffn import EagerFFNs
 from clada_export.model_config import text_config, vocab_size
 from clada_export.moe_import import import_plan, is_imported
 from clada_export.plan import SparsityPlan
-from clada_export.plan_fit import require_fit
+from clada_export.plan_fit import require_finite_weights, require_fit
 from clada_export.plan_schema import SHORTEST_CONTEXT
 from clada_export.policies import get_policy
 from clada_export.positions import first_position
@@ -90,6 +90,7 @@ def make_plan(
     if given is not None:
         require_fit(given, ffns.found, source.weights_digest, str(options.plan))
         weights_again(given, source, ffns, data, rounded, str(options.plan))
+        require_finite_weights(given, ffns.found)
         return given, given.calibration
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
     if is_imported(source.model):
