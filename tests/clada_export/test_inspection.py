@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from clada_export.cli import main
+from clada_export.cli.shown import say
 from clada_export.inspection import inspect_model, inspect_onnx
 from tests.tiny_models import export_tiny
 
@@ -81,3 +83,55 @@ def test_an_opset_that_is_too_old_is_said(tmp_path: Path) -> None:
     model.graph.opset_imports[""] = 14
     ir.save(model, tmp_path / "old.onnx")
     assert any("opset 14" in note and "can't be rewritten" in note for note in inspect_onnx(tmp_path / "old.onnx").notes)
+
+
+@pytest.mark.parametrize("trace", [[], ["--trace"]])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("pipe", os.mkfifo),
+        ("pipe.onnx", os.mkfifo),
+        ("pipe.gguf", os.mkfifo),
+        ("loop", lambda path: path.symlink_to(path)),
+        ("loop.onnx", lambda path: path.symlink_to(path)),
+        ("gone", lambda path: path.symlink_to("/nowhere")),
+        ("zero", lambda path: path.symlink_to("/dev/zero")),
+        ("zero.onnx", lambda path: path.symlink_to("/dev/zero")),
+        ("empty", Path.mkdir),
+        ("folder.onnx", Path.mkdir),
+        ("junk", lambda path: path.write_bytes(bytes(range(256)))),
+        ("junk.onnx", lambda path: path.write_bytes(bytes(range(256)))),
+        ("junk.gguf", lambda path: path.write_bytes(b"GGUF" + bytes(range(256)))),
+    ],
+)
+def test_places_that_hold_nothing_to_inspect(
+    name: str, make: Callable[[Path], object], trace: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / name)
+    assert main(["inspect", str(tmp_path / name), "--local-files-only", *trace]) == 2
+    assert str(tmp_path / name) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["clada.json", "config.json", "model.onnx"])
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, lambda path: path.symlink_to(path), lambda path: path.symlink_to("/dev/zero"), Path.mkdir],
+    ids=["pipe", "loop", "device", "folder"],
+)
+def test_folders_whose_file_is_none(
+    name: str, make: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / name)
+    assert main(["inspect", str(tmp_path), "--local-files-only"]) == 2
+    assert f"{tmp_path / name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "a\0b", "\udcff", "org/" + "x" * 300, "a/b/c"])
+def test_names_that_are_no_place(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", name, "--local-files-only"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_control_characters_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    say("layer \x1b[2J\x9b1m\u202e\n✓ ü")
+    assert capsys.readouterr().out == "layer \\x1b[2J\\x9b1m\\u202e\\n✓ ü\n"
