@@ -93,4 +93,5 @@ def _transposed_twice(node: ir.Node) -> ir.Value | tuple[ir.Value, list[int]] | 
 def _order(node: ir.Node) -> list[int] | None:
     if node.op_type != "Transpose" or node.domain != "" or "perm" not in node.attributes:
         return None
-    return list(node.attributes["perm"].as_ints())
+    order = list(node.attributes["perm"].as_ints())
+    return order if sorted(order) == list(range(len(order))) else None

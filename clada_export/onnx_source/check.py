@@ -112,7 +112,7 @@ class _Check:
         found: dict[str, int] = {}
         for entry in imports:
             domain, newest = domain_of(entry.domain), onnx.defs.onnx_opset_version()
-            if domain in found or entry.version < 1:
+            if domain in found or not 1 <= entry.version < 2**31:
                 raise UsageError(
                     f"{self._path}: {where} imports domain {entry.domain!r} twice, or version {entry.version} of it"
                 )
@@ -205,7 +205,9 @@ class _Check:
             raise UsageError(f"{place} is of domain {node.domain!r}, which {where} does not import")
         # Of older graphs nothing is compiled, and inspection says what they hold.
         old = domain == "" and self._opsets[domain] < OLDEST_OPSET
-        if domain != "" or old:
+        # ONNX Runtime has operators of its own in the standard domain.
+        standard = domain == "" and onnx.defs.has(node.op_type, self._opsets[domain], domain)
+        if old or not standard:
             self._form(node, place)
         if node.op_type == "Constant" and len(node.attribute) != 1:
             raise UsageError(f"{place} has {len(node.attribute)} values")
@@ -213,10 +215,8 @@ class _Check:
             raise UsageError(f"{place} casts to a type that there is none of")
         if old or any(body_graphs(node)):
             return  # onnx would look for the names of outer graphs
-        # ONNX Runtime has operators of its own in the standard domain.
-        known = domain != "" or onnx.defs.has(node.op_type, self._opsets[domain], domain)
         with reading(ONNX_NODE, place):
-            if known:
+            if standard or domain != "":
                 onnx.checker.check_node(node, self._context)
             else:
                 for attribute in node.attribute:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graph_passes.rules.common import last_dim, trailing_dims
-from graph_passes.rules.weights import Columns, constant_array, constant_scalar
+from graph_passes.rules.weights import Columns, constant_integer, constant_integers
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def split_widths(node: ir.Node) -> list[int] | None:
 
 def _sizes(split: ir.Node) -> list[int] | None:
     """How long each result of a Split is on its axis, if that is known."""
-    sizes = constant_array(split.inputs[1]) if len(split.inputs) > 1 else None
+    sizes = constant_integers(split.inputs[1]) if len(split.inputs) > 1 else None
     if sizes is not None:
-        return [int(size) for size in sizes]
+        return [int(size) for size in sizes] if sizes.shape == (len(split.outputs),) else None
     axis = _from_the_end(split, split.attributes.get_int("axis", 0))
     if axis is None:
         return None
@@ -83,10 +83,10 @@ def _slice_columns(node: ir.Node) -> Columns | None:
 
 def _slice(node: ir.Node) -> tuple[int, Columns] | None:
     """(axis from the end, the places on it) of a Slice of one axis with constant ends, if that axis's size is known."""
-    numbers = [constant_scalar(value) for value in node.inputs[1:]]
+    numbers = [constant_integer(value) for value in node.inputs[1:]]
     if len(numbers) < 3 or any(number is None for number in numbers):
         return None
-    start, stop, given, step = [int(number or 0) for number in (*numbers, 1.0)[:4]]
+    start, stop, given, step = [number or 0 for number in (*numbers, 1)[:4]]
     axis = _from_the_end(node, given)
     dims = None if axis is None else trailing_dims(node.inputs[0], -axis)
     if step < 1 or axis is None or dims is None:
@@ -100,16 +100,16 @@ def _picked(node: ir.Node) -> tuple[ir.Value, int, int, tuple[ir.Node, ...]] | N
     That is a Gather with a number, or a Squeeze after a Slice, Split or Gather that leaves one place.
     """
     if node.op_type == "Gather":
-        index = constant_array(node.inputs[1])
+        index = constant_integers(node.inputs[1])
         axis = _from_the_end(node, node.attributes.get_int("axis", 0))
         if index is None or index.ndim != 0 or axis is None or node.inputs[0] is None:
             return None
         return node.inputs[0], axis, int(index), (node,)
     if node.op_type != "Squeeze" or node.inputs[0] is None:
         return None
-    dropped = constant_scalar(node.inputs[1]) if len(node.inputs) > 1 else None
+    dropped = constant_integer(node.inputs[1]) if len(node.inputs) > 1 else None
     before = node.inputs[0].producer()
-    axis = None if dropped is None else _from_the_end(node, int(dropped))
+    axis = None if dropped is None else _from_the_end(node, dropped)
     if before is None or axis is None or before.inputs[0] is None:
         return None
     place = _one_place(before, node.inputs[0])
@@ -129,7 +129,7 @@ def _one_place(node: ir.Node, value: ir.Value) -> tuple[int, int] | None:
             return None
         return axis, next(i for i, output in enumerate(node.outputs) if output is value)
     if node.op_type == "Gather":
-        index = constant_array(node.inputs[1])
+        index = constant_integers(node.inputs[1])
         axis = _from_the_end(node, node.attributes.get_int("axis", 0))
         if index is not None and index.shape == (1,) and axis is not None:
             return axis, int(index[0])

@@ -125,6 +125,9 @@ def match_projection(value: ir.Value) -> Projection | NoProjection:
         if bias is not None:
             return NoProjection(f"{describe(node)} has a bias and another one is added", linear=True)
         bias = replace(product.bias, columns=columns)
+    width = product.weight.shape[1]
+    if columns is not None and not 0 <= columns.start <= columns.stop <= width:
+        return NoProjection(f"columns {columns.start} to {columns.stop} are taken of {width} ({describe(node)})", linear=True)
     weight = replace(product.weight, columns=columns)
     if bias is not None and bias.size != weight.shape[1]:
         return NoProjection(f"a bias of {bias.size} values is added to {weight.shape[1]} columns", linear=True)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_NO_NUMBERS = (ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128, ir.DataType.UNDEFINED)
 QUANTISED_OPS = (
     "DequantizeLinear",
     "MatMulNBits",
@@ -114,20 +115,32 @@ def constant_scalar(value: ir.Value | None, steps: int = MOST_STEPS) -> float | 
         level, scale, *zero = (constant_scalar(operand, steps - 1) for operand in node.inputs[:3])
         return None if level is None or scale is None else (level - (zero[0] or 0.0 if zero else 0.0)) * scale
     array = constant_array(value)
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind not in "SUO" else None
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
 
 def constant_array(value: ir.Value | None, limit: int = 1024) -> np.ndarray | None:
-    """A small constant, read; None if the value is not constant or has more than `limit` elements."""
+    """A small constant of real numbers, read; None if the value is something else or has more than `limit` elements."""
     if value is None or value.is_graph_input():
         return None
     tensor = value.const_value
     node = value.producer()
     if tensor is None and node is not None:
         tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size > limit:
+    if tensor is None or tensor.size > limit or tensor.dtype in _NO_NUMBERS:
         return None
     return tensor.numpy()
+
+
+def constant_integers(value: ir.Value | None) -> np.ndarray | None:
+    """A small constant of integers, int64; None if the value is something else."""
+    array = constant_array(value)
+    return array.astype(np.int64) if array is not None and array.dtype.kind in "iu" else None
+
+
+def constant_integer(value: ir.Value | None) -> int | None:
+    """The integer that a one-element constant holds."""
+    array = constant_integers(value)
+    return int(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
 
 def matrix_source(value: ir.Value | None, transposed: bool = False, steps: int = MOST_STEPS) -> MatrixSource | str:

@@ -102,7 +102,18 @@ _SIZE = st.sampled_from([0, 1, 2, 4, 8, 32, -1, 3, 1000, 10**5, 10**9, 10**12, 2
 _CONSTANT = st.one_of(
     st.lists(_SIZE, max_size=4).map(lambda sizes: np.array(sizes, dtype=np.int64)),
     _SIZE.map(np.int64),
-    st.sampled_from([np.float32(1e30), np.float32(2), np.ones((3, 4), np.float32), np.arange(8192), np.array(["a" * 50, "b"])]),
+    st.sampled_from(
+        [
+            np.float32(1e30),
+            np.float32("nan"),
+            np.float32("inf"),
+            np.array([0.5, 2.5], np.float32),
+            np.float32(2),
+            np.ones((3, 4), np.float32),
+            np.arange(8192),
+            np.array(["a" * 50, "b"]),
+        ]
+    ),
     st.sampled_from(
         [np.array([True]), np.array(True), np.zeros((0, 4), np.float32), np.array([0, 1], np.float32), np.uint8(3)]
     ),
