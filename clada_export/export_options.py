@@ -65,7 +65,9 @@ class ExportOptions:
             if policy.merges and self.target == "trt":
                 raise UsageError(merging_refused(self.policy))
             check_finetune(policy, self.settings, self.prune is not None)
-            check_score(policy.name, policy.scores, self.settings)
+            # Where a router scores, an imported mixture brings its own, and options for making one are named and ignored.
+            if "external" not in policy.scores:
+                check_score(policy.name, policy.scores, self.settings)
             if self.prune is not None and policy.prune_at(0.5, PolicySettings()) is not None:
                 raise UsageError(f"--policy {policy.name} prunes by itself; leave --prune out")
         if self.train and self.policy != AUTO:

@@ -462,7 +462,7 @@ def test_the_plan_can_be_given_back(folder: Folder, kept_traces: None, tmp_path:
     value = first.plan.to_dict()
     value["layers"][0]["router"]["k"] = EXPERTS + 1
     (tmp_path / "plan.json").write_text(json.dumps(value))
-    with pytest.raises(UsageError, match=f"router: k is {EXPERTS + 1}"):
+    with pytest.raises(UsageError, match=f"router with k {EXPERTS + 1};"):
         SparsityPlan.load_file(tmp_path / "plan.json")
 
 
