@@ -4,6 +4,10 @@
 # In this order: ONNXRUNTIME_INCLUDE_DIR (CMake variable or environment), the system's include paths, the user's cache of an
 # earlier download, and a download (Debian's package, then the official release archive).
 set(_ort_header onnxruntime_cxx_api.h)
+# A folder that an earlier configuration found may be gone by now.
+if(OnnxRuntimeHeaders_INCLUDE_DIR AND NOT EXISTS "${OnnxRuntimeHeaders_INCLUDE_DIR}/${_ort_header}")
+  unset(OnnxRuntimeHeaders_INCLUDE_DIR CACHE)
+endif()
 set(_ort_given "${ONNXRUNTIME_INCLUDE_DIR}")
 if(NOT _ort_given)
   set(_ort_given "$ENV{ONNXRUNTIME_INCLUDE_DIR}")

@@ -5,6 +5,10 @@
 # In this order: TENSORRT_INCLUDE_DIR, then TENSORRT_ROOT/include (CMake variables or environment), the system's include paths, the
 # user's cache of an earlier download, and a download.
 set(_trt_header NvInferRuntime.h)
+# A folder that an earlier configuration found may be gone by now.
+if(TensorRTHeaders_INCLUDE_DIR AND NOT EXISTS "${TensorRTHeaders_INCLUDE_DIR}/${_trt_header}")
+  unset(TensorRTHeaders_INCLUDE_DIR CACHE)
+endif()
 set(TensorRTHeaders_REASON "")
 foreach(_trt_name TENSORRT_INCLUDE_DIR TENSORRT_ROOT)
   set(_trt_given "${${_trt_name}}")

@@ -55,10 +55,7 @@ void Decide(const Problem& problem, int64_t first, int64_t count, const float* s
       return;
     }
     case Rule::kTopk: {
-      const float wanted = std::nearbyint(problem.threshold[0] / multiplier);
-      // Compared as doubles: above 2^24 there are counts that no float has.
-      const bool all = static_cast<double>(wanted) >= static_cast<double>(count);
-      const int64_t k = all ? count : wanted >= 1.0f ? static_cast<int64_t>(wanted) : 1;
+      const int64_t k = TopCount(std::nearbyint(problem.threshold[0] / multiplier), count);
       for (int64_t i = 0; i < count; ++i) rank[i] = Key(eligible(i) ? score[i] : -HUGE_VALF, i), mask[i] = 0;
       if (k < count) std::nth_element(rank, rank + (k - 1), rank + count, std::greater<uint64_t>());
       for (int64_t i = 0; i < k; ++i) {

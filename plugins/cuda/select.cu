@@ -60,10 +60,7 @@ __device__ void Select(const Problem& problem, const RuleInput& rule, float mult
   const Attributes& a = problem.attributes;
   const int64_t granules = problem.granules();
   if (a.rule == Rule::kTopk) {
-    const float wanted = fmaxf(rintf(rule.threshold[0] / multiplier), 1.0f);
-    // Compared as doubles: above 2^24 there are counts that no float has. A k that is not a number is 1: fmaxf passes NaN over.
-    const bool all = static_cast<double>(wanted) >= static_cast<double>(granules);
-    SelectTop(a, rule, granules, all ? granules : static_cast<int64_t>(wanted), score, mask);
+    SelectTop(a, rule, granules, TopCount(rintf(rule.threshold[0] / multiplier), granules), score, mask);
     return;
   }
   float best = 1.0f;

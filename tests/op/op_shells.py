@@ -92,6 +92,8 @@ def make_case(
     seed: int = 0,
     per_sequence: bool = False,
     zero_row: tuple[int, ...] | None = None,
+    score: Tensor | None = None,
+    past_stat: Tensor | None = None,
     clear: bool = True,
 ) -> Case:
     """A random case, drawn again until its choices are clear.
@@ -99,6 +101,7 @@ def make_case(
     Args:
         dtype: of the weights; x_dtype: of x and y, float32 or as the weights.
         zero_row: the index of a row of x that is 0.
+        score, past_stat: instead of random ones.
         clear: False takes the first, for comparisons where choices must fall alike whatever they hang on.
     """
     a, n, g = attributes, 2 if attributes.gated else 1, attributes.granule
@@ -131,14 +134,12 @@ def make_case(
         x = normal(*shape, d).to(x_dtype)
         if zero_row is not None:
             x[zero_row] = 0.0
-        case = Case(
-            a,
-            tensors,
-            x,
-            loads,
-            torch.rand(*score_shape, generator=generator) if a.score == "external" else None,
-            torch.rand(shape[0], f, generator=generator).square() if a.use_stat else None,
-        )
+        scores, stat = score, past_stat
+        if scores is None and a.score == "external":
+            scores = torch.rand(*score_shape, generator=generator)
+        if stat is None and a.use_stat:
+            stat = torch.rand(shape[0], f, generator=generator).square()
+        case = Case(a, tensors, x, loads, scores, stat)
         if not clear or case.is_clear():
             return case
     raise AssertionError("no case with clear choices was found")

@@ -21,7 +21,8 @@ TYPES = {
 
 def attributes(score: str, rule: str, **changes: object) -> SparseFFNAttributes:
     stat = {"use_stat": True} if score == "prefix" else {}
-    return SparseFFNAttributes(score=score, rule=rule, load_slope=0.3, emit_stat=True, emit_active=True, **(stat | changes))
+    fixed = {"load_slope": 0.3, "emit_stat": True, "emit_active": True} | stat | changes
+    return SparseFFNAttributes(score=score, rule=rule, **fixed)
 
 
 def check(shell: str, **settings: object) -> None:
@@ -136,8 +137,9 @@ def test_other_ranks(shell: str, shape: tuple[int, ...]) -> None:
     if shell == "function_body":
         pytest.skip("the function body is made for models, where x is [B, S, d]")
     for score in ("shadow", "external"):
-        wanted = SparseFFNAttributes(score=score, emit_active=True)
-        check(shell, attributes=wanted, shape=shape, load=torch.full(shape, 0.2))
+        for rule in RULES:
+            wanted = SparseFFNAttributes(score=score, rule=rule, emit_active=True)
+            check(shell, attributes=wanted, shape=shape, load=torch.full(shape, 0.2))
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -145,3 +147,78 @@ def test_threshold_per_granule(shell: str) -> None:
     threshold = torch.linspace(0.1, 1.2, 24)
     for rule in ("threshold", "relative"):
         check(shell, attributes=attributes("exact", rule, granule=4), threshold=threshold * (1 if rule == "threshold" else 0.5))
+
+
+INF, NAN = float("inf"), float("nan")
+LARGEST, SMALLEST = 3.4028234663852886e38, 1e-45
+LOADS = torch.tensor([[0.0, 0.7, -0.9, INF, -INF, NAN]])
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("value", [0.0, SMALLEST, 1e-38, LARGEST, INF])
+def test_thresholds_at_the_edge_of_float32(shell: str, value: float) -> None:
+    for score, rule in (("gate", "threshold"), ("exact", "relative"), ("external", "relative"), ("external", "topk")):
+        wanted = attributes(score, rule, granule=2)
+        check(shell, attributes=wanted, shape=(1, 6), load=LOADS, threshold=torch.tensor([value]))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("slope", [3e38, -3e38, 1e-45])
+def test_loads_beyond_what_exp_can_hold(shell: str, slope: float) -> None:
+    """The multiplier is one of its limits, whatever the exponential overflows to; 0 * load is no NaN."""
+    load = torch.tensor([[0.0, 1e-30, -1e-30, 3.0, -3.0, LARGEST, -LARGEST, INF, -INF]])
+    for low, high in ((0.25, 4.0), (SMALLEST, LARGEST), (2.0, 2.0)):
+        for rule in ("threshold", "topk"):
+            wanted = attributes("external", rule, load_slope=slope, load_min=low, load_max=high)
+            check(shell, attributes=wanted, shape=(1, 9), load=load)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "values",
+    [[0.0], [NAN], [-1.0], [INF], [0.5, -1.0], [0.5, 0.0], [0.5, INF], [1e38, 1e-45, 1e-38, 0.0], [0.5, 0.2, NAN, -0.0]],
+)
+def test_any_statistic(shell: str, rule: str, values: list[float]) -> None:
+    """Negative, infinite and missing numbers in past_stat, as prior and as score."""
+    stat = torch.tensor(values).repeat(96)[:96].reshape(1, 96)
+    for score, gamma, floor in (("prefix", 0.0, 0.0), ("prefix", 0.4, 0.1), ("external", 0.4, 0.0), ("external", 3.0, 0.9)):
+        for granule in (1, 4):
+            wanted = attributes(score, rule, granule=granule, use_stat=True, prior_gamma=gamma, backbone_min=floor)
+            # Numbers that are as large as each other are so in every shell.
+            check(shell, attributes=wanted, shape=(1, 6), load=LOADS, past_stat=stat, clear=score != "prefix")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "values", [[NAN], [INF], [-INF], [-1.0, -2.0], [0.0, -0.0], [0.5, NAN, INF, -INF, -0.0, 0.0, -3.0, SMALLEST]]
+)
+def test_any_score(shell: str, rule: str, values: list[float]) -> None:
+    """Given scores of every kind, with ties, and with granules that the prior drops."""
+    score = torch.tensor(values).repeat(48)[:48].expand(1, 6, 48)
+    stat = (torch.arange(96) % 7 / 3.0).reshape(1, 96)
+    for changes in ({}, {"use_stat": True, "backbone_min": 0.5}):
+        wanted = attributes("external", rule, granule=2, **changes)
+        same = {"attributes": wanted, "shape": (1, 6), "load": LOADS, "score": score.contiguous()}
+        for threshold in (0.0, 0.3, 11.0):
+            check(shell, **same, threshold=torch.tensor([threshold]), past_stat=stat if changes else None)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("rule", RULES)
+def test_one_granule_and_one_neuron(shell: str, rule: str) -> None:
+    for score in SCORES:
+        for f, granule in ((1, 1), (70, 70), (256, 256)):
+            for has_bias in (False, True):
+                check(shell, attributes=attributes(score, rule, granule=granule, has_bias=has_bias), f=f)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_no_rows(shell: str, shape: tuple[int, int]) -> None:
+    # ONNX's Reshape, which spreads a given score over a sequence, has no empty batch.
+    for score in SCORES[:-1] if shell == "function_body" else SCORES:
+        for use_stat in (False, True):
+            wanted = attributes(score, "threshold", use_stat=use_stat or score == "prefix")
+            check(shell, attributes=wanted, shape=shape, load=torch.zeros(shape))

@@ -82,6 +82,13 @@ struct Problem {
   CLADA_ANYWHERE int64_t projections() const { return attributes.gated ? 2 : 1; }
 };
 
+// How many of `granules` the rule topk takes: `wanted`, an integer in float32, within 1 .. granules. Above 2^24 there are counts that
+// no float32 has, so they are compared in float64. What is not a number takes one.
+CLADA_ANYWHERE inline int64_t TopCount(float wanted, int64_t granules) {
+  if (static_cast<double>(wanted) >= static_cast<double>(granules)) return granules;
+  return wanted >= 1.0f ? static_cast<int64_t>(wanted) : 1;
+}
+
 // The host's thread pool: calls body(context, i) for every i in [0, count), in any order, on any threads, and returns when
 // all calls have returned. The bodies do not throw.
 using ParallelBody = void (*)(void* context, size_t index);

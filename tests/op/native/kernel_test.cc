@@ -242,7 +242,9 @@ int ManyGranules(const Host& host) {
   const int64_t f = (int64_t{1} << 24) + 3;
   Layer layer(1, f);
   layer.p.attributes.rule = Rule::kTopk;
-  int failures = 0;
+  int failures = Expect(TopCount(16777220.0f, f) == f && TopCount(std::nanf(""), f) == 1 && TopCount(-3.0f, 5) == 1 &&
+                            TopCount(16777216.0f, 16777217) == 16777216,
+                        "topk takes more granules than there are, or none");
   for (const auto& [wanted, active] : {std::pair<float, int64_t>{16777216.0f, 16777216}, {16777218.0f, 16777218},
                                        {16777220.0f, f}, {3e38f, f}, {HUGE_VALF, f}, {0.0f, 1}}) {
     layer.p.threshold = &wanted;
