@@ -312,8 +312,10 @@ class _Body:
         """Sum [.., f] over the neurons of a granule: [.., E]."""
         if self.attributes.granule == 1:
             return value
-        rows = self.op("Shape", value, end=-1)
-        grouped = self.op("Reshape", value, self.op("Concat", rows, self.ints(-1, self.attributes.granule), axis=0))
+        # The number of granules is computed: Reshape would infer it, but not where there are no rows.
+        rows, width = self.op("Shape", value, end=-1), self.op("Shape", value, start=-1)
+        granule = self.ints(self.attributes.granule)
+        grouped = self.op("Reshape", value, self.op("Concat", rows, self.op("Div", width, granule), granule, axis=0))
         return self.op("ReduceSum", grouped, self.ints(-1), keepdims=0)
 
     def per_neuron(self, value: ir.Value) -> ir.Value:

@@ -1,9 +1,9 @@
 """Render one chat template, in a process of its own: `python -I -S render_template.py FOLDER...`.
 
-A script, not a module: it imports nothing of this package. The folders are where jinja2 and what it needs are found. stdin is a
-JSON object with `template`, `values` and the bounds `memory` (bytes of address space), `seconds` (of CPU, and thrice that by the
-clock) and `longest` (characters of the result); stdout is one with `text`, or with `error` and, if known, `line`. Nothing on
-stdout means that the system ended the process at one of the bounds.
+A script, not a module: it imports nothing of this package. The folders are where jinja2 and what it needs are found. stdin is
+a JSON object with `template`, `values` and the bounds `memory` (bytes of address space), `seconds` (of CPU, and thrice that by
+the clock) and `longest` (characters of the result); stdout is one with `text`, or with `error` and, if known, `line`. Nothing
+on stdout means that the system ended the process at one of the bounds.
 """
 
 from __future__ import annotations

@@ -220,5 +220,6 @@ def test_no_rows(shell: str, shape: tuple[int, int]) -> None:
     # ONNX's Reshape, which spreads a given score over a sequence, has no empty batch.
     for score in SCORES[:-1] if shell == "function_body" else SCORES:
         for use_stat in (False, True):
-            wanted = attributes(score, "threshold", use_stat=use_stat or score == "prefix")
-            check(shell, attributes=wanted, shape=shape, load=torch.zeros(shape))
+            for granule in (1, 4):
+                wanted = attributes(score, "threshold", granule=granule, use_stat=use_stat or score == "prefix")
+                check(shell, attributes=wanted, shape=shape, load=torch.zeros(shape))
