@@ -169,7 +169,7 @@ def neuron_scores(
 
 def per_granule(value: Tensor, granule: int) -> Tensor:
     """The sum over the neurons of each granule: [..., f] to [..., E]."""
-    return value if granule == 1 else value.unflatten(-1, (value.shape[-1] // granule, granule)).sum(-1)
+    return value if granule == 1 else value.reshape(*value.shape[:-1], value.shape[-1] // granule, granule).sum(-1)
 
 
 def prompt_shares(hidden: Tensor, attributes: SparseFFNAttributes) -> Tensor:
