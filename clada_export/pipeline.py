@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from clada_export import __version__
 from clada_export.artifact import ArtifactWriter
 from clada_export.calibration import CalibrationData, load_calibration_data
+from clada_export.companions import write_companions
 from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
 from clada_export.ffn import EagerFFNs, plain_ffns, require_ffns
@@ -113,7 +114,7 @@ def export(
         rewritten = {item.name for item in built.report.ffns}
         require_whole(source.model, rewritten)
         plan = plan.with_layers(tuple(layer for layer in plan.layers if layer.name in rewritten))
-        _write_companions(source, writer.path)
+        write_companions(source.model.config, source.model.generation_config, source.tokenizer, writer.path, source.name)
         save_plan_tensors(writer.path, plan)
         manifest = _manifest(source, plan, built, target, options, warnings)
         if manifest.padding == NONE:
@@ -282,15 +283,6 @@ def _manifest(
         first_position=first_position(source.model),
         ffn_runs={name: count for name, count in Counter(item.name for item in built.report.ffns).items() if count > 1},
     )
-
-
-def _write_companions(source: SourceModel, folder: Path) -> None:
-    """config.json, generation_config.json and the tokenizer's files, as transformers writes them."""
-    source.model.config.save_pretrained(folder)
-    if source.model.generation_config is not None:
-        source.model.generation_config.save_pretrained(folder)
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:

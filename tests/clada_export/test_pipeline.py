@@ -155,6 +155,18 @@ def test_bad_options(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_that_transformers_does_not_write(
+    model_folder: Folder, kept_traces: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("GenerationConfig is invalid")
+
+    monkeypatch.setattr("transformers.GenerationConfig.save_pretrained", refuse)
+    with pytest.raises(UsageError, match=r"llama: generation_config.json: .* GenerationConfig is invalid"):
+        export(model_folder("llama"), tmp_path / "out", replace(OPTIONS, verify=False))
+    assert not (tmp_path / "out").exists()
+
+
 def test_calibration_tokens(model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 256, 2000))
     result = export(
