@@ -11,10 +11,9 @@ from clada_export.foreign import TEXT, TOKENIZER, TOKENS, reading
 from clada_export.json_files import read_regular
 from clada_export.runtime.chat_template import ChatTemplate
 from clada_export.runtime.tokenizer_growth import check_growth
+from clada_export.tokenizer_file import LARGEST, check_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
-LARGEST_TOKENIZER = 256 << 20
-"""Bytes; those of today's largest vocabularies have 35 MB."""
 
 
 class TextTokenizer:
@@ -39,7 +38,8 @@ class TextTokenizer:
         self._place = folder / TOKENIZER_FILE
         if listed is not None and TOKENIZER_FILE not in listed:
             raise UsageError(f"{self._place}: the export does not list this file, so it is not used")
-        data = read_regular(self._place, LARGEST_TOKENIZER)
+        data = read_regular(self._place, LARGEST)
+        check_tokenizer(data, self._place)
         with reading(TOKENIZER, self._place):
             self._tokenizer = Tokenizer.from_buffer(data)
         with reading(TOKENIZER, self._place):

@@ -6,18 +6,14 @@ Forty rules that write "aa" for "a" make 10^12 characters of one, and a library 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clada_export.errors import UsageError
 from clada_export.json_files import require_plain
+from clada_export.tokenizer_file import BYTE_LEVEL, check_times, prepended, replaced
 
-MOST_TIMES = 1024
-"""Llama's rules, the most generous that are known, may make 12 bytes of one; a regular expression counts as one that matches
-between all characters, so ten that write one of them are at the bound."""
-MOST_RULES = 256
 MOST_SPECIAL = 100_000
 """Special tokens around a text."""
 MOST_COPIES = 16
@@ -34,17 +30,10 @@ def check_growth(tokenizer: Any, place: Path) -> None:
         place: for messages.
 
     Raises:
-        UsageError: rules that make a text more than `MOST_TIMES` as long, or very many special tokens; says which.
+        UsageError: rules that make a text far longer (`tokenizer_file.check_times`), or very many special tokens; says which.
     """
     for name in ("normalizer", "pre_tokenizer", "decoder"):
-        rules = list(_rules(getattr(tokenizer, name), place))
-        if len(rules) > MOST_RULES:
-            raise UsageError(f"{place}: {name}: {len(rules)} rules, one after the other; at most {MOST_RULES} are sane")
-        times = math.prod(map(_times, rules))
-        if times > MOST_TIMES:
-            raise UsageError(
-                f"{place}: {name}: its rules can make a text {times:.3g} times as long; at most {MOST_TIMES} is sane"
-            )
+        check_times([_times(rule) for rule in _rules(getattr(tokenizer, name), place)], name, place)
     for rule in _rules(tokenizer.post_processor, place):
         sizes = {token: len(entry["ids"]) for token, entry in rule.get("special_tokens", {}).items()}
         pieces = rule.get("single", [])
@@ -77,11 +66,7 @@ def _rules(part: Any, place: Path) -> Iterator[dict[str, Any]]:
 def _times(rule: dict[str, Any]) -> float:
     """Times as long as before a text can be afterwards, in bytes."""
     if rule.get("type") == "Replace":
-        new, pattern = len(rule["content"].encode()), rule["pattern"]
-        # A regular expression may match a single character, or none at all.
-        old = len(pattern["String"].encode()) if "String" in pattern else 0
-        return max(1.0, new / old) if old else 1.0 + new
+        return replaced(rule["content"], rule["pattern"].get("String"))
     if rule.get("type") == "Prepend":
-        return 1.0 + len(rule["prepend"].encode())
-    # It writes bytes above 127 as characters of two bytes each.
-    return 2.0 if rule.get("type") == "ByteLevel" else 1.0
+        return prepended(rule["prepend"])
+    return BYTE_LEVEL if rule.get("type") == "ByteLevel" else 1.0

@@ -353,6 +353,9 @@ def _of(**parts: Any) -> dict[str, Any]:
     return {**WHOLE, "model": MODELS[0], **parts}
 
 
+_ADDED = {"id": 9, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+
+
 def _doubling(count: int) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": [RULES["normalizer"][0]] * count}
 
@@ -375,6 +378,8 @@ def _around(ids: int, pieces: list[dict[str, Any]]) -> dict[str, Any]:
         (_of(normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}), "not a tokenizer"),
         (_of(normalizer=_doubling(40)), "1.1e+12 times as long"),
         (_of(normalizer=_doubling(300)), "300 rules"),
+        # Reading this file runs its rules on the token that it adds, and ends the process.
+        (_of(normalizer=_doubling(40), added_tokens=[{**_ADDED, "content": "a"}]), "1.1e+12 times as long"),
         (_of(normalizer={"type": "Prepend", "prepend": "a" * 2000}), "normalizer: its rules can make"),
         (_of(normalizer={"type": "Replace", "pattern": {"Regex": "a?"}, "content": "a" * 2000}), "times as long"),
         (_of(decoder={"type": "Sequence", "decoders": [RULES["decoder"][5]] * 40}), "decoder: its rules can make"),
