@@ -48,8 +48,12 @@ def read_json(path: Path) -> Any:
     return value
 
 
-def read_regular(path: Path, limit: int) -> bytes:
+def read_regular(path: Path, limit: int, too_large: str = "more than it can be meant to be") -> bytes:
     """The bytes of a file, without waiting for a writer where it is a pipe.
+
+    Args:
+        limit: bytes; more are not read.
+        too_large: what is said of a file that has more.
 
     Raises:
         UsageError: the file can't be read, is no regular file, or has more than `limit` bytes.
@@ -57,15 +61,17 @@ def read_regular(path: Path, limit: int) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise UsageError(f"{path}: can't be read: it is not a regular file")
-            data = stream.read(limit + 1)
+            # It may grow while it is read; and memory is made for as much as is asked for.
+            data = stream.read(found.st_size + 1) if found.st_size <= limit else None
     except OSError as error:
         raise UsageError(f"{path}: can't be read: {error.strerror or error}") from error
     except ValueError as error:  # a name with a NUL
         raise UsageError(f"{str(path)!r}: can't be read: {error}") from error
-    if len(data) > limit:
-        raise UsageError(f"{path}: larger than {limit >> 20} MB, which is more than it can be meant to be")
+    if data is None or len(data) > limit:
+        raise UsageError(f"{path}: larger than {limit >> 20} MB, which is {too_large}")
     return data
 
 
