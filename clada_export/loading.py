@@ -20,6 +20,15 @@ _NAMES_SHOWN = 3
 
 
 def check_loading(info: dict[str, Any], place: str) -> None:
+    """Look at what transformers says of how the weights fit.
+
+    Args:
+        info: of `from_pretrained`, with `output_loading_info`.
+        place: for messages.
+
+    Raises:
+        UsageError: weights that are missing, left over, or of another shape; names the first.
+    """
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         shown = "; ".join(
@@ -41,6 +50,11 @@ def check_loading(info: dict[str, Any], place: str) -> None:
 
 
 def check_finite(model: PreTrainedModel, place: str) -> None:
+    """Look for weights that are no numbers.
+
+    Raises:
+        UsageError: there are some; names the parameter and how many.
+    """
     for name, parameter in model.named_parameters():
         # The sum is NaN or infinite if any element is; it needs no mask as large as the weight. Finite weights can overflow
         # it only in a 16-bit type, hence float32.

@@ -335,10 +335,10 @@ def _load_onnx(path: Path, revision: str | None) -> SourceModel:
 
 def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     place = folder / "config.json"
-    value = read_json(place)
     try:
         config = load_config(folder, trust_remote_code=trust_remote_code)
     except UsageError as error:
+        value = read_json(place)
         if not trust_remote_code and isinstance(value, dict) and value.get("auto_map"):
             raise UnsupportedModelError(
                 f"{place}: the model comes with Python code, which is run only if you ask for it (--trust-remote-code)"

@@ -37,6 +37,7 @@ from clada_export import __version__
 from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import CalibrationStatistics, LayerTable
 from clada_export.errors import CladaError, UsageError
+from clada_export.file_stamps import cache_home
 from clada_export.method import Method
 from clada_export.plan import LayerPlan, LoadSignal
 from clada_export.plan_tensors import arrays_digest, named_arrays, tensors_digest, tensors_of_layers
@@ -51,10 +52,15 @@ T = TypeVar("T")
 
 
 def default_cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/clada-export`, or `~/.cache/clada-export`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    # The specification of XDG says that a relative path is to be ignored.
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "clada-export"
+    """`cache_home`; a user without a home has to name a folder, or `none`.
+
+    Raises:
+        UsageError: there is no home.
+    """
+    home = cache_home()
+    if home is None:
+        raise UsageError("there is no home folder to keep a cache in; give --calibration-cache DIR, or none for no cache")
+    return home
 
 
 def parse_cache_folder(text: str | None) -> Path | None:

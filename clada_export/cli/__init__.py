@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 
 from clada_export import __version__
 from clada_export.cli import bench, export, inspect, load_experiment, run, sweep, verify
+from clada_export.cli.shown import visible
 from clada_export.errors import BackendError, CladaError, UsageError
 from clada_export.foreign import DISK_FULL
 
 INTERRUPTED = 130
+_KEPT = "\n"
+"""Messages may have several lines."""
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
@@ -62,7 +65,7 @@ def _dispatch(options: argparse.Namespace) -> int:
             sys.stdout.flush()
         return code
     except CladaError as error:
-        print(f"error: {_visible(str(error))}", file=sys.stderr)
+        print(f"error: {visible(str(error), _KEPT)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing was left behind", file=sys.stderr)
@@ -84,8 +87,8 @@ def _dispatch(options: argparse.Namespace) -> int:
         if os.environ.get("CLADA_DEBUG"):
             traceback.print_exc()
         print(
-            f"internal error: {type(error).__name__}: {_visible(str(error))}\nThis is a fault of clada-export; run again with "
-            "CLADA_DEBUG=1 for the traceback and report it",
+            f"internal error: {type(error).__name__}: {visible(str(error), _KEPT)}\nThis is a fault of clada-export; run again "
+            "with CLADA_DEBUG=1 for the traceback and report it",
             file=sys.stderr,
         )
         return 1
@@ -101,8 +104,3 @@ def _escape_what_cannot_be_shown() -> None:
 def _discard_stdout() -> None:
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _visible(text: str) -> str:
-    """A message without control characters: names in it may be a stranger's, and would write to the terminal what they like."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 
-def visible(text: str) -> str:
-    """Text without control characters, line breaks included: they would write to the terminal what they like."""
-    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+def visible(text: str, kept: str = "") -> str:
+    """Text without control characters, which would write to the terminal what they like.
+
+    Args:
+        kept: those that stay, such as the line breaks of a message of several lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in kept else ascii(char)[1:-1] for char in text)
 
 
 def say(text: str = "") -> None:

@@ -12,7 +12,7 @@ from clada_export.ffn import EagerFFNs
 from clada_export.manifest import Manifest
 from clada_export.native import LIBRARY_NAME, require_ort
 from clada_export.rounding import round_ffn_weights
-from clada_export.runtime import load_engine
+from clada_export.runtime import Engine, load_engine
 from clada_export.targets.common import MODEL_NAME, BuildRequest, BuiltModel, Subject, cache_tensors, rewrite, save, tensor_spec
 from clada_export.targets.options import TensorRTOptions
 from clada_export.verify import Verification, VerifyOptions
@@ -72,15 +72,8 @@ def build(request: BuildRequest) -> BuiltModel:
 
 
 def verify(subject: Subject) -> Verification:
-    """Run all checks on the engine."""
-    return run_checks(
-        load_engine(subject.folder),
-        subject.model,
-        subject.ffns.found,
-        subject.text,
-        VerifyOptions(limits=subject.limits),
-        subject.progress,
-    )
+    """Run all checks on an engine that was just written: its files need not be read once more before."""
+    return _run_checks(subject, load_engine(subject.folder, verify_files=False))
 
 
 def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
@@ -90,4 +83,9 @@ def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
 
 def verify_deployed(subject: Subject) -> Verification:
     """The same checks again."""
-    return verify(subject)
+    return _run_checks(subject, load_engine(subject.folder))
+
+
+def _run_checks(subject: Subject, engine: Engine) -> Verification:
+    options = VerifyOptions(limits=subject.limits)
+    return run_checks(engine, subject.model, subject.ffns.found, subject.text, options, subject.progress)
