@@ -123,7 +123,40 @@ class Checker {
   const std::vector<TensorView>& tensors_;
 };
 
+// The bytes of the character of UTF-8 that starts at `at`; 0 if there is none, or one that is not printed.
+size_t CharacterAt(const std::string& text, size_t at) {
+  const auto byte = [&](size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  const unsigned first = byte(at);
+  if (first < 0x80) return first >= 0x20 && first != 0x7f;
+  const size_t size = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
+  if (first < 0xc2 || first > 0xf4) return 0;
+  uint32_t point = first & (0x7fu >> size);
+  for (size_t i = 1; i < size; ++i) {
+    if ((byte(at + i) & 0xc0u) != 0x80u) return 0;
+    point = point << 6 | (byte(at + i) & 0x3fu);
+  }
+  constexpr uint32_t kLeast[] = {0xa0, 0x800, 0x10000};  // 0x80 to 0x9f are control characters
+  const bool surrogate = point >= 0xd800 && point <= 0xdfff;
+  return point >= kLeast[size - 2] && point <= 0x10ffff && !surrogate ? size : 0;
+}
+
 }  // namespace
+
+std::string Printable(const std::string& text) {
+  std::string shown;
+  for (size_t at = 0; at < text.size();) {
+    const size_t size = CharacterAt(text, at);
+    if (size > 0) {
+      shown.append(text, at, size);
+    } else {
+      char escaped[8];
+      std::snprintf(escaped, sizeof(escaped), "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(text[at])));
+      shown += escaped;
+    }
+    at += std::max<size_t>(size, 1);
+  }
+  return shown;
+}
 
 Attributes ReadAttributes(const std::string& node, const AttributeReader& reader) {
   Attributes a;

@@ -151,7 +151,7 @@ def to_numpy(value: Tensor) -> np.ndarray:
 
 
 def tensor_proto(name: str, value: Tensor) -> onnx.TensorProto:
-    raw = value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
     return helper.make_tensor(name, ONNX_TYPES[value.dtype], list(value.shape), raw, raw=True)
 
 

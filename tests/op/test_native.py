@@ -259,3 +259,19 @@ def test_unknown_instruction_set() -> None:
     case = make_case(SparseFFNAttributes())
     with instruction_set("mmx"), pytest.raises(Exception, match=r"layer7/ffn.*'mmx'.*avx512, avx2 or baseline"):
         session(make_model(case), library=ort_library_path())
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        (b"\xff\xfe", r"\xff\xfe"),
+        (b"a\x1b[31m", r"a\x1b[31m"),
+        ("gr\u00fcn \U0001d11e".encode(), "gr\u00fcn \U0001d11e"),
+        (b"\xed\xa0\x80\xc2\x9b", r"\xed\xa0\x80\xc2\x9b"),
+    ],
+)
+def test_a_message_is_printable_utf8(found: bytes, shown: str) -> None:
+    model = make_model(make_case(SparseFFNAttributes()), node_attributes={"activation": found})
+    with pytest.raises(Exception, match="layer7/ffn") as error:
+        session(model, library=ort_library_path())
+    assert f"'activation' is '{shown}'" in str(error.value)

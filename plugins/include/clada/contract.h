@@ -13,9 +13,13 @@
 
 namespace clada {
 
+// `text` with every byte that is no printable character of UTF-8 as \xNN: a node's name and strings are a stranger's, and messages
+// go to terminals, and to bindings that take nothing but UTF-8.
+std::string Printable(const std::string& text);
+
 class ContractError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit ContractError(const std::string& text) : std::runtime_error(Printable(text)) {}
 };
 
 enum class ElementType { kFloat32, kFloat16, kBFloat16, kInt8, kInt32, kOther };
