@@ -198,14 +198,22 @@ def about() -> dict[str, Any]:
     """The machine and the sources."""
     query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
     found = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]).split(", ")
-    commit = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     return {
         "gpu": dict(zip(query.split(","), found, strict=False)),
         "nvcc": _output(["nvcc", "--version"]).splitlines()[-1:],
-        "commit": os.environ.get("CLADA_COMMIT") or commit,
-        "changed_files": len(_output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]).splitlines()),
+        **sources(),
         "python": sys.version.split()[0],
     }
+
+
+def sources() -> dict[str, Any]:
+    """The commit; where the sources were copied without their history, `CLADA_COMMIT` says it."""
+    known = os.environ.get("CLADA_COMMIT")
+    if known:
+        return {"commit": known}
+    git = ["git", "-C", str(ROOT)]
+    changed = _output([*git, "status", "--porcelain", "--untracked-files=no"]).splitlines()
+    return {"commit": _output([*git, "rev-parse", "HEAD"]), "changed_files": len(changed)}
 
 
 def _output(command: list[str]) -> str:
