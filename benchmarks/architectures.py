@@ -30,7 +30,13 @@ from benchmarks.tiny_decoders import NotMadeError, model_types, tiny_decoder
 
 FUSIONS = (None, "cpu", "cuda")
 TIMEOUT = 600.0
-PRELOAD = ["benchmarks.architectures", "transformers", "clada_export.pipeline", "clada_export.trace", "clada_export.ffn"]
+PRELOAD = [
+    "benchmarks.architectures",
+    "transformers",
+    "clada_export.pipeline",
+    "clada_export.trace.trace",
+    "clada_export.decoder.ffn",
+]
 
 
 @dataclass
@@ -66,8 +72,8 @@ class Row:
 
 def examine(model_type: str) -> Row:
     """Everything about one type; what goes wrong is in the row."""
+    from clada_export.decoder.ffn import find_eager_ffns
     from clada_export.errors import CladaError
-    from clada_export.ffn import find_eager_ffns
 
     row = Row(model_type)
     step, start = "make", time.perf_counter()
@@ -97,9 +103,9 @@ def _form(activation: str, gated: bool, packing: str | None) -> str:
 
 
 def _match(row: Row, model: Any, expected: Sequence[str]) -> None:
+    from clada_export.decoder.ffn import plain_ffns
     from clada_export.errors import UnsupportedModelError
-    from clada_export.ffn import plain_ffns
-    from clada_export.trace import trace
+    from clada_export.trace.trace import trace
     from graph_passes import find_ffns
 
     refusal: UnsupportedModelError | None = None

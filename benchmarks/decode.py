@@ -29,9 +29,9 @@ from benchmarks.quality import PROMPT, Quality, Windows, cut, measure
 from benchmarks.speed import Contestant, race
 from benchmarks.table import speed_table
 from benchmarks.texts import Text, heldout_texts
+from clada_export.artifact.manifest import read_manifest
 from clada_export.errors import CladaError, UsageError
-from clada_export.manifest import read_manifest
-from clada_export.native import build_info
+from clada_export.native.library import build_info
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.engine import Load
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from clada_export import __version__
-from clada_export.manifest import Manifest, file_record, write_manifest
-from clada_export.plan import SparsityPlan
-from clada_export.source import SourceModel
+from clada_export.artifact.manifest import Manifest, file_record, write_manifest
+from clada_export.plan.plan import SparsityPlan
+from clada_export.source.load import SourceModel
 from clada_export.targets.common import MODEL_NAME, cache_tensors, tensor_spec
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 

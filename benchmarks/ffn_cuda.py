@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.cuda_kernels import Call, CudaKernels
-from clada_export.reference import SparseFFNTensors, quantize_shadow, sparse_ffn
+from clada_export.op.reference import SparseFFNTensors, quantize_shadow, sparse_ffn
 from graph_passes.op import SparseFFNAttributes
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

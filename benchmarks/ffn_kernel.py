@@ -25,8 +25,8 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from clada_export.native import build_info, ort_library_path
-from clada_export.reference import quantize_shadow
+from clada_export.native.library import build_info, ort_library_path
+from clada_export.op.reference import quantize_shadow
 from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, output_names
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

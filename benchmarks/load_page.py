@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markers import fill
-from clada_export.load_experiment.report import plot, tables, verdict
+from clada_export.lab.load_experiment.report import plot, tables, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "load-experiment.md"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import busy, describe
-from clada_export.manifest import file_record, read_manifest, write_manifest
+from clada_export.artifact.manifest import file_record, read_manifest, write_manifest
 
 WAYS = ("unchecked", "first", "again")
 _BLOCK = 16 << 20

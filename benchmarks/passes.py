@@ -40,7 +40,7 @@ def make(arguments: Sequence[str]) -> int:
     """Write the graph of a small Llama: FOLDER LAYERS. For `benchmarks.child`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from clada_export.trace import trace
+    from clada_export.trace.trace import trace
 
     folder, layers = Path(arguments[0]), int(arguments[1])
     config = AutoConfig.for_model(

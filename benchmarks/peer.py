@@ -14,10 +14,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from benchmarks.engine_folder import write_engine_manifest
-from clada_export.plan import LoadSignal, SparsityPlan
-from clada_export.source import load_source
+from clada_export.plan.plan import LoadSignal, SparsityPlan
+from clada_export.source.load import load_source
 from clada_export.targets.common import MODEL_NAME
-from clada_export.trace import trace
+from clada_export.trace.trace import trace
 
 
 def write_peer(model: str, folder: Path) -> None:

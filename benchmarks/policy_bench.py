@@ -25,12 +25,12 @@ from clada_export.calibration import CalibrationOptions, load_calibration_data
 from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.calibrate import Calibrator
 from clada_export.calibration.cost import relative_bytes
+from clada_export.decoder.ffn import require_ffns
+from clada_export.decoder.model_config import vocab_size
 from clada_export.errors import CladaError, UsageError
-from clada_export.ffn import require_ffns
-from clada_export.model_config import vocab_size
-from clada_export.plan import SparsityPlan
-from clada_export.policies import get_policy
-from clada_export.source import load_source
+from clada_export.methods import get_policy
+from clada_export.plan.plan import SparsityPlan
+from clada_export.source.load import load_source
 from clada_export.verify.eager import greedy
 
 

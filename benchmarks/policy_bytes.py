@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clada_export.calibration.cost import relative_bytes
-from clada_export.plan import SparsityPlan
+from clada_export.plan.plan import SparsityPlan
 
 TARGETS = (0.03, 0.08)
 """KL, nats a token."""

@@ -23,17 +23,17 @@ import torch
 
 from benchmarks.child import run_child
 from benchmarks.engine_folder import write_engine_manifest
+from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UsageError
-from clada_export.ffn import EagerFFN
-from clada_export.native import LIBRARY_NAME, ort_library_path
-from clada_export.plan import SparsityPlan
-from clada_export.plan_tensors import save_plan_tensors
+from clada_export.native.library import LIBRARY_NAME, ort_library_path
+from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.tensors import save_plan_tensors
 from clada_export.runtime import load_engine
 from clada_export.runtime.engine import Load
-from clada_export.source import SourceModel
-from clada_export.targets import onnxruntime as target_ort
+from clada_export.source.load import SourceModel
 from clada_export.targets.common import BuildRequest, rewrite, save
-from clada_export.trace import TracedModel, trace
+from clada_export.targets.ort import target as target_ort
+from clada_export.trace.trace import TracedModel, trace
 from graph_passes import RewriteReport
 from graph_passes.reshapes import RemoveHeadReshapes
 

@@ -20,12 +20,12 @@ from clada_export.calibration.drift import Drift, compare, drift_of
 from clada_export.calibration.load_response import multiplier_of
 from clada_export.calibration.merged import measure_merged
 from clada_export.calibration.selector import LayerSelector, Selectors, decide
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
-from clada_export.ffn import EagerFFN
-from clada_export.load_signal import surprisal_entropy
-from clada_export.method import Method
-from clada_export.plan import LayerPlan, SparsityPlan
-from clada_export.tap import FFNTap
+from clada_export.load.signal import surprisal_entropy
+from clada_export.plan.method import Method
+from clada_export.plan.plan import LayerPlan, SparsityPlan
 
 Decode = Callable[[int, int, Tensor, Tensor], tuple[Tensor, float]]
 """(window, layer, x [rows, d], h [rows, f]) of a whole window: what the hidden activations of the tokens after the prompt

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.decode import write_json
 from clada_export.errors import UsageError
-from clada_export.policies import POLICIES, PolicySettings
+from clada_export.methods import POLICIES, PolicySettings
 
 FORMAT = 1
 SIMULATED = ("teal", "teal-greedy")

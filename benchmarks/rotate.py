@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from clada_export.calibration.text import default_text
+from clada_export.decoder.model_config import vocab_size
 from clada_export.errors import CladaError, UnsupportedModelError, UsageError, VerificationError
-from clada_export.model_config import vocab_size
-from clada_export.source import load_source
+from clada_export.source.load import load_source
 
 PPL_TOLERANCE = 3e-6
 """Largest relative change of perplexity: ten times what float32 rounding makes of it."""

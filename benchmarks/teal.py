@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clada_export.ffn import EagerFFN
-from clada_export.reference import activate
-from clada_export.tap import FFNTap
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.tap import FFNTap
+from clada_export.op.reference import activate
 
 ROWS = 64
 """Tokens of each calibration window that thresholds come from."""

@@ -23,18 +23,18 @@ from typing import Any
 import onnx_ir as ir
 
 from benchmarks.child import ChildFailedError, run_child
+from clada_export.artifact.manifest import TensorSpec, read_manifest
+from clada_export.artifact.profiles import plan_profiles
 from clada_export.cli import main_export
-from clada_export.ffn import require_ffns
-from clada_export.manifest import TensorSpec, read_manifest
+from clada_export.decoder.ffn import require_ffns
+from clada_export.native.tensorrt import find_backend
 from clada_export.planning import sequence_limit
-from clada_export.profiles import plan_profiles
-from clada_export.source import load_source
-from clada_export.targets import tensorrt as target
+from clada_export.source.load import load_source
 from clada_export.targets.common import tensor_spec
 from clada_export.targets.options import TensorRTOptions
-from clada_export.targets.tensorrt_build import build_engines
-from clada_export.tensorrt_backend import find_backend
-from clada_export.trace import trace
+from clada_export.targets.trt import target as target
+from clada_export.targets.trt.build import build_engines
+from clada_export.trace.trace import trace
 
 DTYPES = ("float16", "bfloat16")
 

@@ -10,10 +10,10 @@ from clada_export.calibration.budget import parse_sparsity
 from clada_export.calibration.cache import default_cache_folder
 from clada_export.calibration.choose import AUTO
 from clada_export.errors import UsageError
-from clada_export.option_ranges import CONTEXT, SEED, require_between
-from clada_export.policies import PolicySettings, get_policy
-from clada_export.policies.base import check_finetune, check_score
-from clada_export.pruning import PruneSpec
+from clada_export.methods import PolicySettings, get_policy
+from clada_export.methods.base import check_finetune, check_score
+from clada_export.methods.pruning import PruneSpec
+from clada_export.plan.ranges import CONTEXT, SEED, require_between
 from clada_export.targets.common import WEIGHT_TYPES
 from clada_export.targets.options import TensorRTOptions, merging_refused
 from clada_export.targets.registry import TARGETS

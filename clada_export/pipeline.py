@@ -16,29 +16,29 @@ import torch
 from transformers import PreTrainedModel
 
 from clada_export import __version__
-from clada_export.artifact import ArtifactWriter
+from clada_export.artifact.manifest import Manifest, read_manifest
+from clada_export.artifact.model_card import write_model_card
+from clada_export.artifact.report import write_report
+from clada_export.artifact.writer import ArtifactWriter
 from clada_export.calibration import CalibrationData, load_calibration_data
-from clada_export.companions import write_companions
+from clada_export.decoder.ffn import EagerFFNs, plain_ffns, require_ffns
+from clada_export.decoder.model_config import vocab_size
+from clada_export.decoder.padding import NONE, padding_of
+from clada_export.decoder.positions import first_position
 from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import EagerFFNs, plain_ffns, require_ffns
-from clada_export.manifest import Manifest, read_manifest
-from clada_export.model_card import write_model_card
-from clada_export.model_config import vocab_size
-from clada_export.moe_import import IMPORTED, check_import, ignored_options, require_dense, require_whole, takes_experts
-from clada_export.onnx_source.graph import load_graph
-from clada_export.padding import NONE, padding_of
-from clada_export.plan import SparsityPlan
-from clada_export.plan_fit import check_goals, drift_limits, require_fit
-from clada_export.plan_tensors import save_plan_tensors
+from clada_export.plan.fit import check_goals, drift_limits, require_fit
+from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.tensors import save_plan_tensors
 from clada_export.planning import calibration_context, make_plan, read_data, round_weights, sequence_limit, weights_again
-from clada_export.positions import first_position
 from clada_export.progress import Progress, Stages
-from clada_export.report import write_report
-from clada_export.source import SourceModel, load_source
+from clada_export.source.companions import write_companions
+from clada_export.source.load import SourceModel, load_source
+from clada_export.source.mixtures import IMPORTED, check_import, ignored_options, require_dense, require_whole, takes_experts
+from clada_export.source.onnx.graph import load_graph
 from clada_export.targets.common import BuildRequest, BuiltModel, Subject, Target
 from clada_export.targets.registry import TARGETS
-from clada_export.trace import TracedModel, trace
+from clada_export.trace.trace import TracedModel, trace
 from clada_export.verify import Verification
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
@@ -162,7 +162,7 @@ def verify_folder(
         folder: what `export` wrote.
         source: where the source model is; by default the Hub id in the manifest, if nothing was saved.
         calibration_data: the text that the export was calibrated with; needed again only if its weights were pruned.
-        source_options: of `clada_export.source.load_source`.
+        source_options: of `clada_export.source.load.load_source`.
 
     Raises:
         UsageError: the source can't be found, or is another model than the one that was exported.

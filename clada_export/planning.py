@@ -13,18 +13,18 @@ from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.calibrate import Calibrator
 from clada_export.calibration.choose import AUTO, choose, plan_clock
 from clada_export.calibration.weights import FFNWeights
+from clada_export.decoder.ffn import EagerFFNs
+from clada_export.decoder.model_config import text_config, vocab_size
+from clada_export.decoder.positions import first_position
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import EagerFFNs
-from clada_export.model_config import text_config, vocab_size
-from clada_export.moe_import import import_plan, is_imported
-from clada_export.plan import SparsityPlan
-from clada_export.plan_fit import require_finite_weights, require_fit
-from clada_export.plan_schema import SHORTEST_CONTEXT
-from clada_export.policies import get_policy
-from clada_export.positions import first_position
-from clada_export.pruning import PruneSpec
-from clada_export.source import SourceModel
+from clada_export.methods import get_policy
+from clada_export.methods.pruning import PruneSpec
+from clada_export.plan.fit import require_finite_weights, require_fit
+from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.schema import SHORTEST_CONTEXT
+from clada_export.source.load import SourceModel
+from clada_export.source.mixtures import import_plan, is_imported
 from clada_export.targets.common import Target
 
 

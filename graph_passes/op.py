@@ -2,7 +2,7 @@
 
 This module is the Python twin of `plugins/sparse_ffn.yaml` (a test compares the two). It says which inputs and outputs a node
 has for a given set of attributes, which values an attribute may take, and which shapes belong together. It computes nothing:
-the meaning of the op is `clada_export.reference`.
+the meaning of the op is `clada_export.op.reference`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A router: the small network that scores an FFN's granules before the op runs (score `external`).
 
 `Router` is plain data, also for programs without ONNX tools. `graph_passes.router_nodes` writes it as standard ONNX nodes;
-`clada_export.router` evaluates it in PyTorch, and the two give the same numbers. Predictors (DejaVu) and experts' routers
+`clada_export.op.router` evaluates it in PyTorch, and the two give the same numbers. Predictors (DejaVu) and experts' routers
 (MoEfication, LTE, D2DMoE, LLaMA-MoE) are all of this form.
 """
 

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clada_export.bench import bench
+from clada_export.artifact.manifest import MANIFEST_NAME, read_manifest
 from clada_export.console import ConsoleProgress
 from clada_export.errors import CladaError, UsageError
-from clada_export.manifest import MANIFEST_NAME, read_manifest
 from clada_export.runtime import Engine, load_engine
+from clada_export.runtime.bench import bench
 from clada_export.runtime.engine import Load
 
 QUESTION = "Why is the sky blue? Answer in two sentences."

@@ -37,11 +37,11 @@ from clada_export import __version__
 from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import CalibrationStatistics, LayerTable
 from clada_export.errors import CladaError, UsageError
-from clada_export.file_stamps import cache_home
-from clada_export.method import Method
-from clada_export.plan import LayerPlan, LoadSignal
-from clada_export.plan_tensors import arrays_digest, named_arrays, tensors_digest, tensors_of_layers
-from clada_export.policies import Policy, PolicyContext
+from clada_export.files.stamps import cache_home
+from clada_export.methods import Policy, PolicyContext
+from clada_export.plan.method import Method
+from clada_export.plan.plan import LayerPlan, LoadSignal
+from clada_export.plan.tensors import arrays_digest, named_arrays, tensors_digest, tensors_of_layers
 
 FORMAT = "clada-export calibration cache 1"
 OFF = "none"
@@ -281,7 +281,7 @@ def code_digest() -> str:
 
 
 def _weights_digest(model: nn.Module) -> str:
-    from clada_export.source import weights_digest
+    from clada_export.source.load import weights_digest
 
     return weights_digest(model)
 

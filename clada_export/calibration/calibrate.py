@@ -23,14 +23,14 @@ from clada_export.calibration.soundness import plain
 from clada_export.calibration.statistics import LayerTable, collect_statistics
 from clada_export.calibration.text import CalibrationData
 from clada_export.calibration.weights import FFNWeights
+from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UsageError
-from clada_export.ffn import EagerFFN
-from clada_export.method import Method
-from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
-from clada_export.plan_tensors import LayerTensors
-from clada_export.policies import Policy, PolicyContext, PolicySettings
-from clada_export.policies.base import check_finetune
-from clada_export.pruning import PruneReport, PruneSpec
+from clada_export.methods import Policy, PolicyContext, PolicySettings
+from clada_export.methods.base import check_finetune
+from clada_export.methods.pruning import PruneReport, PruneSpec
+from clada_export.plan.method import Method
+from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
+from clada_export.plan.tensors import LayerTensors
 
 SENSITIVITY_TOKENS = 1024
 SENSITIVITY_LENGTH = 256

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from clada_export.calibration.budget import Budget, BudgetUnmetError
 from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, Calibrator
 from clada_export.calibration.clock import read_clock
+from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import BackendError, UsageError
-from clada_export.ffn import EagerFFN
-from clada_export.plan import SparsityPlan
-from clada_export.policies import POLICIES, Policy
+from clada_export.methods import POLICIES, Policy
+from clada_export.plan.plan import SparsityPlan
 
 AUTO = "auto"
 """What `--policy` takes to have the policy chosen."""

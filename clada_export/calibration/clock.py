@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.cost import dense_bytes, read_bytes
-from clada_export.calibration.scorer import layer_tensors
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import BackendError
-from clada_export.ffn import EagerFFN
-from clada_export.native import require_ort
-from clada_export.plan import LayerPlan, SparsityPlan
-from clada_export.plan_tensors import LayerTensors
-from clada_export.reference import prompt_shares
-from clada_export.tap import FFNTap
+from clada_export.native.library import require_ort
+from clada_export.op.reference import prompt_shares
+from clada_export.op.scorer import layer_tensors
+from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.tensors import LayerTensors
 from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, output_names
 from graph_passes.router_nodes import emit_router
 

@@ -6,7 +6,7 @@ All formulas are our own count of what the op's kernels read, relative to the de
 
 from __future__ import annotations
 
-from clada_export.plan import LayerPlan, SparsityPlan
+from clada_export.plan.plan import LayerPlan, SparsityPlan
 from graph_passes.op import SHADOW_BLOCK
 
 SHADOW_BYTES = 0.5 + 4 / SHADOW_BLOCK

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from clada_export.calibration.selector import LayerSelector, decide
 from clada_export.calibration.soundness import bounded, perplexity, require_finite, require_perplexity, rise
-from clada_export.ffn import EagerFFN
-from clada_export.load_signal import surprisal_entropy
-from clada_export.tap import FFNTap
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.tap import FFNTap
+from clada_export.load.signal import surprisal_entropy
 
 KEEP_LIMIT = 640 * 2**20
 """Bytes of dense logits that are kept in memory between measurements; beyond it they are in a temporary file."""

@@ -14,9 +14,9 @@ from clada_export.calibration.allocation import Allocation
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.selector import LayerSelector
 from clada_export.calibration.statistics import LayerTable
-from clada_export.load_rules import LOAD_LIMIT
-from clada_export.load_signal import load_from
-from clada_export.plan import LoadSignal
+from clada_export.load.rules import LOAD_LIMIT
+from clada_export.load.signal import load_from
+from clada_export.plan.plan import LoadSignal
 
 LOAD_SLOPE = 0.25
 """The op's slope. It gives `load` its unit as a speed knob: +1 multiplies every threshold by exp(-0.25)."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from clada_export.calibration.drift import Drift, Meter
-from clada_export.calibration.scorer import layer_attributes, layer_tensors
 from clada_export.calibration.statistics import HIGHEST_CETT
-from clada_export.ffn import EagerFFN
-from clada_export.merge import MergingFFN
-from clada_export.method import Method
-from clada_export.tap import FFNTap
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.tap import FFNTap
+from clada_export.op.merge import MergingFFN
+from clada_export.op.scorer import layer_attributes, layer_tensors
+from clada_export.plan.method import Method
 
 
 @dataclass(frozen=True)

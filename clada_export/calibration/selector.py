@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from clada_export.calibration.axis import AXES, Axis
-from clada_export.calibration.scorer import LayerScorer, make_scorer
-from clada_export.ffn import EagerFFN
-from clada_export.method import Method
-from clada_export.plan import LayerPlan, layer_attributes
-from clada_export.plan_tensors import LayerTensors
-from clada_export.reference import granule_prior, per_granule, prompt_shares
-from clada_export.router import RouterModule
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.op.reference import granule_prior, per_granule, prompt_shares
+from clada_export.op.router import RouterModule
+from clada_export.op.scorer import LayerScorer, make_scorer
+from clada_export.plan.method import Method
+from clada_export.plan.plan import LayerPlan, layer_attributes
+from clada_export.plan.tensors import LayerTensors
 
 
 @dataclass(frozen=True)

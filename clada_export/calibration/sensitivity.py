@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from clada_export.calibration.soundness import require_finite
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UnsupportedModelError
-from clada_export.ffn import EagerFFN
-from clada_export.tap import FFNTap
 
 NOISE = 0.03
 """Of the root mean square of an FFN's output: small enough for the second order to hold, and far above rounding."""

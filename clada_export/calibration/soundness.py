@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UnsupportedModelError
-from clada_export.ffn import EagerFFN
-from clada_export.tap import FFNTap
 
 WORST = 1e6
 """Nats. A token that costs more, or whose cost is not a number, is taken to cost this: it is beyond every budget, and sums of

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from clada_export.calibration.selector import LayerSelector, Selection, Selectors, decide
 from clada_export.calibration.soundness import bounded
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
-from clada_export.load_signal import surprisal_entropy
-from clada_export.plan import LoadSignal
-from clada_export.tap import FFNTap
+from clada_export.load.signal import surprisal_entropy
+from clada_export.plan.plan import LoadSignal
 
 GRID = 65
 """Levels a layer is measured at."""

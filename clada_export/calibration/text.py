@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from clada_export.errors import UsageError
+from clada_export.files.json_files import read_regular
 from clada_export.foreign import TEXT, TOKEN_FILE, reading
-from clada_export.json_files import read_regular
 
 LARGEST_FILE = 256 << 20
 """Bytes. A calibration looks at a few windows, and a text takes many times its size while it is tokenised."""

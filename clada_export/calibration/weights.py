@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from clada_export.adapters import apply_adapters
-from clada_export.ffn import EagerFFN
-from clada_export.plan import SparsityPlan
-from clada_export.plan_tensors import LayerTensors
-from clada_export.pruning import PruneReport, PruneSpec, prune
-from clada_export.pruning.projections import Snapshot
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.methods.pruning import PruneReport, PruneSpec, prune
+from clada_export.methods.pruning.projections import Snapshot
+from clada_export.plan.adapters import apply_adapters
+from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.tensors import LayerTensors
 
 
 class FFNWeights:
@@ -39,7 +39,7 @@ class FFNWeights:
         """Bring the weights into the state `spec` (None: as they were), without adapters.
 
         Raises:
-            UsageError: as `clada_export.pruning.prune`.
+            UsageError: as `clada_export.methods.pruning.prune`.
         """
         if spec == self.spec and not self._adapted:
             return

@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CladaError: what a user has to know; it has the exit code.
     """
-    from clada_export.bench import bench
     from clada_export.runtime import load_engine
+    from clada_export.runtime.bench import bench
 
     engine = load_engine(options.folder, threads=options.threads, verify_files=not options.no_check)
     speeds = bench(

@@ -32,9 +32,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CladaError: what a user has to know; it has the exit code.
     """
-    from clada_export.inspection import inspect_model, inspect_onnx
-    from clada_export.manifest import MANIFEST_NAME
-    from clada_export.onnx_source.files import is_onnx, locate_onnx
+    from clada_export.artifact.manifest import MANIFEST_NAME
+    from clada_export.cli.inspection import inspect_model, inspect_onnx
+    from clada_export.source.onnx.files import is_onnx, locate_onnx
 
     place = Path(options.subject)
     _require_place(place)
@@ -76,7 +76,7 @@ def _require_place(place: Path) -> None:
 
 
 def _show_engine(folder: Path, as_json: bool) -> int:
-    from clada_export.manifest import read_manifest
+    from clada_export.artifact.manifest import read_manifest
 
     manifest = read_manifest(folder)
     if as_json:

@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CladaError: what a user has to know; it has the exit code.
     """
-    from clada_export.load_experiment import ExperimentOptions, run_experiment
-    from clada_export.load_experiment.report import save
+    from clada_export.lab.load_experiment import ExperimentOptions, run_experiment
+    from clada_export.lab.load_experiment.report import save
 
     output = options.output or Path(f"{Path(options.model.rstrip('/')).stem}-load")
     progress = ConsoleProgress(quiet=options.quiet)

@@ -48,7 +48,7 @@ def policy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def policy_settings(options: argparse.Namespace) -> Any:
     """The `PolicySettings` that were given."""
-    from clada_export.policies import PolicySettings
+    from clada_export.methods import PolicySettings
 
     given = {field.name: getattr(options, field.name) for field in fields(PolicySettings) if hasattr(options, field.name)}
     return PolicySettings(**given)

@@ -39,6 +39,6 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CladaError: what a user has to know; it has the exit code.
     """
-    from clada_export.sweep.command import run_command
+    from clada_export.lab.sweep.command import run_command
 
     return run_command(options, policy_settings(options), hub_options(options))

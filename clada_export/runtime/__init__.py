@@ -1,7 +1,7 @@
 """The Python runtime: run an exported model with ONNX Runtime, without torch or transformers."""
 
+from clada_export.load.meter import LoadMeter, surprisal_entropy
 from clada_export.runtime.engine import Engine, Generation, StepOutput
-from clada_export.runtime.load_meter import LoadMeter, surprisal_entropy
 from clada_export.runtime.opening import load_engine
 
 __all__ = ["Engine", "Generation", "LoadMeter", "StepOutput", "load_engine", "surprisal_entropy"]

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from clada_export.errors import BackendError, UsageError
+from clada_export.files.json_files import read_json, read_regular, require_plain
 from clada_export.foreign import CHAT_TEMPLATE
-from clada_export.json_files import read_json, read_regular, require_plain
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"

@@ -16,13 +16,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from clada_export.artifact.manifest import Manifest
 from clada_export.errors import UsageError, VerificationError
-from clada_export.manifest import Manifest
+from clada_export.load.meter import LoadFunction, LoadMeter
+from clada_export.load.values import DENSE, SKIP, load_array, one_load
 from clada_export.runtime.exclusive import Exclusive
 from clada_export.runtime.graph import PassOutput, Session
 from clada_export.runtime.limits import listed_names, read_limits
-from clada_export.runtime.load_meter import LoadFunction, LoadMeter
-from clada_export.runtime.loads import DENSE, SKIP, load_array, one_load
 from clada_export.runtime.sampling import NO_FINITE_LOGIT, Sampler, SamplingSettings
 from clada_export.runtime.shown import shown
 from clada_export.runtime.text import TOKENIZER_FILE, TextTokenizer

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clada_export.artifact.manifest import Manifest
 from clada_export.errors import UsageError
-from clada_export.json_files import read_json
-from clada_export.manifest import Manifest
+from clada_export.files.json_files import read_json
 from clada_export.runtime.tokens import LARGEST_ID
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from clada_export.artifact.manifest import CacheTensor, Manifest
 from clada_export.errors import BackendError, UsageError
 from clada_export.foreign import ENGINE_GRAPH, ENGINE_RUN, OP_LIBRARY, reading
-from clada_export.manifest import CacheTensor, Manifest
 from clada_export.runtime.graph import ENTROPY, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
 
 _FED_INPUTS = {"input_ids": "int64", "attention_mask": "int64", "position_ids": "int64", "load": "float32"}

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clada_export.artifact.manifest import CacheTensor, Manifest
+from clada_export.artifact.profiles import Profile, choose_profile
 from clada_export.errors import BackendError, UsageError
-from clada_export.file_stamps import cache_home
+from clada_export.files.stamps import cache_home
 from clada_export.foreign import ENGINE, reading
-from clada_export.manifest import CacheTensor, Manifest
-from clada_export.native import check_content
-from clada_export.profiles import Profile, choose_profile
+from clada_export.native.library import check_content
+from clada_export.native.tensorrt import Backend, gpu_capability, load_backend, load_plugin, missing_gpu
 from clada_export.runtime.cuda import CudaDevice, Device, host_array, to_float32
 from clada_export.runtime.graph import ENTROPY, LOG_SUM_EXP, PassOutput
-from clada_export.tensorrt_backend import Backend, gpu_capability, load_backend, load_plugin, missing_gpu
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8, "int32": 4}
 _FED_INPUTS = {"input_ids": "int64", "attention_mask": "int64", "position_ids": "int64", "load": "float32"}

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from clada_export.errors import BackendError, UsageError
+from clada_export.files.json_files import read_regular
+from clada_export.files.tokenizer_file import LARGEST, check_tokenizer
+from clada_export.files.tokenizer_growth import check_growth
 from clada_export.foreign import TEXT, TOKENIZER, TOKENS, reading
-from clada_export.json_files import read_regular
 from clada_export.runtime.chat_template import ChatTemplate
-from clada_export.runtime.tokenizer_growth import check_growth
-from clada_export.tokenizer_file import LARGEST, check_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -12,14 +12,14 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from clada_export.calibration.scorer import score_constants
+from clada_export.artifact.manifest import CacheTensor, Manifest, TensorSpec
+from clada_export.decoder.ffn import EagerFFNs
 from clada_export.errors import UnsupportedModelError
-from clada_export.ffn import EagerFFNs
-from clada_export.manifest import CacheTensor, Manifest, TensorSpec
-from clada_export.plan import LayerPlan, SparsityPlan
-from clada_export.plan_fit import require_same
+from clada_export.op.scorer import score_constants
+from clada_export.plan.fit import require_same
+from clada_export.plan.plan import LayerPlan, SparsityPlan
 from clada_export.targets.options import TensorRTOptions
-from clada_export.trace import TracedModel
+from clada_export.trace.trace import TracedModel
 from clada_export.verify import Verification
 from graph_passes import FFNRewrite, RewriteReport, find_ffns, rewrite_ffns
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clada_export.errors import UsageError
-from clada_export.option_ranges import BATCH, TOKENS, require_between
+from clada_export.plan.ranges import BATCH, TOKENS, require_between
 
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 

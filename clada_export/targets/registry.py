@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from clada_export.targets import onnxruntime as target_ort
-from clada_export.targets import tensorrt as target_trt
 from clada_export.targets.common import Target
+from clada_export.targets.ort import target as target_ort
+from clada_export.targets.trt import target as target_trt
 
 TARGETS: dict[str, Target] = {"ort": target_ort, "trt": target_trt}

@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clada_export.calibration.scorer import layer_tensors
-from clada_export.ffn import EagerFFN
-from clada_export.merge import MergingFFN
-from clada_export.plan import LayerPlan, SparsityPlan
-from clada_export.positions import counted, first_position
-from clada_export.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
-from clada_export.router import RouterModule
-from clada_export.tap import FFNTap
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.positions import counted, first_position
+from clada_export.decoder.tap import FFNTap
+from clada_export.op.merge import MergingFFN
+from clada_export.op.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
+from clada_export.op.router import RouterModule
+from clada_export.op.scorer import layer_tensors
+from clada_export.plan.plan import LayerPlan, SparsityPlan
 from graph_passes.op import SparseFFNAttributes
 
 
@@ -70,7 +70,7 @@ def _untouched(model: nn.Module) -> Callable[..., Any]:
 
 
 class ReferenceModel:
-    """The eager model with `clada_export.reference.sparse_ffn` in place of every planned FFN.
+    """The eager model with `clada_export.op.reference.sparse_ffn` in place of every planned FFN.
 
     Args:
         rewritten: names of the FFNs that the engine runs as the op; others stay as they are.

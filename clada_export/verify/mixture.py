@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clada_export.moe_import.routed_mlp import RoutedMLP, routed_mlps
+from clada_export.source.mixtures.routed_mlp import RoutedMLP, routed_mlps
 
 NUDGE = 2.0**-22
 """Of the root mean square of a mixture's output: what is added to it, as two roundings of float32 would."""

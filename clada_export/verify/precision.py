@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from clada_export.decoder.ffn import EagerFFN, on_copy
+from clada_export.decoder.rounding import in_dtype
 from clada_export.errors import VerificationError
-from clada_export.ffn import EagerFFN, on_copy
-from clada_export.plan import SparsityPlan
-from clada_export.rounding import in_dtype
+from clada_export.plan.plan import SparsityPlan
 from clada_export.verify.eager import ReferenceModel, dense_logits
 from clada_export.verify.numbers import compare_logits
 

@@ -22,11 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from clada_export.artifact.manifest import CacheTensor, Manifest
+from clada_export.artifact.profiles import choose_profile
+from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import BackendError, UsageError
-from clada_export.ffn import EagerFFN
-from clada_export.manifest import CacheTensor, Manifest
-from clada_export.plan import SparsityPlan, read_json
-from clada_export.profiles import choose_profile
+from clada_export.plan.plan import SparsityPlan, read_json
 from clada_export.runtime.cuda import to_float32
 from clada_export.runtime.graph import ENTROPY, LOG_SUM_EXP
 from clada_export.verify.eager import ReferenceModel, dense_logits

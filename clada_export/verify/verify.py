@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from clada_export.ffn import EagerFFN
-from clada_export.model_config import vocab_size
+from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.model_config import vocab_size
 from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
 from clada_export.verify.drift import drift_check, measure_drift, sparse_greedy_prefix

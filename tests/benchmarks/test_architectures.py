@@ -12,7 +12,7 @@ import pytest
 from benchmarks import architecture_page, architectures, markers
 from benchmarks.architectures import Row, apart, examine
 from benchmarks.tiny_decoders import MAX_PARAMETERS, NotMadeError, model_types, tiny_decoder
-from clada_export.ffn import find_eager_ffns
+from clada_export.decoder.ffn import find_eager_ffns
 
 
 def test_types_come_from_the_mapping() -> None:

@@ -37,11 +37,11 @@ from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.drift import DriftMeter
 from clada_export.calibration.selector import Selectors
 from clada_export.calibration.text import default_text
+from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.errors import UsageError
-from clada_export.ffn import find_eager_ffns
-from clada_export.method import Method, draft_layers
-from clada_export.plan import LoadSignal, SparsityPlan
-from clada_export.policies import POLICIES
+from clada_export.methods import POLICIES
+from clada_export.plan.method import Method, draft_layers
+from clada_export.plan.plan import LoadSignal, SparsityPlan
 from tests.benchmarks.tiny import write_tiny_llama
 from tests.tiny_models import tiny_model
 

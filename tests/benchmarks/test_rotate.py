@@ -10,7 +10,7 @@ import torch
 from benchmarks import rotate as rotate_module
 from benchmarks.rotate import orthogonal, rotate, write_rotated
 from clada_export.errors import UnsupportedModelError, UsageError, VerificationError
-from clada_export.source import load_source
+from clada_export.source.load import load_source
 from tests.benchmarks.tiny import write_tiny_llama
 from tests.tiny_models import tiny_model
 

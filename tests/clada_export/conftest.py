@@ -13,19 +13,19 @@ import onnx_ir as ir
 import pytest
 from torch import nn
 
-import clada_export.trace
-from clada_export.source import weights_digest
-from clada_export.trace import TracedModel
+import clada_export.trace.trace
+from clada_export.source.load import weights_digest
+from clada_export.trace.trace import TracedModel
 from tests.tiny_models import CACHE, tiny_model
 
 TRACES = CACHE.parent / "traces"
 
 
 def _kept_trace(model: Any, *, fusions: str | None = "cpu") -> TracedModel:
-    code = inspect.getsource(clada_export.trace) + model.config.to_json_string() + weights_digest(model) + str(fusions)
+    code = inspect.getsource(clada_export.trace.trace) + model.config.to_json_string() + weights_digest(model) + str(fusions)
     folder = TRACES / hashlib.sha256(code.encode()).hexdigest()[:16]
     if not (folder / "model.onnx").is_file():
-        traced = clada_export.trace.trace(model, fusions=fusions)
+        traced = clada_export.trace.trace.trace(model, fusions=fusions)
         temporary = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

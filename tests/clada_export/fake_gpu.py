@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from clada_export.errors import BackendError
-from clada_export.tensorrt_backend import Backend, Messages
+from clada_export.native.tensorrt import Backend, Messages
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 

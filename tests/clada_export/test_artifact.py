@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from clada_export import artifact
-from clada_export.artifact import ArtifactWriter
+from clada_export.artifact import writer as artifact
+from clada_export.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from clada_export.artifact.writer import ArtifactWriter
 from clada_export.errors import UsageError
-from clada_export.manifest import MANIFEST_NAME, Manifest, read_manifest
-from clada_export.plan import LoadSignal, SparsityPlan
-from clada_export.work_folder import WorkFolder
+from clada_export.files.work_folder import WorkFolder
+from clada_export.plan.plan import LoadSignal, SparsityPlan
 from tests.processes import start
 
 

@@ -22,18 +22,18 @@ from clada_export.calibration.allocation import ALLOCATIONS, Layers, allocate
 from clada_export.calibration.axis import AXES
 from clada_export.calibration.budget import HIGHEST, LOWEST, search_sparsity
 from clada_export.calibration.drift import Drift, DriftMeter
-from clada_export.calibration.scorer import make_scorer
 from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.calibration.statistics import collect_statistics
 from clada_export.calibration.text import default_text, make_windows, read_text, read_tokens
+from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
-from clada_export.ffn import EagerFFN, find_eager_ffns
-from clada_export.method import Method, draft_layers
-from clada_export.plan import SparsityPlan
-from clada_export.policies import POLICIES, PolicySettings, get_policy
-from clada_export.reference import sparse_ffn
-from clada_export.tap import FFNTap
+from clada_export.methods import POLICIES, PolicySettings, get_policy
+from clada_export.op.reference import sparse_ffn
+from clada_export.op.scorer import make_scorer
+from clada_export.plan.method import Method, draft_layers
+from clada_export.plan.plan import SparsityPlan
 from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 
@@ -448,7 +448,7 @@ def test_a_policy_that_needs_a_gate_names_the_layer_without() -> None:
 def test_the_shadow_scorer_is_the_op(seed: int = 0) -> None:
     ffn = find_eager_ffns(tiny_model("llama", 0)).found[0]
     scorer = make_scorer(ffn, "shadow")
-    from clada_export.calibration.scorer import layer_attributes, layer_tensors
+    from clada_export.op.scorer import layer_attributes, layer_tensors
 
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
     tensors = layer_tensors(ffn, "shadow", torch.tensor([0.01]))

@@ -25,14 +25,14 @@ from clada_export.calibration.cache import (
     parse_cache_folder,
 )
 from clada_export.calibration.selector import Selectors
+from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
 from clada_export.errors import UsageError
-from clada_export.ffn import EagerFFN, find_eager_ffns
-from clada_export.method import Method, draft_layers
-from clada_export.plan import RouterForm
-from clada_export.plan_tensors import LayerTensors
-from clada_export.policies import Policy, PolicyContext, PolicySettings, get_policy
-from clada_export.policies.base import Dynamic
-from clada_export.policies.clada import GAMMAS
+from clada_export.methods import Policy, PolicyContext, PolicySettings, get_policy
+from clada_export.methods.base import Dynamic
+from clada_export.methods.clada import GAMMAS
+from clada_export.plan.method import Method, draft_layers
+from clada_export.plan.plan import RouterForm
+from clada_export.plan.tensors import LayerTensors
 from graph_passes.router import Router
 from tests.tiny_models import tiny_model
 

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from clada_export import export
+from clada_export.artifact.report import write_report
 from clada_export.calibration import Budget, CalibrationOptions, load_calibration_data
 from clada_export.calibration.calibrate import Calibrator
 from clada_export.calibration.choose import choose, plan_clock
 from clada_export.calibration.clock import read_clock
 from clada_export.calibration.cost import dense_bytes, read_bytes
 from clada_export.cli import main_export
+from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.errors import BackendError, UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import find_eager_ffns
-from clada_export.policies import POLICIES, PolicySettings
-from clada_export.report import write_report
+from clada_export.methods import POLICIES, PolicySettings
 from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 

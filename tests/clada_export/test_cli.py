@@ -164,7 +164,7 @@ def test_a_missing_library(copy: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_library_for_another_version_of_the_op(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clada_export.native.OP_VERSION", 99)
+    monkeypatch.setattr("clada_export.native.library.OP_VERSION", 99)
     assert main(["bench", str(copy)]) == 5
     assert "99" in capsys.readouterr().err
 
@@ -206,7 +206,7 @@ def test_internal_errors_are_ours(
     def broken(folder: Path) -> None:
         raise RuntimeError("unexpected")
 
-    monkeypatch.setattr("clada_export.manifest.read_manifest", broken)
+    monkeypatch.setattr("clada_export.artifact.manifest.read_manifest", broken)
     assert main(["inspect", str(engine_folder)]) == 1
     assert "internal error: RuntimeError: unexpected" in capsys.readouterr().err
 
@@ -223,6 +223,6 @@ def test_running_needs_neither_torch_nor_transformers(engine_folder: Path) -> No
 
 
 def test_the_fixture_model_is_the_one_on_disk(model_folder: Folder) -> None:
-    from clada_export.source import load_source, weights_digest
+    from clada_export.source.load import load_source, weights_digest
 
     assert load_source(str(model_folder("llama"))).weights_digest == weights_digest(tiny_model("llama", 0))

@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.tiny_decoders import tiny_decoder
 from clada_export import load_engine
-from clada_export.model_config import text_config, vocab_size
+from clada_export.decoder.model_config import text_config, vocab_size
 from clada_export.pipeline import ExportResult, export
 from clada_export.planning import sequence_limit
-from clada_export.source import load_source
+from clada_export.source.load import load_source
 
 
 def exported(model_type: str, folder: Path) -> ExportResult:

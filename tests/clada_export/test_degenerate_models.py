@@ -17,15 +17,15 @@ from clada_export.calibration import Budget, CalibrationData, CalibrationOptions
 from clada_export.calibration.allocation import ALLOCATIONS
 from clada_export.calibration.drift import compare, drift_of
 from clada_export.calibration.soundness import LARGEST_LOG, WORST, plain
+from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import find_eager_ffns
+from clada_export.methods import POLICIES, PolicySettings, get_policy
+from clada_export.methods.pruning import PruneSpec
 from clada_export.pipeline import export
-from clada_export.plan import SparsityPlan
-from clada_export.policies import POLICIES, PolicySettings, get_policy
-from clada_export.pruning import PruneSpec
+from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import load_engine
-from clada_export.source import weights_digest
+from clada_export.source.load import weights_digest
 from clada_export.verify.drift import drift_check
 from clada_export.verify.numbers import compare_logits
 from tests.tiny_models import tiny_model

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clada_export.artifact.manifest import CacheTensor, TensorSpec
 from clada_export.errors import BackendError, CladaError, UsageError
-from clada_export.load_rules import LARGEST, RULES, LoadTracker, in_float32, make_rule
-from clada_export.manifest import CacheTensor, TensorSpec
-from clada_export.plan import LoadSignal
+from clada_export.load.rules import LARGEST, RULES, LoadTracker, in_float32, make_rule
+from clada_export.load.values import load_array, one_load
+from clada_export.plan.plan import LoadSignal
 from clada_export.runtime import Engine, load_engine
-from clada_export.runtime.loads import load_array, one_load
 from clada_export.runtime.opening import MOST_THREADS
 from clada_export.runtime.sampling import LARGEST_SEED, Sampler, SamplingSettings
 from clada_export.runtime.tokens import token_ids
@@ -345,7 +345,7 @@ def written(folder: Path, config: Any, generation: Any = None, **changes: Any) -
     (folder / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    from clada_export.manifest import file_record, write_manifest
+    from clada_export.artifact.manifest import file_record, write_manifest
 
     files = {path.name: file_record(path) for path in folder.iterdir() if path.name != "clada.json"}
     write_manifest(folder, make_manifest(**changes).with_files(files))
@@ -402,7 +402,7 @@ def test_files_that_the_manifest_does_not_list_are_not_used(tmp_path: Path) -> N
 
 
 def write_export_of_the_graph(folder: Path) -> None:
-    from clada_export.manifest import file_record, write_manifest
+    from clada_export.artifact.manifest import file_record, write_manifest
 
     files = {"model.onnx": file_record(folder / "model.onnx")}
     write_manifest(folder, make_manifest().with_files(files))

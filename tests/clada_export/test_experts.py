@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.errors import UsageError
-from clada_export.experts import d2dmoe, dejavu, ds_moe, llama_moe, lte, moefication
-from clada_export.experts.cluster import cluster_neurons, within_distance
-from clada_export.experts.layer import ExpertLayer, Reconstruction, group_neurons
-from clada_export.experts.metrics import captured_share, top_mask
-from clada_export.experts.samples import collect_samples
-from clada_export.experts.train import TrainingReport, TrainingSettings, fit, split_rows
-from clada_export.ffn import find_eager_ffns
-from clada_export.reference import activate
-from clada_export.router import RouterModule
+from clada_export.methods.training import d2dmoe, dejavu, ds_moe, llama_moe, lte, moefication
+from clada_export.methods.training.cluster import cluster_neurons, within_distance
+from clada_export.methods.training.layer import ExpertLayer, Reconstruction, group_neurons
+from clada_export.methods.training.metrics import captured_share, top_mask
+from clada_export.methods.training.samples import collect_samples
+from clada_export.methods.training.train import TrainingReport, TrainingSettings, fit, split_rows
+from clada_export.op.reference import activate
+from clada_export.op.router import RouterModule
 from graph_passes.router import Router
 from tests.tiny_models import tiny_model
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from clada_export.calibration.scorer import layer_attributes, layer_tensors
+from clada_export.decoder.ffn import find_eager_ffns, require_ffns
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UnsupportedModelError
-from clada_export.ffn import find_eager_ffns, require_ffns
-from clada_export.reference import sparse_ffn
-from clada_export.tap import FFNTap
+from clada_export.op.reference import sparse_ffn
+from clada_export.op.scorer import layer_attributes, layer_tensors
 from tests.tiny_models import KINDS, ffn_names, tiny_model
 
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clada_export.calibration.scorer import layer_attributes, layer_tensors
+from clada_export.decoder.ffn import EagerFFN, EagerFFNs, find_eager_ffns, require_ffns
+from clada_export.decoder.ffn.layer import PACKINGS
+from clada_export.decoder.ffn.probe import TOKENS
 from clada_export.errors import UnsupportedModelError
-from clada_export.ffn import EagerFFN, EagerFFNs, find_eager_ffns, require_ffns
-from clada_export.ffn.layer import PACKINGS
-from clada_export.ffn.probe import TOKENS
-from clada_export.pruning.projections import hidden, projections
-from clada_export.reference import activate, sparse_ffn
+from clada_export.methods.pruning.projections import hidden, projections
+from clada_export.op.reference import activate, sparse_ffn
+from clada_export.op.scorer import layer_attributes, layer_tensors
 from graph_passes.op import ACTIVATIONS
 from tests.tiny_models import tiny_model
 from tests.token_models import Attention, Block, TokenModel

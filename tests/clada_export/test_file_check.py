@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from clada_export import file_check
+from clada_export.artifact.manifest import file_record
 from clada_export.errors import BackendError, UsageError
-from clada_export.file_check import SMALL_BYTES, ListedFiles
-from clada_export.file_stamps import SETTLED_NS, Known, Stamp, StampFile, cache_home
-from clada_export.manifest import file_record
+from clada_export.files import check as file_check
+from clada_export.files.check import SMALL_BYTES, ListedFiles
+from clada_export.files.stamps import SETTLED_NS, Known, Stamp, StampFile, cache_home
 
 LARGE = b"\x17" * SMALL_BYTES
 DIGEST = "d" * 64

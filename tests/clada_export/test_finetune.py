@@ -12,21 +12,21 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from clada_export.adapters import adapted_weights, apply_adapters, require_own_weights
+from clada_export.artifact.manifest import read_manifest
 from clada_export.calibration.drift import DriftMeter
 from clada_export.calibration.weights import FFNWeights
+from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
-from clada_export.experts.cluster import cluster_neurons
-from clada_export.experts.finetune import Finetuned, FinetuneSettings, RoutedFFN, finetune
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import EagerFFN, find_eager_ffns
-from clada_export.manifest import read_manifest
+from clada_export.methods import PolicySettings
+from clada_export.methods.pruning import PruneSpec
+from clada_export.methods.training.cluster import cluster_neurons
+from clada_export.methods.training.finetune import Finetuned, FinetuneSettings, RoutedFFN, finetune
 from clada_export.pipeline import export, verify_folder
-from clada_export.plan import SparsityPlan
-from clada_export.plan_tensors import PLAN_TENSORS, LayerTensors
-from clada_export.policies import PolicySettings
-from clada_export.pruning import PruneSpec
-from clada_export.tap import FFNTap
+from clada_export.plan.adapters import adapted_weights, apply_adapters, require_own_weights
+from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.tensors import PLAN_TENSORS, LayerTensors
 from graph_passes.router import Router
 from tests.tiny_models import KINDS, tiny_model
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from clada_export.cli import main
+from clada_export.cli.inspection import inspect_model, inspect_onnx
 from clada_export.cli.shown import say
-from clada_export.inspection import inspect_model, inspect_onnx
 from tests.tiny_models import export_tiny
 
 Folder = Callable[[str], Path]

@@ -20,18 +20,18 @@ from clada_export.calibration.load_response import error_slopes
 from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import LayerTable, collect_statistics
 from clada_export.cli import main
+from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.errors import UsageError
-from clada_export.ffn import find_eager_ffns
-from clada_export.load_experiment import ExperimentOptions, run_experiment
-from clada_export.load_experiment.arms import ARMS, MIDDLE, Scene, by_document, drawn, response, shuffled, still
-from clada_export.load_experiment.balance import balanced_levels
-from clada_export.load_experiment.documents import Documents, cut, ending_tokens, from_file, generate
-from clada_export.load_experiment.intervals import paired_interval
-from clada_export.load_experiment.report import plot, save, tables, verdict
-from clada_export.load_experiment.simulate import Run, document_signals, simulate
-from clada_export.load_rules import loads_along
-from clada_export.method import Method, draft_layers
-from clada_export.plan import LoadSignal, SparsityPlan
+from clada_export.lab.load_experiment import ExperimentOptions, run_experiment
+from clada_export.lab.load_experiment.arms import ARMS, MIDDLE, Scene, by_document, drawn, response, shuffled, still
+from clada_export.lab.load_experiment.balance import balanced_levels
+from clada_export.lab.load_experiment.documents import Documents, cut, ending_tokens, from_file, generate
+from clada_export.lab.load_experiment.intervals import paired_interval
+from clada_export.lab.load_experiment.report import plot, save, tables, verdict
+from clada_export.lab.load_experiment.simulate import Run, document_signals, simulate
+from clada_export.load.rules import loads_along
+from clada_export.plan.method import Method, draft_layers
+from clada_export.plan.plan import LoadSignal, SparsityPlan
 from clada_export.verify.eager import ReferenceModel, dense_logits
 from tests.tiny_models import tiny_model
 

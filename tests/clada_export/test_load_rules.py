@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clada_export.errors import UsageError
-from clada_export.load_rules import RULES, LoadTracker, loads_along, make_rule
-from clada_export.plan import LoadSignal, SparsityPlan
+from clada_export.load.rules import RULES, LoadTracker, loads_along, make_rule
+from clada_export.plan.plan import LoadSignal, SparsityPlan
 
 BASE = LoadSignal(3.0, 2.0, 4.0, 1.5, 0.8, -0.3)
 RANDOM = np.random.default_rng(0)

@@ -15,12 +15,12 @@ from clada_export.calibration.calibrate import CalibrationOptions, calibrate
 from clada_export.calibration.drift import DriftMeter
 from clada_export.calibration.merged import measure_merged
 from clada_export.calibration.text import load_calibration_data
+from clada_export.decoder.ffn import find_eager_ffns, require_ffns
 from clada_export.errors import UsageError
-from clada_export.ffn import find_eager_ffns, require_ffns
-from clada_export.method import Method
+from clada_export.methods import PolicySettings, get_policy
 from clada_export.pipeline import ExportOptions, ExportResult, export
-from clada_export.plan import SparsityPlan
-from clada_export.policies import PolicySettings, get_policy
+from clada_export.plan.method import Method
+from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import Engine, load_engine
 from clada_export.verify.eager import ReferenceModel, dense_logits
 from tests.tiny_models import tiny_model

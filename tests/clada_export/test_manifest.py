@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from clada_export.errors import BackendError, UsageError
-from clada_export.manifest import (
+from clada_export.artifact.manifest import (
     MANIFEST_NAME,
     CacheTensor,
     Manifest,
@@ -20,7 +19,8 @@ from clada_export.manifest import (
     read_manifest,
     write_manifest,
 )
-from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
+from clada_export.errors import BackendError, UsageError
+from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
 
 
 def make_manifest(**changes: Any) -> Manifest:

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clada_export.cli import main, main_export
+from clada_export.decoder.ffn import find_eager_ffns, plain_ffns
+from clada_export.decoder.rounding import in_dtype, round_ffn_weights
+from clada_export.decoder.tap import FFNTap
 from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import find_eager_ffns, plain_ffns
-from clada_export.moe_import import RoutedMLP, import_blocks, routed_mlps
-from clada_export.moe_import.routed_mlp import Origin
+from clada_export.methods import PolicySettings
 from clada_export.pipeline import ExportResult, export, verify_folder
-from clada_export.plan import SparsityPlan
-from clada_export.policies import PolicySettings
-from clada_export.rounding import in_dtype, round_ffn_weights
+from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import load_engine
-from clada_export.source import load_source
-from clada_export.tap import FFNTap
+from clada_export.source.load import load_source
+from clada_export.source.mixtures import RoutedMLP, import_blocks, routed_mlps
+from clada_export.source.mixtures.routed_mlp import Origin
 from clada_export.verify.eager import dense_logits
 from clada_export.verify.mixture import measure_mixture
 from clada_export.verify.parity import dense_check
@@ -428,7 +428,7 @@ def test_the_command_line(folder: Folder, kept_traces: None, tmp_path: Path, cap
 def test_tensorrt(folder: Folder, kept_traces: None, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
-    from clada_export.native import trt_library_path
+    from clada_export.native.library import trt_library_path
     from clada_export.targets.options import TensorRTOptions
 
     try:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from clada_export import native
 from clada_export.errors import BackendError
+from clada_export.native import library as native
 
 LIBRARIES = {
     "CLADA_ORT_LIBRARY": (native.ort_library_path, "libclada_ort.so", "pip install"),

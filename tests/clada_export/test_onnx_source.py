@@ -17,12 +17,12 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from clada_export import export, load_engine, verify_folder
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.cli import main, main_export
+from clada_export.cli.inspection import inspect_onnx
+from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.errors import UnsupportedModelError, UsageError
-from clada_export.ffn import find_eager_ffns
-from clada_export.inspection import inspect_onnx
-from clada_export.onnx_source.load import load_decoder
-from clada_export.onnx_source.stages import cut
-from clada_export.source import load_source
+from clada_export.source.load import load_source
+from clada_export.source.onnx.load import load_decoder
+from clada_export.source.onnx.stages import cut
 from clada_export.verify.eager import dense_logits
 from graph_passes import find_ffns
 from graph_passes.rules.common import module_path

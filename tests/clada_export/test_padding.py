@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.tiny_decoders import tiny_decoder
 from clada_export import export, load_engine
+from clada_export.artifact.manifest import read_manifest
+from clada_export.decoder.padding import padding_of
 from clada_export.errors import UsageError
-from clada_export.manifest import read_manifest
-from clada_export.padding import padding_of
 from clada_export.verify.cases import make_cases
 from tests.tiny_models import KINDS, tiny_model
 

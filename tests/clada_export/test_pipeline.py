@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import clada_export
+from clada_export.artifact.manifest import read_manifest
 from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError, VerificationError
 from clada_export.export_options import ExportOptions
-from clada_export.manifest import read_manifest
+from clada_export.methods import PolicySettings
 from clada_export.pipeline import export, verify_folder
-from clada_export.plan import SparsityPlan
-from clada_export.policies import PolicySettings
+from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import load_engine
 from tests.processes import start
 from tests.tiny_models import KINDS, ffn_names, tiny_model

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clada_export.errors import UsageError
-from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
+from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
 
 
 def make_plan() -> SparsityPlan:

@@ -12,14 +12,14 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from clada_export.artifact.manifest import read_manifest
+from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.ffn import find_eager_ffns
-from clada_export.manifest import read_manifest
+from clada_export.methods import POLICIES, PolicySettings, get_policy
 from clada_export.pipeline import export, verify_folder
-from clada_export.plan import SparsityPlan
-from clada_export.plan_tensors import PLAN_TENSORS
-from clada_export.policies import POLICIES, PolicySettings, get_policy
+from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.tensors import PLAN_TENSORS
 from clada_export.runtime import load_engine
 from tests.tiny_models import ffn_names, tiny_model
 

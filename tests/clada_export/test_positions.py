@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.tiny_decoders import tiny_decoder
 from clada_export import export, load_engine
-from clada_export.padding import padding_of
-from clada_export.positions import first_position, sample_tokens
+from clada_export.decoder.padding import padding_of
+from clada_export.decoder.positions import first_position, sample_tokens
 from graph_passes.positions import ShiftPositions
 from tests.tiny_models import KINDS, export_tiny, tiny_model
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from clada_export.decoder.ffn import require_ffns
 from clada_export.errors import BackendError
-from clada_export.ffn import require_ffns
-from clada_export.native import trt_library_path
-from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
-from clada_export.source import SourceModel, load_source
-from clada_export.targets import tensorrt as target
+from clada_export.native.library import trt_library_path
+from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
+from clada_export.source.load import SourceModel, load_source
 from clada_export.targets.common import BuildRequest
 from clada_export.targets.options import DEFAULT_CAPABILITIES, TensorRTOptions
-from clada_export.trace import trace
+from clada_export.targets.trt import target as target
+from clada_export.trace.trace import trace
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (make setup)")

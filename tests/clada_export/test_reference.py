@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clada_export.reference import (
+from clada_export.op.reference import (
     SparseFFNTensors,
     dequantize_shadow,
     load_multiplier,

@@ -13,10 +13,10 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clada_export.manifest import Manifest, TensorSpec
-from clada_export.model_card import write_model_card
-from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
-from clada_export.report import write_report
+from clada_export.artifact.manifest import Manifest, TensorSpec
+from clada_export.artifact.model_card import write_model_card
+from clada_export.artifact.report import write_report
+from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
 from clada_export.verify.report import Check, Verification
 from graph_passes import FFNMiss, RewriteReport
 from graph_passes.report import RewrittenFFN

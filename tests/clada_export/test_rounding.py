@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from clada_export.rounding import TORCH_TYPES, in_dtype, round_all_weights
+from clada_export.decoder.rounding import TORCH_TYPES, in_dtype, round_all_weights
 
 
 @pytest.mark.parametrize("dtype", TORCH_TYPES)

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from clada_export.artifact.manifest import CacheTensor, Manifest, TensorSpec, file_record, write_manifest
 from clada_export.cli import main
 from clada_export.errors import BackendError, UsageError, VerificationError
-from clada_export.manifest import CacheTensor, Manifest, TensorSpec, file_record, write_manifest
-from clada_export.plan import LayerPlan, LoadSignal, SparsityPlan
+from clada_export.load.meter import LoadMeter, surprisal_entropy
+from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime import engine as engine_module
-from clada_export.runtime.load_meter import LoadMeter, surprisal_entropy
 from clada_export.runtime.sampling import Sampler, SamplingSettings
 from graph_passes.load_outputs import AddLoadOutputs
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clada_export.artifact.manifest import file_record, write_manifest
 from clada_export.cli import main
 from clada_export.errors import BackendError, UsageError
-from clada_export.manifest import file_record, write_manifest
-from clada_export.native import check_content, ort_library_path
+from clada_export.native.library import check_content, ort_library_path
+from clada_export.native.sealed import sealed_copy
 from clada_export.runtime import load_engine, opening
-from clada_export.sealed_library import sealed_copy
 from tests.clada_export.test_runtime import make_manifest, write_export
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")

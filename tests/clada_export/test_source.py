@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from clada_export.errors import CladaError, UnsupportedModelError, UsageError
-from clada_export.gguf_header import read_gguf_header
-from clada_export.source import load_source, weights_digest
+from clada_export.source.gguf_header import read_gguf_header
+from clada_export.source.load import load_source, weights_digest
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,

@@ -16,12 +16,12 @@ import pytest
 
 from clada_export.cli import main
 from clada_export.errors import BackendError, UsageError
-from clada_export.sweep.cells import VALUES, Cell, Outcome, make_cells, worst
-from clada_export.sweep.command import pool_options
-from clada_export.sweep.picture import draw, table
-from clada_export.sweep.ray_pool import PoolOptions
-from clada_export.sweep.run import Listener, SweepResult, run_sweep
-from clada_export.sweep.worker import SweepJob, SweepWorker
+from clada_export.lab.sweep.cells import VALUES, Cell, Outcome, make_cells, worst
+from clada_export.lab.sweep.command import pool_options
+from clada_export.lab.sweep.picture import draw, table
+from clada_export.lab.sweep.ray_pool import PoolOptions
+from clada_export.lab.sweep.run import Listener, SweepResult, run_sweep
+from clada_export.lab.sweep.worker import SweepJob, SweepWorker
 
 CELLS = make_cells("griffin,cats", "0.3,0.5")
 RAY_IS_MISSING = "ray is not installed"
@@ -192,7 +192,7 @@ def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pyt
 def test_a_worker_opens_the_model_once(
     model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import clada_export.sweep.worker as module
+    import clada_export.lab.sweep.worker as module
 
     opened: list[str] = []
     real = module.load_source

@@ -12,15 +12,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from clada_export import tensorrt_backend as module
+from clada_export.artifact.manifest import TensorSpec
+from clada_export.artifact.profiles import plan_profiles
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError
-from clada_export.manifest import TensorSpec
-from clada_export.native import ort_library_path
-from clada_export.profiles import plan_profiles
+from clada_export.native import tensorrt as module
+from clada_export.native.library import ort_library_path
+from clada_export.native.tensorrt import Backend, Messages, find_backend, load_backend, load_plugin, make_logger, missing_gpu
 from clada_export.targets.options import TensorRTOptions
-from clada_export.targets.tensorrt_build import _read_timing_cache, _write_atomically, build_engines, check_settings
-from clada_export.targets.tensorrt_commands import commands
-from clada_export.tensorrt_backend import Backend, Messages, find_backend, load_backend, load_plugin, make_logger, missing_gpu
+from clada_export.targets.trt.build import _read_timing_cache, _write_atomically, build_engines, check_settings
+from clada_export.targets.trt.commands import commands
 from graph_passes.function_body import PLUGIN_ATTRIBUTES
 from graph_passes.op import DOMAIN
 
@@ -59,7 +59,7 @@ def test_the_parser_finds_its_library(rtx: Backend) -> None:
 
 def test_it_is_found_in_a_new_process_and_no_file_is_written(rtx: Backend) -> None:
     code = (
-        "import tensorrt_rtx, tensorrt_rtx_libs, pathlib, clada_export.tensorrt_backend as b;"
+        "import tensorrt_rtx, tensorrt_rtx_libs, pathlib, clada_export.native.tensorrt as b;"
         "folder = pathlib.Path(tensorrt_rtx_libs.__file__).parent; before = sorted(folder.iterdir());"
         "print(b._can_open('libtensorrt_rtx.so')); b.provide_rtx_library();"
         "print(b._can_open('libtensorrt_rtx.so'), sorted(folder.iterdir()) == before)"
@@ -70,7 +70,7 @@ def test_it_is_found_in_a_new_process_and_no_file_is_written(rtx: Backend) -> No
 
 def test_it_is_found_where_memory_holds_no_libraries(rtx: Backend) -> None:
     code = (
-        "import os, tensorrt_rtx, clada_export.tensorrt_backend as b\n"
+        "import os, tensorrt_rtx, clada_export.native.tensorrt as b\n"
         "def refuse(name, flags): raise OSError(13, 'Permission denied')\n"
         "os.memfd_create = refuse\n"
         "b.provide_rtx_library()\n"

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clada_export.artifact.manifest import TensorSpec, read_manifest
+from clada_export.artifact.profiles import Profile, choose_profile, plan_profiles
 from clada_export.errors import BackendError, UsageError
-from clada_export.manifest import TensorSpec, read_manifest
-from clada_export.native import check_content, ort_library_path
-from clada_export.profiles import Profile, choose_profile, plan_profiles
+from clada_export.native.library import check_content, ort_library_path
+from clada_export.native.tensorrt import missing_gpu
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime import tensorrt_session as module
 from clada_export.runtime.cuda import CudaDevice, host_array, to_float32
 from clada_export.runtime.tensorrt_session import RuntimeCache, TensorRTSession, engine_for, open_engine
-from clada_export.tensorrt_backend import missing_gpu
 from tests.clada_export.fake_gpu import FakeDevice, FakeEngine, fake_backend
 from tests.clada_export.test_runtime import write_export
 

@@ -18,18 +18,18 @@ import pytest
 import torch
 from torch import nn
 
+from clada_export.artifact.manifest import read_manifest
 from clada_export.cli import main, main_export
+from clada_export.decoder.rounding import in_dtype, round_all_weights
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError, VerificationError
 from clada_export.export_options import ExportOptions
-from clada_export.manifest import read_manifest
-from clada_export.native import trt_library_path
+from clada_export.native.library import trt_library_path
+from clada_export.native.tensorrt import missing_gpu
 from clada_export.pipeline import ExportResult, export, verify_folder
-from clada_export.rounding import in_dtype, round_all_weights
 from clada_export.runtime import load_engine
-from clada_export.targets import tensorrt as target
 from clada_export.targets.options import TensorRTOptions
-from clada_export.targets.tensorrt import LAYERS_NAME, engine_checks
-from clada_export.tensorrt_backend import missing_gpu
+from clada_export.targets.trt import target as target
+from clada_export.targets.trt.target import LAYERS_NAME, engine_checks
 from clada_export.verify.saved import CASES, INPUTS, OUTPUTS, check_saved
 from tests.tiny_models import tiny_model
 
@@ -146,7 +146,7 @@ def test_an_embedded_plugin_and_streamed_weights(plugin: Path, model_folder: Fol
 
 
 def test_no_tensorrt(model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("clada_export.tensorrt_backend.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("clada_export.native.tensorrt.importlib.util.find_spec", lambda name: None)
     assert main_export([str(model_folder("llama")), "--target", "trt", "-o", str(tmp_path / "out")]) == 5
     assert "pip install 'clada-export[rtx]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -272,7 +272,7 @@ def test_polygraphy_takes_the_tensorrt_that_built_the_engine() -> None:
     """In a process that has used Polygraphy for something else before."""
     code = (
         "from clada_export.verify.saved import _polygraphy; _polygraphy();"
-        "from clada_export.tensorrt_backend import load_backend; from clada_export.targets.tensorrt import polygraphy_runner;"
+        "from clada_export.native.tensorrt import load_backend; from clada_export.targets.trt.target import polygraphy_runner;"
         "runner = polygraphy_runner(load_backend('tensorrt_rtx'));"
         "import polygraphy.backend.trt.runner as module; print(module.trt.ICudaEngine.__module__)"
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from clada_export.onnx_source.graph import readable_graph
+from clada_export.source.onnx.graph import readable_graph
 from graph_passes import find_ffns
 from graph_passes.shape_reads import HoistShapeReads
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import clada_export.trace
+import clada_export.trace.trace
+from clada_export.decoder.ffn import require_ffns
 from clada_export.errors import UnsupportedModelError
-from clada_export.ffn import require_ffns
-from clada_export.trace import trace
+from clada_export.trace.trace import trace
 from graph_passes import find_ffns
 from tests.tiny_models import tiny_model
 
@@ -53,7 +53,7 @@ def test_a_model_in_16_bits_gives_a_graph_in_16_bits() -> None:
 
 
 def test_the_early_reject_changes_nothing(graph: ir.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clada_export.trace, "_early_reject", nullcontext)
+    monkeypatch.setattr(clada_export.trace.trace, "_early_reject", nullcontext)
     without = trace(tiny_model("llama", 0)).graph.graph
     assert Counter(node.op_type for node in without) == Counter(node.op_type for node in graph)
     assert [node.op_type for node in without] == [node.op_type for node in graph]

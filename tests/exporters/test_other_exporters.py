@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.tiny_decoders import tiny_decoder
 from clada_export import export
+from clada_export.artifact.manifest import read_manifest
+from clada_export.cli.inspection import inspect_onnx
 from clada_export.errors import UnsupportedModelError
-from clada_export.inspection import inspect_onnx
-from clada_export.manifest import read_manifest
 from tests.exporters.environment import python_with, run
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer

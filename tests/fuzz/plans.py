@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from clada_export.calibration import CalibrationOptions, calibrate, load_calibration_data
-from clada_export.ffn import find_eager_ffns
-from clada_export.load_rules import RULES as LOAD_RULES
-from clada_export.plan import SparsityPlan
-from clada_export.plan_tensors import PLAN_TENSORS, arrays_digest, named_arrays
-from clada_export.policies import PolicySettings, get_policy
-from clada_export.pruning import PruneSpec
-from clada_export.source import weights_digest
+from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.load.rules import RULES as LOAD_RULES
+from clada_export.methods import PolicySettings, get_policy
+from clada_export.methods.pruning import PruneSpec
+from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.tensors import PLAN_TENSORS, arrays_digest, named_arrays
+from clada_export.source.load import weights_digest
 from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS
 from graph_passes.router import DENSE_ROWS, HIDDEN_ACTIVATIONS, OUTPUTS
 from tests.fuzz.harness import JSON_VALUES, mutated

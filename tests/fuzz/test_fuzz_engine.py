@@ -17,12 +17,12 @@ import pytest
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from clada_export.artifact.manifest import MANIFEST_NAME, file_record, read_manifest, write_manifest
 from clada_export.errors import BackendError, UsageError
-from clada_export.file_check import SMALL_BYTES
-from clada_export.load_rules import RULES
-from clada_export.manifest import MANIFEST_NAME, file_record, read_manifest, write_manifest
-from clada_export.native import ort_library_path
-from clada_export.plan import LoadSignal
+from clada_export.files.check import SMALL_BYTES
+from clada_export.load.rules import RULES
+from clada_export.native.library import ort_library_path
+from clada_export.plan.plan import LoadSignal
 from clada_export.runtime import Engine, load_engine
 from tests.clada_export.test_runtime import POSITIONS, VOCABULARY, write_export
 from tests.fuzz.harness import JSON_VALUES, NUMBERS, damaged, fuzz, hold, mutated

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from clada_export.cli.inspection import inspect_onnx
 from clada_export.errors import CladaError, UnsupportedModelError, UsageError
-from clada_export.inspection import inspect_onnx
-from clada_export.onnx_source.graph import compilable_ffns, load_graph
-from clada_export.onnx_source.load import load_decoder
+from clada_export.source.onnx.graph import compilable_ffns, load_graph
+from clada_export.source.onnx.load import load_decoder
 from graph_passes import find_ffns, rewrite_ffns
 from graph_passes.load_outputs import AddLoadOutputs
 from graph_passes.op import SparseFFNAttributes

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, TensorProto, helper
 from torch import Tensor
 
-from clada_export.native import ort_library_path
-from clada_export.reference import SparseFFNTensors, activate, check_inputs, neuron_outputs, quantize_shadow
+from clada_export.native.library import ort_library_path
+from clada_export.op.reference import SparseFFNTensors, activate, check_inputs, neuron_outputs, quantize_shadow
 from graph_passes.op import (
     ACTIVATIONS,
     COMBINES,
@@ -254,7 +254,7 @@ def sure_rows(case: Case) -> Tensor:
         noise = 1 + 1e-5 * torch.randn(case.x.shape, generator=generator)
         hold(replace(case, x=case.x.float() * noise, past_stat=stat))
     for off in (_more, _less, _none):
-        with patch("clada_export.reference.activate", off):
+        with patch("clada_export.op.reference.activate", off):
             hold(case)
     return sure
 

@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 import clada_export.pipeline
+from clada_export.artifact.model_card import write_model_card
+from clada_export.artifact.report import write_report
 from clada_export.cli import main, main_export
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.model_card import write_model_card
 from clada_export.pipeline import export
-from clada_export.plan import SparsityPlan, read_json
-from clada_export.plan_tensors import PLAN_TENSORS
-from clada_export.report import write_report
-from clada_export.source import load_source
-from clada_export.trace import TracedModel
+from clada_export.plan.plan import SparsityPlan, read_json
+from clada_export.plan.tensors import PLAN_TENSORS
+from clada_export.source.load import load_source
+from clada_export.trace.trace import TracedModel
 from graph_passes.op import DOMAIN, SparseFFNAttributes
 from tests.clada_export.conftest import _kept_trace
 from tests.clada_export.test_report import make_manifest
@@ -352,7 +352,7 @@ def test_one_threshold_a_granule_compiles(plans: dict[str, Given], compile_plan:
 
 
 def test_a_plan_for_tensorrt_that_merges_is_refused_at_once(plans: dict[str, Given], tmp_path: Path) -> None:
-    from clada_export.plan_fit import check_goals
+    from clada_export.plan.fit import check_goals
 
     plan = SparsityPlan.load_file(plans["lory"].write(tmp_path))
     with pytest.raises(UsageError, match="'lory' does not run on TensorRT"):

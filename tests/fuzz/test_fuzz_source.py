@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from clada_export.calibration.text import load_calibration_data
-from clada_export.companions import write_companions
-from clada_export.config_file import Stored, check_counts, check_size
-from clada_export.pretrained import load_config, model_without_memory
-from clada_export.source import load_source
+from clada_export.source.companions import write_companions
+from clada_export.source.config_file import Stored, check_counts, check_size
+from clada_export.source.load import load_source
+from clada_export.source.pretrained import load_config, model_without_memory
 from tests.fuzz.harness import JSON_VALUES, NUMBERS, damaged, fuzz, hold, mutated
 from tests.moe_checkpoints import write_llama_moe
 from tests.tiny_gguf import save_tiny_gguf

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.cuda_kernels import Call, CudaKernels
 from benchmarks.ffn_cuda import Weights, make_call, relative_error
-from clada_export.reference import sparse_ffn
+from clada_export.op.reference import sparse_ffn
 
 if not torch.cuda.is_available():
     pytest.skip("PyTorch sees no GPU", allow_module_level=True)

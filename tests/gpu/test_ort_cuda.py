@@ -8,7 +8,7 @@ import torch
 from op_shells import Case, assert_same, make_case, make_model, run
 
 from clada_export.errors import BackendError
-from clada_export.native import ort_cuda_library_path
+from clada_export.native.library import ort_cuda_library_path
 from graph_passes.op import SCORES, SparseFFNAttributes
 
 if not torch.cuda.is_available():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clada_export.reference import SparseFFNTensors, quantize_shadow, sparse_ffn
+from clada_export.op.reference import SparseFFNTensors, quantize_shadow, sparse_ffn
 from graph_passes import FFNRewrite
 from graph_passes.op import SparseFFNAttributes
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clada_export.reference import SparseFFNResult, SparseFFNTensors, quantize_shadow, sparse_ffn
+from clada_export.op.reference import SparseFFNResult, SparseFFNTensors, quantize_shadow, sparse_ffn
 from graph_passes.function_body import make_function, variant_name
 from graph_passes.op import ACTIVATIONS, RULES, SCORES, STAT_NORMS, ContractError, SparseFFNAttributes
 

@@ -15,7 +15,7 @@ import torch
 from eager import score_constants
 from handmade import HIDDEN, WIDTH, Handmade
 
-from clada_export.native import ort_library_path
+from clada_export.native.library import ort_library_path
 from graph_passes import FFNRewrite, find_ffns, rewrite_ffns
 from graph_passes.op import DOMAIN, ContractError, SparseFFNAttributes, input_names, output_names
 

@@ -12,7 +12,7 @@ import tiny_models
 from handmade import HIDDEN, WIDTH, Handmade
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 
-from clada_export.onnx_source.graph import readable_graph
+from clada_export.source.onnx.graph import readable_graph
 from graph_passes import find_ffns
 
 IDS = np.random.default_rng(0).integers(3, 256, (2, 7))

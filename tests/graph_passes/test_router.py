@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clada_export.router import RouterModule
+from clada_export.op.router import RouterModule
 from graph_passes.op import ContractError
 from graph_passes.router import HIDDEN_ACTIVATIONS, OUTPUTS, Router
 from graph_passes.router_nodes import emit_router

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clada_export.router import RouterModule
+from clada_export.op.router import RouterModule
 from graph_passes.op import ContractError
 from graph_passes.router import Router
 from tests.graph_passes.test_router import GRANULES, HIDDEN, random_router, rows, run_nodes

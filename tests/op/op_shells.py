@@ -19,8 +19,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from clada_export.native import ort_library_path
-from clada_export.reference import SparseFFNTensors, quantize_shadow, sparse_ffn
+from clada_export.native.library import ort_library_path
+from clada_export.op.reference import SparseFFNTensors, quantize_shadow, sparse_ffn
 from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, output_names
 
 ONNX_TYPES = {

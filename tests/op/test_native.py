@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from op_shells import Case, assert_same, available_isas, instruction_set, make_case, make_model, run, run_native, session
 
-from clada_export.native import ort_library_path
-from clada_export.reference import activate
+from clada_export.native.library import ort_library_path
+from clada_export.op.reference import activate
 from graph_passes.op import RULES, SCORES, SparseFFNAttributes
 
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -22,7 +22,7 @@ from emulation import emulation_folder, plugin_program
 from op_shells import Case, assert_same, make_case, make_model, run, session, to_numpy
 from plugin_harness import NODE, PluginCase, PluginResult, conformance_program, plugin_fields, run_plugin_cases
 
-from clada_export.native import trt_library_path
+from clada_export.native.library import trt_library_path
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION, SCORES, SparseFFNAttributes
 
 DECODE_ROWS = 16  # kDecodeRows of clada/sparse_ffn_cuda.h

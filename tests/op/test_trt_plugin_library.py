@@ -17,8 +17,8 @@ from emulation import emulation_folder
 from op_shells import Case, make_case, make_model
 
 from clada_export.errors import BackendError
-from clada_export.native import build_info, check_library, trt_library_path
-from clada_export.tensorrt_backend import RTX, load_backend, load_plugin, plugin_creator
+from clada_export.native.library import build_info, check_library, trt_library_path
+from clada_export.native.tensorrt import RTX, load_backend, load_plugin, plugin_creator
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION, SCORES, SparseFFNAttributes, output_names
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

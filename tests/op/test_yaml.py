@@ -14,7 +14,7 @@ import yaml
 from op_shells import make_case, make_model, session
 
 from clada_export.errors import BackendError
-from clada_export.native import build_info, check_library, ort_library_path
+from clada_export.native.library import build_info, check_library, ort_library_path
 from graph_passes.op import (
     DOMAIN,
     OP_TYPE,

@@ -1,0 +1,109 @@
+"""What would be rewritten in a model, and why not the rest, without an export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from clada_export.decoder.ffn import EagerFFNs, find_eager_ffns, plain_ffns
+from clada_export.source.load import load_source
+from clada_export.source.onnx.graph import compilable_ffns, readable_graph
+from clada_export.trace.trace import trace
+from graph_passes.rewrite import RewriteFFNs
+from graph_passes.rules.common import FFNMatch
+from graph_passes.search import FFNSearch, find_ffns, rewritten_ffns
+
+
+@dataclass(frozen=True)
+class LayerFinding:
+    """One layer: whether it would be rewritten; `form` and sizes if so, else the reason why it stays as it is."""
+
+    name: str
+    rewritten: bool
+    form: str = ""
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was looked at (`model` or `graph`), its name, its layers in order, and what concerns all of them."""
+
+    what: str
+    name: str
+    layers: tuple[LayerFinding, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers."""
+        return asdict(self)
+
+
+def inspect_onnx(path: Path) -> Inspection:
+    """Look at an ONNX model; its weights are not read.
+
+    Raises:
+        UsageError: it is damaged, or weights are missing (`clada_export.source.onnx.files`).
+    """
+    model = readable_graph(path)
+    done = [LayerFinding(name, False, reason="it is a SparseFFN node already") for name in sorted(rewritten_ffns(model))]
+    layers = (*_layers(compilable_ffns(find_ffns(model))), *done)
+    return Inspection("graph", str(path), layers, tuple(_graph_notes(model)))
+
+
+def inspect_model(model: str, *, traced: bool = False, **source_options: Any) -> Inspection:
+    """Look at a model as `clada-export` takes it.
+
+    Args:
+        traced: trace it too, and match the graph. Without it the layers are those that the PyTorch model has.
+        source_options: of `load_source`.
+
+    Raises:
+        UsageError, UnsupportedModelError, BackendError: see `load_source` and `trace`.
+    """
+    source = load_source(model, **source_options)
+    ffns = find_eager_ffns(source.model)
+    if not traced:
+        note = "layers of the PyTorch model; --trace exports the graph too, and matches it"
+        return Inspection("model", source.name, tuple(_eager_layers(ffns)), (note, *source.warnings))
+    with plain_ffns(source.model):
+        graph = trace(source.model).graph
+    search = find_ffns(graph, expected=[ffn.name for ffn in ffns.found])
+    skipped = (LayerFinding(item.name, False, reason=item.reason) for item in ffns.skipped)
+    return Inspection("model", source.name, (*_layers(search), *skipped), tuple(source.warnings))
+
+
+def _eager_layers(ffns: EagerFFNs) -> Iterator[LayerFinding]:
+    for ffn in ffns.found:
+        form = ffn.activation + (", gated" if ffn.gated else "") + (f", packed in {ffn.packing}" if ffn.packing else "")
+        yield LayerFinding(ffn.name, True, form, ffn.hidden_size, ffn.intermediate_size)
+    for item in ffns.skipped:
+        yield LayerFinding(item.name, False, reason=item.reason)
+
+
+def _layers(search: FFNSearch) -> Iterator[LayerFinding]:
+    for match in search.matches:
+        yield LayerFinding(match.name, True, _form(match), match.hidden_size, match.intermediate_size)
+    for miss in search.misses:
+        yield LayerFinding(miss.name, False, reason=miss.reason)
+
+
+def _form(match: FFNMatch) -> str:
+    weights = "Gemm" if any(node.op_type == "Gemm" for node in match.nodes) else "MatMul"
+    parts = [match.kind, match.dtype.name.lower(), f"{len(match.nodes)} nodes ({weights})"]
+    return ", ".join([*parts, "biases"] if match.has_bias else parts)
+
+
+def _graph_notes(model: ir.Model) -> Iterator[str]:
+    yield f"opset {model.graph.opset_imports.get('', 'unknown')}, {model.graph.num_nodes()} nodes"
+    if model.producer_name:
+        yield f"written by {model.producer_name} {model.producer_version or ''}".rstrip()
+    try:
+        RewriteFFNs({}).requires(model)
+    except ir.passes.PreconditionError as error:
+        yield f"it can't be rewritten as it is: {error}"

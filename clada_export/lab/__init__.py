@@ -1,0 +1,1 @@
+"""Experiments that write no engine: sweeps, and whether a load helps."""

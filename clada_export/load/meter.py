@@ -1,0 +1,123 @@
+"""The load signal: how surprising the last token was and how unsure the model is, turned into the load of the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from clada_export.errors import UsageError
+from clada_export.load.rules import LOAD_LIMIT, LoadTracker
+from clada_export.load.values import load_array
+from clada_export.plan.plan import LoadSignal
+
+LoadFunction: TypeAlias = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.ArrayLike]
+"""A signal from outside: (surprisal [B], entropy [B]), in nats, to load [B]; +inf is dense."""
+
+
+def surprisal_entropy(
+    logits: npt.NDArray[np.floating],
+    tokens: npt.ArrayLike,
+    log_sum_exp: npt.NDArray[np.floating] | None = None,
+    entropy: npt.NDArray[np.floating] | None = None,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Surprisal of the chosen tokens and entropy of the distribution, both in nats.
+
+    S = LSE(z) - z[x] and H = LSE(z) - sum softmax(z) z, at temperature 1, in float64, shifted by the row's maximum.
+
+    Args:
+        logits: z, [B, V], raw.
+        tokens: x, [B], the tokens that were taken from them.
+        log_sum_exp, entropy: [B], if the graph gave them: then only the tokens' own logits are read.
+
+    Returns:
+        (S [B], H [B]); NaN for a row with a logit that is not finite.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    chosen = np.asarray(tokens, dtype=np.int64)
+    if logits.ndim != 2 or chosen.shape != logits.shape[:1]:
+        raise ValueError(f"logits [B, V] and tokens [B] are wanted; the shapes are {logits.shape} and {chosen.shape}")
+    rows = np.arange(len(chosen))
+    if log_sum_exp is not None and entropy is not None:
+        if log_sum_exp.shape != chosen.shape or entropy.shape != chosen.shape:
+            raise ValueError(f"log_sum_exp and entropy [B] are wanted; the shapes are {log_sum_exp.shape} and {entropy.shape}")
+        known = np.isfinite(entropy) & np.isfinite(log_sum_exp)
+        # Both are finite where every logit is.
+        chosen_logits = np.where(known, logits[rows, chosen], 0.0).astype(np.float64)
+        surprisal = np.where(known, log_sum_exp.astype(np.float64) - chosen_logits, np.nan)
+        return surprisal, np.where(known, entropy.astype(np.float64), np.nan)
+    finite = np.isfinite(logits).all(axis=1)
+    shifted = np.where(finite[:, None], logits, 0.0).astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    weights = np.exp(shifted)
+    total = weights.sum(axis=1)
+    log_total = np.log(total)
+    surprisal = log_total - shifted[rows, chosen]
+    found = log_total - np.einsum("bv,bv->b", weights, shifted) / total
+    surprisal[~finite] = np.nan
+    found[~finite] = np.nan
+    return surprisal, found
+
+
+class LoadMeter:
+    """Turns the logits of a batch and the tokens taken from them into the load of its next step.
+
+    Rules with a memory remember it row by row: one meter for each batch, and its rows always in the same order.
+
+    Args:
+        signal: statistics, weights and rule, from the manifest; or a function that gives the loads in its place.
+
+    Raises:
+        ValueError: the signal has a rule that is not known.
+    """
+
+    def __init__(self, signal: LoadSignal | LoadFunction) -> None:
+        self.signal = signal
+        self._step = LoadTracker(signal).step if isinstance(signal, LoadSignal) else _checked(signal)
+
+    def update(
+        self,
+        logits: npt.NDArray[np.floating],
+        tokens: npt.ArrayLike,
+        *,
+        log_sum_exp: npt.NDArray[np.floating] | None = None,
+        entropy: npt.NDArray[np.floating] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """The load of each row.
+
+        Args:
+            logits: [B, V], raw, from the pass before.
+            tokens: [B], taken from them.
+            log_sum_exp, entropy: [B], of these logits, if the graph gave them; computed otherwise.
+
+        Returns:
+            [B] float32, within [-4, 4] by rule `exp`; +inf (dense) for a row with a logit that is not finite.
+
+        Raises:
+            UsageError: a function from outside that returns something else than a load for each row.
+        """
+        return self._step(*surprisal_entropy(logits, tokens, log_sum_exp, entropy))
+
+
+def _checked(
+    function: LoadFunction,
+) -> Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.NDArray[np.float32]]:
+    """The function, its result held to what the engine takes; rows without a finite signal are dense whatever it says."""
+
+    def step(surprisal: npt.NDArray[np.float64], entropy: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        loads = load_array(function(surprisal, entropy), "load: what the function returned")
+        if loads.shape != surprisal.shape:
+            raise UsageError(f"load: the function returned shape {loads.shape}; one load a row is wanted: {surprisal.shape}")
+        finite = np.isfinite(surprisal) & np.isfinite(entropy)
+        if np.isnan(loads[finite]).any() or np.isneginf(loads).any():
+            raise UsageError("load: the function returned NaN or -inf; give a number for each row, or +inf for dense")
+        return np.where(finite, loads, np.float32(np.inf))
+
+    return step
+
+
+__all__ = ["LOAD_LIMIT", "LoadFunction", "LoadMeter", "surprisal_entropy"]

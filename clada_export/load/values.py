@@ -1,0 +1,69 @@
+"""What callers give as a load becomes the float32 numbers that the graph takes.
+
+-inf means that a row is not computed at all, so no number may become it by overflow: what is finite stays finite.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clada_export.errors import UsageError
+from clada_export.load.rules import in_float32
+from clada_export.runtime.shown import shown
+
+DENSE = math.inf
+SKIP = -math.inf
+
+
+def one_load(load: Any) -> float:
+    """A load that holds for every token: `dense`, or a number, within float32.
+
+    Raises:
+        UsageError: it is something else, or NaN, or -inf.
+    """
+    if isinstance(load, str) and load == "dense":
+        return DENSE
+    value = _number(load)
+    if value is None:
+        raise UsageError(f"load is {shown(load)}; it must be 'auto', 'dense', a number of standard deviations or a function")
+    if math.isnan(value) or value == SKIP:
+        raise UsageError(f"load is {value}; it must be a number, or +inf for dense")
+    return float(in_float32(np.array(value)))
+
+
+def load_array(loads: Any, what: str) -> npt.NDArray[np.float32]:
+    """One load, or an array of them; NaN stays NaN.
+
+    Args:
+        what: where they come from, for the message.
+
+    Raises:
+        UsageError: not numbers.
+    """
+    try:
+        values = np.asarray(loads)
+    except (ValueError, OverflowError) as error:  # rows of several lengths
+        raise UsageError(f"{what} is no array of numbers: {shown(loads)}") from error
+    if values.dtype == object:  # integers beyond 64 bits, or anything
+        numbers = [_number(item) for item in values.ravel()]
+        if None in numbers:
+            raise UsageError(f"{what} is no array of numbers: {shown(loads)}")
+        values = np.array(numbers, np.float64).reshape(values.shape)
+    if values.dtype.kind not in "iuf":
+        raise UsageError(f"{what} is {values.dtype}; numbers are wanted, or +inf for dense")
+    return in_float32(values.astype(np.float64))
+
+
+def _number(value: Any) -> float | None:
+    """A real number as a float; None if it is none. An integer that no float holds is as large as a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return sys.float_info.max if value > 0 else -sys.float_info.max

@@ -1,0 +1,165 @@
+"""The sparsity plan of an imported mixture: the checkpoint says it all, so nothing is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from clada_export.calibration.choose import AUTO
+from clada_export.calibration.cost import relative_bytes
+from clada_export.calibration.load_response import LOAD_SLOPE
+from clada_export.decoder.ffn import EagerFFN, EagerFFNs, require_ffns
+from clada_export.errors import UnsupportedModelError, UsageError
+from clada_export.methods.base import PolicySettings
+from clada_export.plan.plan import LayerPlan, LoadSignal, RouterForm, SparsityPlan
+from clada_export.plan.tensors import LayerTensors
+from clada_export.source.mixtures.ds_moe import ORIGIN as DS_MOE
+from clada_export.source.mixtures.ds_moe import import_blocks
+from clada_export.source.mixtures.routed_mlp import RoutedMLP, routed_mlps
+
+IMPORTED = "imported"
+"""What the plan says instead of a budget."""
+LOAD_MIN, LOAD_MAX = 1.0, 4.0
+"""Bounds of m(load). More experts than the checkpoint's k have weight 0, so no load asks for them; fewer are a load below 0."""
+
+
+def is_imported(model: nn.Module) -> bool:
+    """Whether the model is an imported mixture of experts."""
+    return bool(routed_mlps(model))
+
+
+def takes_experts(policy: str) -> bool:
+    """Whether a policy is about the routed experts of a checkpoint; for others they stay as they are, and left dense."""
+    return policy in (DS_MOE.policy, AUTO)
+
+
+def check_import(model: nn.Module, name: str, policy: str, prune: str | None) -> None:
+    """Refuse what an imported mixture can't be exported with; any other model passes.
+
+    Args:
+        name: the model's, for messages.
+        policy: what was asked for, or what a given plan was made by.
+        prune: what was asked for.
+
+    Raises:
+        UsageError: another policy than the one that imports this layout, or pruning.
+    """
+    for mixture in routed_mlps(model).values():
+        origin = mixture.origin
+        if policy not in (origin.policy, AUTO):
+            raise UsageError(
+                f"{name} is a mixture of experts already ({origin.layout}), and policy {policy!r} would choose neurons of a "
+                f"dense model; give --policy {origin.policy}, which takes the checkpoint's own experts and router"
+            )
+        if prune is not None:
+            raise UsageError(
+                f"{name} is a mixture of experts already ({origin.layout}); --prune {prune} is for dense models, leave it out"
+            )
+
+
+def require_dense(model: nn.Module, name: str, policy: str, prune: str | None) -> EagerFFNs:
+    """The FFNs of a model, at least one.
+
+    Raises:
+        UnsupportedModelError: it has none.
+        UsageError: it has none but routed experts that another policy takes.
+    """
+    try:
+        return require_ffns(model)
+    except UnsupportedModelError:
+        import_blocks(model)
+        check_import(model, name, policy, prune)
+        raise
+
+
+def ignored_options(
+    model: nn.Module, budget: str, default_budget: str, sparsity: float | None, settings: PolicySettings
+) -> list[str]:
+    """A warning for options that were given and mean nothing to an imported mixture.
+
+    A budget that equals the default can't be told from one that was not given, and is left unsaid.
+    """
+    if not is_imported(model):
+        return []
+    given = [f"--{field.name}" for field in fields(settings) if getattr(settings, field.name) != field.default]
+    given += [] if sparsity is None else ["--sparsity"]
+    given += [] if budget == default_budget else ["--budget"]
+    if not given:
+        return []
+    return [f"{', '.join(sorted(given))}: without effect, because the checkpoint's experts and router are taken as they are"]
+
+
+def import_plan(
+    model: nn.Module, ffns: Sequence[EagerFFN], source: dict[str, Any], details: dict[str, Any], item: int = 4
+) -> SparsityPlan:
+    """Score external, rule topk, combine weighted: at load 0 the chosen experts run, and the numbers are the model's.
+
+    Args:
+        ffns: of the model; those that are no mixture get no plan.
+        source: goes into the plan; holds at least `weights_digest`.
+        details: goes into the plan's `calibration` (text, context).
+        item: bytes of one weight in the engine.
+
+    Raises:
+        UnsupportedModelError: a mixture that is not among the FFNs, because the op does not have its activation.
+    """
+    require_whole(model, [ffn.name for ffn in ffns])
+    mixtures = routed_mlps(model)
+    chosen = [(ffn, mixtures[ffn.name]) for ffn in ffns if ffn.name in mixtures]
+    layers = tuple(_layer(ffn, mixture) for ffn, mixture in chosen)
+    arrays = {ffn.name: LayerTensors(mixture.router) for ffn, mixture in chosen}
+    first = chosen[0][1]
+    calibration = {
+        **details,
+        "budget": IMPORTED,
+        "imported": {
+            "layout": first.origin.layout,
+            "experts": sorted({mixture.router.granules for _, mixture in chosen}),
+            "chosen": sorted({mixture.router.k for _, mixture in chosen if mixture.router.k is not None}),
+        },
+    }
+    # Weights of zero: the load is 0 on any text, unless the user sets it.
+    signal = LoadSignal(surprisal_weight=0.0, entropy_weight=0.0)
+    plan = SparsityPlan(first.origin.policy, "external", "topk", layers, signal, source, calibration, arrays=arrays)
+    calibration["relative_bytes"] = relative_bytes(plan, item)
+    return plan
+
+
+def require_whole(model: nn.Module, rewritten: Collection[str]) -> None:
+    """Refuse a graph in which a mixture was left as the plain FFN that it was traced as.
+
+    Args:
+        rewritten: names of the FFNs that became the op.
+
+    Raises:
+        UnsupportedModelError: names the first that did not.
+    """
+    left = [name for name in routed_mlps(model) if name not in rewritten]
+    if left:
+        raise UnsupportedModelError(
+            f"{left[0]}: this mixture of experts was not matched in the exported graph or is not in the plan ({len(left)} in "
+            "all), and without its router it would be another model"
+        )
+
+
+def _layer(ffn: EagerFFN, mixture: RoutedMLP) -> LayerPlan:
+    router = mixture.router
+    assert router.k is not None
+    return LayerPlan(
+        name=ffn.name,
+        activation=ffn.activation,
+        gated=ffn.gated,
+        hidden_size=ffn.hidden_size,
+        intermediate_size=ffn.intermediate_size,
+        threshold=(float(router.k),),
+        load_slope=LOAD_SLOPE,
+        load_min=LOAD_MIN,
+        load_max=LOAD_MAX,
+        expected_sparsity=1.0 - router.k / router.granules,
+        granule=mixture.expert_size,
+        combine="weighted",
+        router=RouterForm.of(router),
+    )

@@ -1,0 +1,1 @@
+"""The meaning of the op in PyTorch: the eager reference, scorers, routers, merged experts."""

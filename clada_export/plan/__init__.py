@@ -1,0 +1,1 @@
+"""The sparsity plan: what it holds, its schema, its arrays, and whether it fits a model."""

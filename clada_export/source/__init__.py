@@ -1,0 +1,1 @@
+"""Where models come from: the Hub, folders, GGUF, ONNX, mixtures of experts."""

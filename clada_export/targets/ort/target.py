@@ -1,0 +1,91 @@
+"""`--target ort`: the rewritten graph, its weights, and the ONNX Runtime custom-op library. Activations stay float32."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from clada_export.artifact.manifest import Manifest
+from clada_export.decoder.ffn import EagerFFNs
+from clada_export.decoder.rounding import round_ffn_weights
+from clada_export.errors import UsageError
+from clada_export.native.library import LIBRARY_NAME, require_ort
+from clada_export.runtime import Engine, load_engine
+from clada_export.targets.common import MODEL_NAME, BuildRequest, BuiltModel, Subject, cache_tensors, rewrite, save, tensor_spec
+from clada_export.targets.options import TensorRTOptions
+from clada_export.verify import Verification, VerifyOptions
+from clada_export.verify import verify as run_checks
+from graph_passes.load_outputs import AddLoadOutputs
+from graph_passes.reshapes import RemoveHeadReshapes
+
+FUSIONS: str | None = "cpu"
+PACKAGES: tuple[str, ...] = ("onnxruntime",)
+
+
+def require_backend(settings: TensorRTOptions | None = None, verify: bool = True) -> None:
+    """Check that ONNX Runtime and the custom-op library are there.
+
+    Raises:
+        UsageError: options of TensorRT.
+        BackendError: ONNX Runtime or the library is missing, or the library has another op version.
+    """
+    if settings is not None:
+        raise UsageError("options of TensorRT (profiles, compute capabilities, plugin, ...) need --target trt")
+    require_ort("--target ort")
+
+
+def round_weights(model: nn.Module, ffns: EagerFFNs, dtype: str) -> str:
+    """Round the FFNs' weights, and nothing else, in place."""
+    return round_ffn_weights(ffns.found, dtype)
+
+
+def traceable(model: nn.Module, dtype: str) -> nn.Module:
+    """The model itself: activations are float32 whatever the weights' type is."""
+    return model
+
+
+def build(request: BuildRequest) -> BuiltModel:
+    """Rewrite the graph and write it.
+
+    Raises:
+        UnsupportedModelError: not one FFN of the plan is in the graph; says why.
+        UsageError: a layer of the plan has other sizes than the graph.
+        BackendError: as `require_backend`.
+    """
+    library = require_ort("--target ort")
+    model = request.traced.graph
+    report = rewrite(request)
+    RemoveHeadReshapes()(model)
+    AddLoadOutputs()(model)
+    save(model, request.out)
+    shutil.copyfile(library, request.out / LIBRARY_NAME)
+    return BuiltModel(
+        MODEL_NAME,
+        LIBRARY_NAME,
+        tuple(tensor_spec(value) for value in model.graph.inputs),
+        tuple(tensor_spec(value) for value in model.graph.outputs),
+        cache_tensors(model),
+        report,
+    )
+
+
+def verify(subject: Subject) -> Verification:
+    """Run all checks on an engine that was just written: its files need not be read once more before."""
+    return _run_checks(subject, load_engine(subject.folder, verify_files=False))
+
+
+def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
+    """Nothing is saved: this target is checked in full wherever it is made."""
+    return None
+
+
+def verify_deployed(subject: Subject) -> Verification:
+    """The same checks again."""
+    return _run_checks(subject, load_engine(subject.folder))
+
+
+def _run_checks(subject: Subject, engine: Engine) -> Verification:
+    options = VerifyOptions(limits=subject.limits)
+    return run_checks(engine, subject.model, subject.ffns.found, subject.text, options, subject.progress)

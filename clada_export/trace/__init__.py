@@ -1,0 +1,1 @@
+"""From an eager decoder to a graph."""
