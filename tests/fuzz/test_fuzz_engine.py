@@ -24,7 +24,7 @@ from clada_export.load.rules import RULES
 from clada_export.native.library import ort_library_path
 from clada_export.plan.plan import LoadSignal
 from clada_export.runtime import Engine, load_engine
-from tests.clada_export.test_runtime import POSITIONS, VOCABULARY, write_export
+from tests.clada_export.runtime.test_runtime import POSITIONS, VOCABULARY, write_export
 from tests.fuzz.harness import JSON_VALUES, NUMBERS, damaged, fuzz, hold, mutated
 
 PROMPTS = [[1, 2, 3], [4]]

@@ -31,8 +31,8 @@ from clada_export.plan.tensors import PLAN_TENSORS
 from clada_export.source.load import load_source
 from clada_export.trace.trace import TracedModel
 from graph_passes.op import DOMAIN, SparseFFNAttributes
+from tests.clada_export.artifact.test_report import make_manifest
 from tests.clada_export.conftest import _kept_trace
-from tests.clada_export.test_report import make_manifest
 from tests.fuzz.harness import JSON_VALUES, damaged, fuzz, hold
 from tests.fuzz.plans import CONTEXT, PAYLOADS, Given, fitted, planted, real_plans, wrong_plans
 from tests.tiny_models import export_tiny, ffn_names, tiny_model

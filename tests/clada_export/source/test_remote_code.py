@@ -19,7 +19,7 @@ from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import export_tiny, tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 _CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

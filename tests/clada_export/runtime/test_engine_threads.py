@@ -12,7 +12,7 @@ import pytest
 
 from clada_export.errors import UsageError
 from clada_export.runtime import Engine, load_engine
-from tests.clada_export.test_runtime import write_export
+from tests.clada_export.runtime.test_runtime import write_export
 
 PROMPTS = [[[1, 2, 3]], [[4], [5, 6]], [[7, 8, 9, 10, 1]], [[2]]]
 

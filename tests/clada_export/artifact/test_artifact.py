@@ -187,7 +187,7 @@ with ArtifactWriter(Path(sys.argv[1])) as writer:
 
 
 def start_child(out: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(artifact.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(artifact.__file__).parents[2])}
     child = start([sys.executable, "-c", CHILD, str(out)], environment)
     assert child.stdout is not None
     assert child.stdout.readline() == "writing\n"
@@ -447,7 +447,7 @@ print("done")
 
 def test_a_disk_that_is_full_whoever_writes(tmp_path: Path) -> None:
     """NumPy's error has no number, others' are only text. The file systems are mounted in a namespace of their own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(artifact.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(artifact.__file__).parents[2])}
     command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", SMALL_DISK, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     if done.returncode == 77 or "unshare failed" in done.stderr:

@@ -18,7 +18,7 @@ from clada_export.errors import BackendError, UsageError
 from clada_export.native.library import check_content, ort_library_path
 from clada_export.native.sealed import sealed_copy
 from clada_export.runtime import load_engine, opening
-from tests.clada_export.test_runtime import make_manifest, write_export
+from tests.clada_export.runtime.test_runtime import make_manifest, write_export
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from clada_export.cli import main
 from clada_export.errors import UsageError
-from tests.clada_export.test_runtime import VOCABULARY, write_export
+from tests.clada_export.runtime.test_runtime import VOCABULARY, write_export
 
 WORDS = {f"\u4e16{index}": index for index in range(VOCABULARY)}
 

@@ -24,7 +24,7 @@ from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.opening import MOST_THREADS
 from clada_export.runtime.sampling import LARGEST_SEED, Sampler, SamplingSettings
 from clada_export.runtime.tokens import token_ids
-from tests.clada_export.test_runtime import EOS, POSITIONS, SIGNAL, VOCABULARY, make_manifest, write_export
+from tests.clada_export.runtime.test_runtime import EOS, POSITIONS, SIGNAL, VOCABULARY, make_manifest, write_export
 
 
 @pytest.fixture(scope="module")

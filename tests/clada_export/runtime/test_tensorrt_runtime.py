@@ -22,7 +22,7 @@ from clada_export.runtime import tensorrt_session as module
 from clada_export.runtime.cuda import CudaDevice, host_array, to_float32
 from clada_export.runtime.tensorrt_session import RuntimeCache, TensorRTSession, engine_for, open_engine
 from tests.clada_export.fake_gpu import FakeDevice, FakeEngine, fake_backend
-from tests.clada_export.test_runtime import write_export
+from tests.clada_export.runtime.test_runtime import write_export
 
 BATCH, SEQUENCE, PAST = 2, 5, 20
 RECORD: dict[str, Any] = {

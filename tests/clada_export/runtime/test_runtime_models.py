@@ -23,7 +23,7 @@ from clada_export.runtime import engine as engine_module
 from graph_passes import AddLoadOutputs, FFNRewrite, name_interface, rewrite_ffns
 from graph_passes.op import SparseFFNAttributes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import tiny_models
 
 PROMPTS = [np.random.default_rng(length).integers(3, 256, length).tolist() for length in (9, 1, 5, 23)]
