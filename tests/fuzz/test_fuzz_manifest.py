@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from tests.clada_export.test_tensorrt_runtime import RECORD
 
 from clada_export.artifact.manifest import MANIFEST_NAME, _digest, file_record, read_manifest
 from clada_export.artifact.profiles import choose_profile
@@ -25,6 +24,7 @@ from clada_export.plan.plan import LayerPlan, LoadSignal, RouterForm, SparsityPl
 from clada_export.runtime.limits import read_limits
 from clada_export.runtime.tensorrt_session import engine_for, engine_profiles
 from tests.clada_export.runtime.test_runtime import make_manifest
+from tests.clada_export.runtime.test_tensorrt_runtime import RECORD
 from tests.fuzz.harness import JSON_VALUES, damaged, fuzz, hold, mutated
 
 LAYER = LayerPlan("model.layers.0.mlp.down_proj", "silu", True, 8, 16, (0.1,))
