@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graph_passes.function_body import make_function
     from graph_passes.load_outputs import AddLoadOutputs
+    from graph_passes.matchers.common import FFNMatch
     from graph_passes.naming import InterfaceReport, NameInterface, name_interface
     from graph_passes.report import RewriteReport, RewrittenFFN
     from graph_passes.rewrite import FFNRewrite, RewriteFFNs, rewrite_ffns
-    from graph_passes.rules.common import FFNMatch
     from graph_passes.search import FFNMiss, FFNSearch, find_ffns
 
 _HOMES = {
     "AddLoadOutputs": "graph_passes.load_outputs",
-    "FFNMatch": "graph_passes.rules.common",
+    "FFNMatch": "graph_passes.matchers.common",
     "FFNMiss": "graph_passes.search",
     "FFNRewrite": "graph_passes.rewrite",
     "FFNSearch": "graph_passes.search",

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.matchers.packing import split_widths
+from graph_passes.matchers.weights import is_constant
 from graph_passes.repack import free_unused
-from graph_passes.rules.packing import split_widths
-from graph_passes.rules.weights import is_constant
 
 
 class DropDeadColumns(ir.passes.InPlacePass):

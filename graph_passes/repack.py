@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.rules.common import FFNMatch
-from graph_passes.rules.weights import MatrixSource, VectorSource
+from graph_passes.matchers.common import FFNMatch
+from graph_passes.matchers.weights import MatrixSource, VectorSource
 
 
 def sources(match: FFNMatch) -> Iterator[MatrixSource | VectorSource]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from graph_passes.rules.common import fixed_size
-from graph_passes.rules.weights import constant_array
+from graph_passes.matchers.common import fixed_size
+from graph_passes.matchers.weights import constant_array
 
 
 class RemoveHeadReshapes(ir.passes.InPlacePass):

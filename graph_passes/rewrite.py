@@ -16,6 +16,7 @@ from graph_passes.function_body import (
     make_function,
     variant_name,
 )
+from graph_passes.matchers.common import FFNMatch, rank
 from graph_passes.merge import MergeRows, MergeState, emit_merge, emit_merged, emit_rows, state_shapes
 from graph_passes.op import (
     DOMAIN,
@@ -31,7 +32,6 @@ from graph_passes.repack import free_unused, repack, sources, weight_key
 from graph_passes.report import RewriteReport, RewrittenFFN
 from graph_passes.rewrite_check import FFNRewrite, check_rewrite, settle
 from graph_passes.router_nodes import emit_router
-from graph_passes.rules.common import FFNMatch, rank
 from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
 
 LOAD = "load"

@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.function_body import check_types
+from graph_passes.matchers.common import FFNMatch
 from graph_passes.op import ContractError, SparseFFNAttributes, weight_shapes
 from graph_passes.router import Router
-from graph_passes.rules.common import FFNMatch
 
 MakeConstants = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 

@@ -14,13 +14,13 @@ from functools import cached_property
 
 import onnx_ir as ir
 
+from graph_passes.matchers import gated_ffn, plain_ffn
+from graph_passes.matchers.candidate import candidate
+from graph_passes.matchers.common import FFNMatch, Refusal, describe, module_path
 from graph_passes.op import DOMAIN, OP_TYPE
 from graph_passes.repack import weight_key
-from graph_passes.rules import gated_ffn, plain_ffn
-from graph_passes.rules.candidate import candidate
-from graph_passes.rules.common import FFNMatch, Refusal, describe, module_path
 
-RULES = (gated_ffn.match, plain_ffn.match)
+MATCHERS = (gated_ffn.match, plain_ffn.match)
 MOE_OPS = ("MoE", "QMoE")
 FFN_NAME = "clada.ffn"
 """Metadata key by which a rewritten node keeps the name of its FFN."""
@@ -62,7 +62,7 @@ def find_ffns(model: ir.Model, expected: Sequence[str] = ()) -> FFNSearch:
         found = candidate(node, rows)
         if found is None:
             continue
-        results = [rule(found) for rule in RULES]
+        results = [matcher(found) for matcher in MATCHERS]
         matches = [result for result in results if isinstance(result, FFNMatch)]
         if matches and node.graph is not model.graph:
             refusals.setdefault(found.name, []).append(places.in_a_body(node))
@@ -170,6 +170,6 @@ class _Places:
 
 
 def _most_specific(refusals: list[Refusal]) -> str:
-    """The reason of the rule that came furthest: the counts of operands, which every rule checks first, say least."""
+    """The reason of the matcher that came furthest: the counts of operands, which every matcher checks first, say least."""
     ranked = sorted(refusals, key=lambda refusal: (refusal.ffn_like, "values meet" not in refusal.reason), reverse=True)
     return ranked[0].reason

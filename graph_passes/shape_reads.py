@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graph_passes.rules.weights import constant_array, is_constant
+from graph_passes.matchers.weights import constant_array, is_constant
 
 _UNARY = ("Relu", "Sigmoid", "Tanh", "Erf", "Gelu", "FastGelu", "QuickGelu", "Neg", "Abs", "Exp", "Sqrt", "Cast", "Identity")
 _BINARY = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min")

@@ -13,8 +13,8 @@ from clada_export.decoder.ffn import EagerFFNs, find_eager_ffns, plain_ffns
 from clada_export.source.load import load_source
 from clada_export.source.onnx.graph import compilable_ffns, readable_graph
 from clada_export.trace.trace import trace
+from graph_passes.matchers.common import FFNMatch
 from graph_passes.rewrite import RewriteFFNs
-from graph_passes.rules.common import FFNMatch
 from graph_passes.search import FFNSearch, find_ffns, rewritten_ffns
 
 

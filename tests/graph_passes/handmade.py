@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from graph_passes import FFNRewrite, find_ffns, rewrite_ffns
+from graph_passes.matchers.common import FFNMatch
 from graph_passes.op import SparseFFNAttributes
-from graph_passes.rules.common import FFNMatch
 
 HIDDEN, WIDTH = 16, 24
 FEEDS = {

@@ -30,7 +30,7 @@ def _calls(work: Callable[[], object]) -> int:
 
 
 def _layers(count: int, *, variable: bool = False) -> tuple[ir.Model, list[str]]:
-    """That many residual layers after norms; `variable`: their down projections are inputs, so that no rule takes them."""
+    """That many residual layers after norms; `variable`: their down projections are inputs, so that no matcher takes them."""
     g = Handmade()
     x, scale = g.x, g.weight("scale", HIDDEN)
     for index in range(count):

@@ -26,8 +26,8 @@ from clada_export.foreign import ONNX_RUN, reading
 from clada_export.op.reference import activate
 from clada_export.source.onnx.graph import SOURCE_NAME
 from clada_export.source.onnx.stages import Stage, cut
-from graph_passes.rules.common import FFNMatch, fixed_size
-from graph_passes.rules.weights import MatrixSource, VectorSource
+from graph_passes.matchers.common import FFNMatch, fixed_size
+from graph_passes.matchers.weights import MatrixSource, VectorSource
 from graph_passes.search import FFNMiss
 
 Array = npt.NDArray[Any]

@@ -19,10 +19,10 @@ from clada_export.source.onnx.check import check_inputs
 from clada_export.source.onnx.files import STORED, companions, read_onnx
 from clada_export.source.onnx.growth import check_lists, check_values, fold_constants
 from clada_export.source.onnx.inline import InlineFunctions
+from graph_passes.matchers.common import fixed_size, rank
+from graph_passes.matchers.weights import FLOATS
 from graph_passes.naming import name_interface
 from graph_passes.rewrite import RewriteFFNs
-from graph_passes.rules.common import fixed_size, rank
-from graph_passes.rules.weights import FLOATS
 from graph_passes.search import FFNMiss, FFNSearch, rewritten_ffns
 from graph_passes.shape_reads import HoistShapeReads
 

@@ -17,7 +17,7 @@ from clada_export.source.onnx.decoder import OnnxDecoder
 from clada_export.source.onnx.files import STORED, companions, read_onnx
 from clada_export.source.onnx.graph import compilable_ffns, load_graph
 from clada_export.source.pretrained import load_config, load_generation_config
-from graph_passes.rules.common import fixed_size
+from graph_passes.matchers.common import fixed_size
 from graph_passes.search import find_ffns
 
 SAME = 1e-4

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from graph_passes.rules.common import FFNMatch
+from graph_passes.matchers.common import FFNMatch
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from clada_export.source.onnx.load import load_decoder
 from clada_export.source.onnx.stages import cut
 from clada_export.verify.eager import dense_logits
 from graph_passes import find_ffns
-from graph_passes.rules.common import module_path
+from graph_passes.matchers.common import module_path
 from tests.tiny_models import export_tiny, tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
 

@@ -1,4 +1,4 @@
-"""What a rule returns: a match, or the reason why there is none."""
+"""What a matcher returns: a match, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.rules.weights import MatrixSource, VectorSource
+from graph_passes.matchers.weights import MatrixSource, VectorSource
 
 MOST_RESHAPES = 64
 """In a row. Every projection looks back, and none may look through all of a graph."""
@@ -16,7 +16,7 @@ MOST_RESHAPES = 64
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a rule does not apply. `ffn_like`: the nodes look enough like an FFN for a user to want to know."""
+    """Why a matcher does not apply. `ffn_like`: the nodes look enough like an FFN for a user to want to know."""
 
     reason: str
     ffn_like: bool = False

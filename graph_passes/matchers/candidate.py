@@ -1,4 +1,4 @@
-"""What both rules start from: a matrix product that may be a down projection, and the frame around a layer."""
+"""What both matchers start from: a matrix product that may be a down projection, and the frame around a layer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from graph_passes.rules.common import FFNMatch, Refusal, describe, keeps_last_axis, module_path, rank, through_reshapes
-from graph_passes.rules.elementwise import Elementwise, expression
-from graph_passes.rules.projection import MATMUL_OPS, NoProjection, Projection, match_product, match_projection
-from graph_passes.rules.weights import FLOATS, QUANTISED_OPS, VectorSource, casts_floats, vector_source
+from graph_passes.matchers.common import FFNMatch, Refusal, describe, keeps_last_axis, module_path, rank, through_reshapes
+from graph_passes.matchers.elementwise import Elementwise, expression
+from graph_passes.matchers.projection import MATMUL_OPS, NoProjection, Projection, match_product, match_projection
+from graph_passes.matchers.weights import FLOATS, QUANTISED_OPS, VectorSource, casts_floats, vector_source
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def refuse_leaves(found: Candidate, leaves: Sequence[Projection | NoProjection])
 def assemble(
     found: Candidate, kind: str, activation: str, gate: Projection | None, up: Projection, down: Projection
 ) -> FFNMatch | Refusal:
-    """Check everything that both rules share, and describe the layer."""
+    """Check everything that both matchers share, and describe the layer."""
     rounding = next((node for node in found.hidden.nodes if node.op_type == "QuantizeLinear"), None)
     if rounding is not None:
         return Refusal(f"quantised activations: {describe(rounding)} rounds the hidden values", ffn_like=True)

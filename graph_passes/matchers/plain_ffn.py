@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from graph_passes.rules.candidate import Candidate, assemble, refuse_leaves
-from graph_passes.rules.common import FFNMatch, Refusal
-from graph_passes.rules.elementwise import recognise_plain
-from graph_passes.rules.projection import NoProjection
+from graph_passes.matchers.candidate import Candidate, assemble, refuse_leaves
+from graph_passes.matchers.common import FFNMatch, Refusal
+from graph_passes.matchers.elementwise import recognise_plain
+from graph_passes.matchers.projection import NoProjection
 
 
 def match(found: Candidate) -> FFNMatch | Refusal:

@@ -2,7 +2,7 @@
 
 Exporters and fusions write one activation in many ways (`gelu_new` alone in more than ten), so the elementwise nodes in front
 of a down projection are not compared with patterns. They are evaluated on a grid, and the numbers are compared with the
-activations of the op contract. Commuted operands, other orders and other constants cost no further rule.
+activations of the op contract. Commuted operands, other orders and other constants cost no further matcher.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.op import ACTIVATIONS
-from graph_passes.rules.common import keeps_last_axis
-from graph_passes.rules.weights import (
+from graph_passes.matchers.common import keeps_last_axis
+from graph_passes.matchers.weights import (
     VectorSource,
     casts_floats,
     constant_scalar,
@@ -24,6 +23,7 @@ from graph_passes.rules.weights import (
     rounds_values,
     vector_source,
 )
+from graph_passes.op import ACTIVATIONS
 
 MAX_NODES = 64
 """Of one expression: the longest spelling of an activation has 11, thrice as many where each is rounded to int8."""
@@ -86,7 +86,7 @@ _FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "Identity": lambda v: v,
     "Cast": lambda v: v,
     "Reshape": lambda v: v,
-    # But for the rounding, which a rule has to refuse.
+    # But for the rounding, which a matcher has to refuse.
     "QuantizeLinear": lambda v: v,
     "DequantizeLinear": lambda v: v,
 }

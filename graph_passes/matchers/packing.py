@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.rules.common import last_dim, trailing_dims
-from graph_passes.rules.weights import Columns, constant_integer, constant_integers
+from graph_passes.matchers.common import last_dim, trailing_dims
+from graph_passes.matchers.weights import Columns, constant_integer, constant_integers
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from graph_passes.rules.common import describe, keeps_last_axis
-from graph_passes.rules.packing import packed_part
-from graph_passes.rules.weights import (
+from graph_passes.matchers.common import describe, keeps_last_axis
+from graph_passes.matchers.packing import packed_part
+from graph_passes.matchers.weights import (
     QUANTISED_OPS,
     Columns,
     MatrixSource,

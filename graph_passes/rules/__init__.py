@@ -1,1 +1,0 @@
-"""What an FFN looks like in a graph. Two rules: `gated_ffn` and `plain_ffn`; the other modules are their vocabulary."""
