@@ -23,7 +23,7 @@ from clada_export.calibration.selector import LayerSelector, Selectors, decide
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
-from clada_export.load.signal import surprisal_entropy
+from clada_export.load.surprisal import surprisal_entropy
 from clada_export.plan.method import Method
 from clada_export.plan.plan import LayerPlan, SparsityPlan
 

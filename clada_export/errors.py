@@ -40,3 +40,15 @@ class BackendError(CladaError):
     """A backend or a library is missing, or was built for another version of the op."""
 
     exit_code = 5
+
+
+_LONGEST_SHOWN = 60
+
+
+def shown(value: object) -> str:
+    """A caller's value in a message: as Python writes it, if that is short and can be had."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        return f"a value of type {type(value).__name__} that is too long to show"
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -17,7 +17,7 @@ from clada_export.calibration.selector import LayerSelector, decide
 from clada_export.calibration.soundness import bounded, perplexity, require_finite, require_perplexity, rise
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.tap import FFNTap
-from clada_export.load.signal import surprisal_entropy
+from clada_export.load.surprisal import surprisal_entropy
 
 KEEP_LIMIT = 640 * 2**20
 """Bytes of dense logits that are kept in memory between measurements; beyond it they are in a temporary file."""

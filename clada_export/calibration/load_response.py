@@ -14,8 +14,8 @@ from clada_export.calibration.allocation import Allocation
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.selector import LayerSelector
 from clada_export.calibration.statistics import LayerTable
-from clada_export.load.rules import LOAD_LIMIT
-from clada_export.load.signal import load_from
+from clada_export.load.controllers import LOAD_LIMIT
+from clada_export.load.surprisal import load_from
 from clada_export.plan.plan import LoadSignal
 
 LOAD_SLOPE = 0.25

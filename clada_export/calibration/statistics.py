@@ -18,7 +18,7 @@ from clada_export.calibration.selector import LayerSelector, Selection, Selector
 from clada_export.calibration.soundness import bounded
 from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
-from clada_export.load.signal import surprisal_entropy
+from clada_export.load.surprisal import surprisal_entropy
 from clada_export.plan.plan import LoadSignal
 
 GRID = 65

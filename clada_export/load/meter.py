@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clada_export.errors import UsageError
-from clada_export.load.rules import LOAD_LIMIT, LoadTracker
+from clada_export.load.controllers import LOAD_LIMIT
+from clada_export.load.signal import LoadSignal
+from clada_export.load.tracker import LoadTracker
 from clada_export.load.values import load_array
-from clada_export.plan.plan import LoadSignal
 
 LoadFunction: TypeAlias = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.ArrayLike]
 """A signal from outside: (surprisal [B], entropy [B]), in nats, to load [B]; +inf is dense."""
@@ -66,13 +67,13 @@ def surprisal_entropy(
 class LoadMeter:
     """Turns the logits of a batch and the tokens taken from them into the load of its next step.
 
-    Rules with a memory remember it row by row: one meter for each batch, and its rows always in the same order.
+    Controllers with a memory remember it row by row: one meter for each batch, and its rows always in the same order.
 
     Args:
-        signal: statistics, weights and rule, from the manifest; or a function that gives the loads in its place.
+        signal: statistics, weights and controller, from the manifest; or a function that gives the loads in its place.
 
     Raises:
-        ValueError: the signal has a rule that is not known.
+        ValueError: the signal names a controller that is not known.
     """
 
     def __init__(self, signal: LoadSignal | LoadFunction) -> None:
@@ -95,7 +96,7 @@ class LoadMeter:
             log_sum_exp, entropy: [B], of these logits, if the graph gave them; computed otherwise.
 
         Returns:
-            [B] float32, within [-4, 4] by rule `exp`; +inf (dense) for a row with a logit that is not finite.
+            [B] float32, within [-4, 4] by controller `exp`; +inf (dense) for a row with a logit that is not finite.
 
         Raises:
             UsageError: a function from outside that returns something else than a load for each row.

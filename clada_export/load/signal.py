@@ -1,36 +1,52 @@
-"""Surprisal, entropy and load for PyTorch logits.
-
-The runtime has twins over NumPy: `clada_export.load.meter` and, with every rule, `clada_export.load.rules`.
-"""
+"""`LoadSignal`: what a plan and a manifest say about how surprisal and entropy become a load."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import Any
 
-from clada_export.load.rules import LOAD_LIMIT
-from clada_export.plan.plan import LoadSignal
+from clada_export.errors import UsageError
+from clada_export.load.controllers import make_controller
 
 
-def surprisal_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """S = LSE(z) - z[x] and H = LSE(z) - sum softmax(z) z, in nats, from raw logits (`docs/load-signal.md`).
+@dataclass(frozen=True)
+class LoadSignal:
+    """Statistics, weights and controller of the load; surprisal S and entropy H in nats, from raw logits.
 
-    Args:
-        logits: [.., V], temperature 1, before any sampling rule.
-        tokens: int64 [..], the token that was taken from each distribution.
-
-    Returns:
-        (S, H), float32 [..].
+    drive = surprisal_weight * (S - surprisal_mean) / surprisal_std + entropy_weight * (H - entropy_mean) / entropy_std, and the
+    controller that `rule` names, with its `parameters`, makes the load of it (`clada_export.load.controllers`); `exp`, the
+    default, is clip(drive, -4, 4). `momentum` b above 0 lets means and deviations follow the text: mean <- mean + b (value -
+    mean). `slope` turns the multiplier that a controller wants into a load; it is the `load_slope` of a layer that follows the
+    controller exactly.
     """
-    logits = logits.float()
-    log_sum = logits.logsumexp(-1)
-    surprisal = log_sum - logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    entropy = log_sum - (logits.softmax(-1) * logits).sum(-1)
-    return surprisal, entropy.clamp(min=0.0)
 
+    surprisal_mean: float = 0.0
+    surprisal_std: float = 1.0
+    entropy_mean: float = 0.0
+    entropy_std: float = 1.0
+    surprisal_weight: float = 1.0
+    entropy_weight: float = 0.0
+    rule: str = "exp"
+    parameters: dict[str, float] = field(default_factory=dict)
+    momentum: float = 0.0
+    slope: float = 0.25
 
-def load_from(signal: LoadSignal, surprisal: Tensor, entropy: Tensor) -> Tensor:
-    """The load by rule `exp` and the calibrated statistics: float32, in standard deviations, clipped to -4..4."""
-    s = (surprisal - signal.surprisal_mean) / signal.surprisal_std
-    h = (entropy - signal.entropy_mean) / signal.entropy_std
-    return torch.clamp(signal.surprisal_weight * s + signal.entropy_weight * h, -LOAD_LIMIT, LOAD_LIMIT)
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], origin: str) -> LoadSignal:
+        """Read what follows the schema. JSON has one kind of number, and 4 is as good as 4.0.
+
+        Args:
+            origin: where it came from, for the message.
+
+        Raises:
+            UsageError: the controller does not have one of the parameters, or not this value.
+        """
+        parameters = {name: float(item) for name, item in value.get("parameters", {}).items()}
+        words = {name: value[name] for name in ("rule",) if name in value}
+        numbers = {name: float(item) for name, item in value.items() if name not in ("rule", "parameters")}
+        signal = cls(**numbers, **words, parameters=parameters)
+        try:
+            make_controller(signal.rule, signal.parameters)
+        except ValueError as error:
+            raise UsageError(f"{origin}: {error}") from error
+        return signal

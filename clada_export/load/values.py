@@ -12,12 +12,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.errors import UsageError
-from clada_export.load.rules import in_float32
-from clada_export.runtime.shown import shown
+from clada_export.errors import UsageError, shown
 
 DENSE = math.inf
 SKIP = -math.inf
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Of loads and of the numbers that make them: they are float32 in the end."""
+
+
+def in_float32(loads: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Loads as float32, in which what is finite stays finite: -inf would mean that nothing is computed.
+
+    NaN stays NaN.
+    """
+    if (np.abs(loads) <= LARGEST).all():
+        return loads.astype(np.float32)
+    bounded = np.where(np.isfinite(loads), np.clip(loads, -LARGEST, LARGEST), loads)
+    return bounded.astype(np.float32)
 
 
 def one_load(load: Any) -> float:

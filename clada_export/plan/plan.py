@@ -16,7 +16,7 @@ from typing import Any
 
 from clada_export.errors import UsageError
 from clada_export.files.json_files import read_json, validate_json
-from clada_export.load.rules import make_rule
+from clada_export.load.signal import LoadSignal
 from clada_export.plan.schema import PLAN_SCHEMA, PLAN_VERSION
 from clada_export.plan.tensors import PLAN_TENSORS, LayerTensors, load_tensors, save_plan_tensors, tensors_digest
 from graph_passes.op import ContractError, SparseFFNAttributes, weight_shapes
@@ -33,46 +33,6 @@ __all__ = [
     "read_json",
     "validate_json",
 ]
-
-
-@dataclass(frozen=True)
-class LoadSignal:
-    """Statistics, weights and rule of the load; surprisal S and entropy H in nats, from raw logits.
-
-    drive = surprisal_weight * (S - surprisal_mean) / surprisal_std + entropy_weight * (H - entropy_mean) / entropy_std, and
-    `rule` with its `parameters` makes the load of it (`clada_export.load.rules`); `exp`, the default, is clip(drive, -4, 4).
-    `momentum` b above 0 lets means and deviations follow the text: mean <- mean + b (value - mean). `slope` turns the
-    multiplier that a rule wants into a load; it is the `load_slope` of a layer that follows the rule exactly.
-    """
-
-    surprisal_mean: float = 0.0
-    surprisal_std: float = 1.0
-    entropy_mean: float = 0.0
-    entropy_std: float = 1.0
-    surprisal_weight: float = 1.0
-    entropy_weight: float = 0.0
-    rule: str = "exp"
-    parameters: dict[str, float] = field(default_factory=dict)
-    momentum: float = 0.0
-    slope: float = 0.25
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any], origin: str) -> LoadSignal:
-        """Read what follows the schema.
-
-        Args:
-            origin: where it came from, for the message.
-
-        Raises:
-            UsageError: the rule does not have one of the parameters, or not this value.
-        """
-        parameters = {name: float(item) for name, item in value.get("parameters", {}).items()}
-        signal = cls(**_floats(cls, {**value, "parameters": parameters}))
-        try:
-            make_rule(signal.rule, signal.parameters)
-        except ValueError as error:
-            raise UsageError(f"{origin}: {error}") from error
-        return signal
 
 
 @dataclass(frozen=True)
@@ -334,7 +294,7 @@ def _threshold_fault(layer: LayerPlan, rule: str) -> str | None:
     return None
 
 
-def _floats(kind: type[LayerPlan | LoadSignal | RouterForm], value: Mapping[str, Any]) -> dict[str, Any]:
+def _floats(kind: type[LayerPlan | RouterForm], value: Mapping[str, Any]) -> dict[str, Any]:
     """Parsed JSON with a float wherever the field is one: JSON has one kind of number, and 4 is as good as 4.0."""
     real = {item.name for item in fields(kind) if item.type == "float"}
     return {name: float(item) if name in real else item for name, item in value.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clada_export.load.rules import RULES as LOAD_RULES
+from clada_export.load.controllers import CONTROLLERS
 from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS
 from graph_passes.router import DENSE_ROWS, HIDDEN_ACTIVATIONS, OUTPUTS
 
@@ -91,7 +91,7 @@ _LOAD = {
         "entropy_std": _POSITIVE,
         "surprisal_weight": _NUMBER,
         "entropy_weight": _NUMBER,
-        "rule": {"enum": list(LOAD_RULES)},
+        "rule": {"enum": list(CONTROLLERS)},
         "parameters": {"type": "object", "additionalProperties": _NUMBER},
         "momentum": _SHARE,
         "slope": _POSITIVE,

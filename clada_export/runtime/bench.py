@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from clada_export.errors import UsageError
+from clada_export.errors import UsageError, shown
 from clada_export.runtime import Engine
 from clada_export.runtime.engine import Load
-from clada_export.runtime.shown import shown
 
 LONGEST, MOST_REPEATS = 1_000_000, 100_000
 """What would take hours, or memory without end where a model does not say how long its texts may be."""

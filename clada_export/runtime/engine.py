@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from clada_export.artifact.manifest import Manifest
-from clada_export.errors import UsageError, VerificationError
+from clada_export.errors import UsageError, VerificationError, shown
 from clada_export.load.meter import LoadFunction, LoadMeter
 from clada_export.load.values import DENSE, SKIP, load_array, one_load
 from clada_export.runtime.exclusive import Exclusive
 from clada_export.runtime.graph import PassOutput, Session
 from clada_export.runtime.limits import listed_names, read_limits
 from clada_export.runtime.sampling import NO_FINITE_LOGIT, Sampler, SamplingSettings
-from clada_export.runtime.shown import shown
 from clada_export.runtime.text import TOKENIZER_FILE, TextTokenizer
 from clada_export.runtime.tokens import left_pad, require_text, rows_of, token_ids
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clada_export.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
-from clada_export.errors import BackendError, UsageError
+from clada_export.errors import BackendError, UsageError, shown
 from clada_export.native.library import check_content, check_library
 from clada_export.runtime.engine import Engine
 from clada_export.runtime.graph import Session
-from clada_export.runtime.shown import shown
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
 MOST_THREADS = 1024

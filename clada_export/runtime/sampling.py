@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.errors import UsageError, VerificationError
-from clada_export.runtime.shown import shown
+from clada_export.errors import UsageError, VerificationError, shown
 
 LARGEST_SEED = 2**64 - 1
 NO_FINITE_LOGIT = "the model returned no finite logit for a row; the engine is damaged or its numbers overflow"

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.errors import UsageError
-from clada_export.runtime.shown import shown
+from clada_export.errors import UsageError, shown
 
 LARGEST_ID = 2**31 - 1
 """Where a model does not say how many tokens it has."""

@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 
 from clada_export.calibration import CalibrationOptions, calibrate, load_calibration_data
 from clada_export.decoder.ffn import find_eager_ffns
-from clada_export.load.rules import RULES as LOAD_RULES
+from clada_export.load.controllers import CONTROLLERS
 from clada_export.methods import PolicySettings, get_policy
 from clada_export.methods.pruning import PruneSpec
 from clada_export.plan.plan import SparsityPlan
@@ -120,7 +120,7 @@ def planted_calibration(payload: str) -> dict[str, Any]:
 
 _SMALL = st.sampled_from((0, 1, 2, 3, 4, 8, 16, 32, 48, 64, 72, 95, 96, 97, 192, 0.5, 1.5, 1e-30, 1e30, 3e38, None, True))
 _BELOW = st.integers(0, 2**32 - 1)
-_OF_THE_OP = (*SCORES, *RULES, *COMBINES, *STAT_NORMS, *ACTIVATIONS, *OUTPUTS, *HIDDEN_ACTIVATIONS, *DENSE_ROWS, *LOAD_RULES)
+_OF_THE_OP = (*SCORES, *RULES, *COMBINES, *STAT_NORMS, *ACTIVATIONS, *OUTPUTS, *HIDDEN_ACTIVATIONS, *DENSE_ROWS, *CONTROLLERS)
 _WORDS = st.sampled_from((*_OF_THE_OP, "wanda=0.5", "kl=0.1", "ppl=1%", "imported", "model.layers.1.mlp.down_proj"))
 
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from clada_export.artifact.manifest import MANIFEST_NAME, file_record, read_manifest, write_manifest
 from clada_export.errors import BackendError, UsageError
 from clada_export.files.check import SMALL_BYTES
-from clada_export.load.rules import RULES
+from clada_export.load.controllers import CONTROLLERS
 from clada_export.native.library import ort_library_path
 from clada_export.plan.plan import LoadSignal
 from clada_export.runtime import Engine, load_engine
@@ -478,7 +478,7 @@ def test_fuzz_rules(copy: Path) -> None:
     )
     cases = st.tuples(
         st.dictionaries(st.sampled_from(fields), FLOATS, max_size=3),
-        st.sampled_from(sorted(RULES)),
+        st.sampled_from(sorted(CONTROLLERS)),
         st.dictionaries(st.sampled_from(PARAMETERS), FLOATS, max_size=2),
     )
     fuzz("engine rules", cases, check, chunk=20)

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clada_export.calibration.load_response import LOAD_SLOPE
-from clada_export.load.rules import loads_along
-from clada_export.plan.plan import LoadSignal
+from clada_export.load.signal import LoadSignal
+from clada_export.load.tracker import loads_along
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -82,7 +82,7 @@ def still(scene: Scene, rng: np.random.Generator) -> Array:
 
 
 def response(signal: str, slope: float, late: int = 0, **changes: Any) -> Loads:
-    """A rule of `clada_export.load.rules` (`exp` unless `changes` says otherwise) on one of `SIGNALS`.
+    """A rule of `clada_export.load.controllers` (`exp` unless `changes` says otherwise) on one of `SIGNALS`.
 
     Args:
         slope: how much one standard deviation moves the logarithm of the thresholds.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clada_export.calibration.selector import LayerSelector
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.tap import FFNTap
-from clada_export.load.signal import surprisal_entropy
+from clada_export.load.surprisal import surprisal_entropy
 
 
 @dataclass(frozen=True)

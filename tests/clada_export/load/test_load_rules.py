@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clada_export.errors import UsageError
-from clada_export.load.rules import RULES, LoadTracker, loads_along, make_rule
+from clada_export.load.controllers import CONTROLLERS, make_controller
+from clada_export.load.tracker import LoadTracker, loads_along
 from clada_export.plan.plan import LoadSignal, SparsityPlan
 
 BASE = LoadSignal(3.0, 2.0, 4.0, 1.5, 0.8, -0.3)
@@ -109,7 +110,7 @@ def test_running_standardisation_follows_the_text() -> None:
     assert tracker.step([5.0], [4.0])[0] == pytest.approx((5 - mean) / math.sqrt(variance), rel=1e-6)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CONTROLLERS)
 @given(places=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 59)), max_size=5), momentum=st.sampled_from([0.0, 0.1]))
 def test_rows_are_apart_and_a_bad_step_leaves_no_trace(rule: str, places: list[tuple[int, int]], momentum: float) -> None:
     signal = replace(BASE, rule=rule, momentum=momentum)
@@ -150,7 +151,7 @@ def test_another_batch_starts_anew() -> None:
 )
 def test_rules_that_are_refused(name: str, parameters: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        make_rule(name, parameters)
+        make_controller(name, parameters)
 
 
 def test_plans_with_and_without_a_rule(tmp_path: Path) -> None:

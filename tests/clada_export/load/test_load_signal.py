@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clada_export.load.signal import load_from, surprisal_entropy
+from clada_export.load.surprisal import load_from, surprisal_entropy
 from clada_export.plan.plan import LoadSignal
 from clada_export.runtime import LoadMeter
 from clada_export.runtime import surprisal_entropy as runtime_surprisal_entropy

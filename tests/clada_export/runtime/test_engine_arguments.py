@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from clada_export.artifact.manifest import CacheTensor, TensorSpec
 from clada_export.errors import BackendError, CladaError, UsageError
-from clada_export.load.rules import LARGEST, RULES, LoadTracker, in_float32, make_rule
-from clada_export.load.values import load_array, one_load
+from clada_export.load.controllers import CONTROLLERS, make_controller
+from clada_export.load.tracker import LoadTracker
+from clada_export.load.values import LARGEST, in_float32, load_array, one_load
 from clada_export.plan.plan import LoadSignal
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.opening import MOST_THREADS
@@ -120,14 +121,14 @@ NATS = st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_si
 
 @given(st.data())
 def test_no_rule_gives_nan_or_minus_infinity(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(sorted(RULES)))
+    name = data.draw(st.sampled_from(sorted(CONTROLLERS)))
     parameters = data.draw(
         st.dictionaries(
             st.sampled_from(["low", "high", "window", "history", "percentile", "spread", "level", "momentum"]), FINITE
         )
     )
     try:
-        make_rule(name, parameters)
+        make_controller(name, parameters)
     except ValueError:
         parameters = {}
     signal = LoadSignal(
@@ -156,7 +157,7 @@ def test_no_rule_gives_nan_or_minus_infinity(data: st.DataObject) -> None:
 )
 def test_parameters_that_are_no_numbers(rule: str, parameter: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{parameter} is not a number"):
-        make_rule(rule, {parameter: value})
+        make_controller(rule, {parameter: value})
 
 
 @pytest.mark.parametrize("result", [None, "x", [True, False], [1.0], [[1.0, 2.0]], [1.0, "2"], [[1], [1, 2]], [np.nan, 1], 1j])

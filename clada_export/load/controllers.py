@@ -1,12 +1,12 @@
-"""How surprisal and entropy become a load: one small class for each rule, over NumPy, for the runtime and for experiments.
+"""How surprisal and entropy become a load: one small class for each controller, over NumPy.
 
-A rule sees the standardised signals of a step and gives the load of the next. The op turns a load into the multiplier of its
-thresholds, m = clip(exp(-load_slope * load), load_min, load_max), so a rule that wants the multiplier m returns
+A controller sees the standardised signals of a step and gives the load of the next. The op turns a load into the multiplier of
+its thresholds, m = clip(exp(-load_slope * load), load_min, load_max), so a controller that wants the multiplier m returns
 load = -ln(m) / slope; +inf makes the step dense, and puts its row into the prompt statistic of engines that keep one.
 
-Rules are pure: their state is passed in and returned, arrays whose first axis is the row. `LoadTracker` holds it for a batch.
-The rules are our own derivations around the idea of CLADA (arXiv 2502.19078), whose equation for the threshold we could not
-read; `Gate` follows what its public code does.
+Controllers are pure: their state is passed in and returned, arrays whose first axis is the row; `clada_export.load.tracker`
+holds it. They are our own derivations around the idea of CLADA (arXiv 2502.19078), whose equation for the threshold we could
+not read; `Gate` follows what its public code does.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from clada_export.plan.plan import LoadSignal
+from clada_export.load.values import LARGEST
 
 LOAD_LIMIT = 4.0
-"""The load of rule `exp` is clipped to [-LOAD_LIMIT, LOAD_LIMIT]."""
+"""The load of `exp` is clipped to [-LOAD_LIMIT, LOAD_LIMIT]."""
 
 LONGEST_WINDOW = 4096
-
-LARGEST = float(np.finfo(np.float32).max)
-"""Of loads and of parameters: they are float32 in the end."""
 
 Array: TypeAlias = npt.NDArray[np.float64]
 State: TypeAlias = tuple[Array, ...]
@@ -39,7 +35,7 @@ _NORMAL: Array = np.array([(1 + math.erf(place / math.sqrt(2))) / 2 for place in
 
 @dataclass(frozen=True)
 class Signals:
-    """What a rule sees of one step, all [B].
+    """What a controller sees of one step, all [B].
 
     `surprisal` and `entropy` are in standard deviations from their mean; `drive` is their weighted sum, surprisal_weight *
     surprisal + entropy_weight * entropy; `unit` is the drive over the sum of the absolute weights (0 where there are none).
@@ -51,7 +47,7 @@ class Signals:
     unit: Array
 
 
-class LoadRule(Protocol):
+class LoadController(Protocol):
     """A way from signals to loads."""
 
     def start(self, batch: int) -> State:
@@ -217,7 +213,7 @@ class Refresh:
         return np.where(high, np.inf, 0.0), (np.where(high[:, None], np.nan, window),)
 
 
-RULES: dict[str, type[LoadRule]] = {
+CONTROLLERS: dict[str, type[LoadController]] = {
     "exp": Exponential,
     "still": Still,
     "affine": Affine,
@@ -229,15 +225,15 @@ RULES: dict[str, type[LoadRule]] = {
 }
 
 
-def make_rule(name: str, parameters: Mapping[str, float]) -> LoadRule:
-    """The rule called `name`.
+def make_controller(name: str, parameters: Mapping[str, float]) -> LoadController:
+    """The controller that plans and manifests call `name`, under the key `rule`.
 
     Raises:
-        ValueError: an unknown rule or parameter, or a value out of range or that is no number.
+        ValueError: an unknown name or parameter, or a value out of range or that is no number.
     """
-    if name not in RULES:
-        raise ValueError(f"unknown rule {name!r}; known: {', '.join(RULES)}")
-    kind = RULES[name]
+    if name not in CONTROLLERS:
+        raise ValueError(f"unknown rule {name!r}; known: {', '.join(CONTROLLERS)}")
+    kind = CONTROLLERS[name]
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
     unknown = sorted(set(parameters) - set(known))
     if unknown:
@@ -248,100 +244,6 @@ def make_rule(name: str, parameters: Mapping[str, float]) -> LoadRule:
                 f"{parameter} is not a number that float32 holds: it must be between {-LARGEST:.3g} and {LARGEST:.3g}"
             )
     return kind(**{parameter: float(value) for parameter, value in parameters.items()})
-
-
-def in_float32(loads: Array) -> npt.NDArray[np.float32]:
-    """Loads as float32, in which what is finite stays finite: -inf would mean that nothing is computed.
-
-    NaN stays NaN.
-    """
-    if (np.abs(loads) <= LARGEST).all():
-        return loads.astype(np.float32)
-    bounded = np.where(np.isfinite(loads), np.clip(loads, -LARGEST, LARGEST), loads)
-    return bounded.astype(np.float32)
-
-
-class LoadTracker:
-    """The load of every row of a batch, step by step.
-
-    Args:
-        signal: statistics, weights and rule.
-
-    Raises:
-        ValueError: a rule that is not known, or its parameters.
-    """
-
-    def __init__(self, signal: LoadSignal) -> None:
-        self._signal = signal
-        self._rule = make_rule(signal.rule, signal.parameters)
-        self._calibrated = np.array(
-            [[signal.surprisal_mean, signal.entropy_mean], [signal.surprisal_std, signal.entropy_std]], dtype=np.float64
-        )
-        self._state: State = ()
-        self._moments: Array = np.empty((0, 2, 2))
-
-    def start(self, batch: int) -> None:
-        """Forget what was seen; the next step is the first of `batch` rows."""
-        self._state = self._rule.start(batch)
-        self._moments = np.repeat(self._calibrated[None], batch, axis=0)
-
-    def step(self, surprisal: npt.ArrayLike, entropy: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """The load of the next step.
-
-        With a `momentum` b the mean and the standard deviation follow the text, from the calibrated ones on: each step is
-        judged by what came before it, and then mean <- mean + b (value - mean), var <- (1 - b) (var + b (value - mean)^2).
-
-        Args:
-            surprisal, entropy: nats, [B]. Another number of rows than before starts anew.
-
-        Returns:
-            [B], never NaN or -inf; +inf (dense) where a signal is not finite, and the row's state is then left as it was.
-        """
-        values: Array = np.stack((np.asarray(surprisal), np.asarray(entropy)), axis=-1).astype(np.float64)
-        if len(values) != len(self._moments):
-            self.start(len(values))
-        finite = np.isfinite(values[:, 0]) & np.isfinite(values[:, 1])
-        known = np.where(finite[:, None], values, self._calibrated[0])
-        # Signals of any size are welcome: what overflows is told apart below.
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            load = self._next(known, finite)
-        if not (finite & np.isfinite(load)).all():
-            # A rule's -inf is a number that was too small for float64, not a row that is to be skipped.
-            load = np.where(np.isneginf(load), -LARGEST, load)
-            load = np.where(finite & ~np.isnan(load), load, np.inf)
-        return in_float32(load)
-
-    def _next(self, known: Array, finite: npt.NDArray[np.bool_]) -> Array:
-        mean, deviation = self._moments[:, 0], self._moments[:, 1]
-        z = (known - mean) / deviation
-        weights = np.array([self._signal.surprisal_weight, self._signal.entropy_weight])
-        drive = z @ weights
-        total = float(np.abs(weights).sum())
-        signals = Signals(z[:, 0], z[:, 1], drive, drive / total if total else np.zeros_like(drive))
-        load, state = self._rule.step(signals, self._signal.slope, self._state)
-        if self._signal.momentum:
-            moved = np.stack(_moved(known, mean, deviation, self._signal.momentum), axis=1)
-            self._moments = _where(finite, moved, self._moments)
-        self._state = tuple(_where(finite, new, old) for new, old in zip(state, self._state, strict=True))
-        return load
-
-
-def loads_along(signal: LoadSignal, surprisal: npt.NDArray[np.floating], entropy: npt.NDArray[np.floating]) -> Array:
-    """The loads [N, T] that follow from the signals [N, T] (nats) of N texts, from left to right."""
-    tracker = LoadTracker(signal)
-    tracker.start(len(surprisal))
-    steps = [tracker.step(surprisal[:, place], entropy[:, place]) for place in range(surprisal.shape[1])]
-    return np.stack(steps, axis=1).astype(np.float64) if steps else np.zeros(surprisal.shape)
-
-
-def _moved(value: Array, mean: Array, deviation: Array, momentum: float) -> tuple[Array, Array]:
-    error = value - mean
-    variance = (1 - momentum) * (np.square(deviation) + momentum * np.square(error))
-    return mean + momentum * error, np.sqrt(np.maximum(variance, 1e-12))
-
-
-def _where(rows: npt.NDArray[np.bool_], new: Array, old: Array) -> Array:
-    return np.where(rows.reshape(-1, *([1] * (new.ndim - 1))), new, old)
 
 
 def _load(multiplier: Array, slope: float) -> Array:
