@@ -1,14 +1,11 @@
 """Tiny random models of the supported families, and their ONNX exports.
 
-Exports take about ten seconds each, so they are kept in `.cache/tiny_models/`, keyed by what shapes them.
+Exports take about ten seconds each, so they are kept (`tests/kept.py`), keyed by what shapes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import inspect
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,11 @@ import onnx_ir as ir
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from tests.kept import kept, versions
+
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "opt", "gpt2")
 MOE_KINDS = ("mixtral",)
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache" / "tiny_models"
 SLIDING_WINDOW = 16
 
 _BASE: dict[str, Any] = {
@@ -81,13 +79,6 @@ def ffn_names(kind: str, layers: int = 2) -> list[str]:
     return [_DOWN.get(kind, "model.layers.{}.mlp.down_proj").format(i) for i in range(layers)]
 
 
-def _digest() -> str:
-    packages = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    made_by = [repr(_SETTINGS), inspect.getsource(tiny_model), inspect.getsource(_export)]
-    return hashlib.sha256("\n".join([*versions, *made_by]).encode()).hexdigest()[:16]
-
-
 def export_tiny(
     kind: str,
     fusions: str | None = None,
@@ -102,16 +93,13 @@ def export_tiny(
         dtype: what the weights are rounded to, and what the graph computes in.
         opset: of the graph; None is the exporter's own choice.
     """
-    suffix = "" if dtype == torch.float32 else "-" + str(dtype).removeprefix("torch.")
-    suffix += "" if opset is None else f"-opset{opset}"
-    path = CACHE / _digest() / f"{kind}-{fusions or 'none'}-{seed}{suffix}.onnx"
-    if not path.exists():
-        program = _export(tiny_model(kind, seed).to(dtype), fusions, opset)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            ir.save(program, Path(folder) / path.name)
-            (Path(folder) / path.name).replace(path)
-    model = ir.load(path)
+    made_by = (versions(), repr(_SETTINGS), inspect.getsource(tiny_model), inspect.getsource(_export))
+
+    def make(folder: Path) -> None:
+        ir.save(_export(tiny_model(kind, seed).to(dtype), fusions, opset), folder / "model.onnx")
+
+    key = "\n".join((*made_by, kind, str(fusions), str(seed), str(dtype), str(opset)))
+    model = ir.load(kept("tiny_models", key, make) / "model.onnx")
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,28 +13,25 @@ from torch import nn
 import clada_export.trace.trace
 from clada_export.source.load import weights_digest
 from clada_export.trace.trace import TracedModel
-from tests.tiny_models import CACHE, tiny_model
+from tests.kept import kept, sources, versions
+from tests.tiny_models import tiny_model
 
-TRACES = CACHE.parent / "traces"
+# What a trace is made by.
+_STAGE = (Path("clada_export", "trace"), Path("graph_passes", "naming.py"), Path("graph_passes", "positions.py"))
 
 
 def _kept_trace(model: Any, *, fusions: str | None = "cpu") -> TracedModel:
-    code = inspect.getsource(clada_export.trace.trace) + model.config.to_json_string() + weights_digest(model) + str(fusions)
-    folder = TRACES / hashlib.sha256(code.encode()).hexdigest()[:16]
-    if not (folder / "model.onnx").is_file():
-        traced = clada_export.trace.trace.trace(model, fusions=fusions)
-        temporary = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        ir.save(traced.graph, temporary / "model.onnx")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    return TracedModel(ir.load(folder / "model.onnx"), fusions)
+    key = "\n".join((versions(), sources(*_STAGE), model.config.to_json_string(), weights_digest(model), str(fusions)))
+
+    def make(folder: Path) -> None:
+        ir.save(clada_export.trace.trace.trace(model, fusions=fusions).graph, folder / "model.onnx")
+
+    return TracedModel(ir.load(kept("traces", key, make) / "model.onnx"), fusions)
 
 
 @pytest.fixture
 def kept_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the pipeline take traces from `.cache/`; the key holds config, weights and the text of the trace stage."""
+    """Let the pipeline take traces from `.cache/`; the key holds config, weights and the sources of the trace stage."""
     monkeypatch.setattr("clada_export.pipeline.trace", _kept_trace)
 
 
