@@ -14,9 +14,9 @@ from clada_export.calibration.allocation import Allocation
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.selector import LayerSelector
 from clada_export.calibration.statistics import LayerTable
-from clada_export.load.controllers import LOAD_LIMIT
-from clada_export.load.surprisal import load_from
-from clada_export.plan.plan import LoadSignal
+from clada_export.load.signal import LoadSignal
+from clada_export.op.reference import load_multiplier
+from graph_passes.op import SparseFFNAttributes
 
 LOAD_SLOPE = 0.25
 """The op's slope. It gives `load` its unit as a speed knob: +1 multiplies every threshold by exp(-0.25)."""
@@ -46,9 +46,8 @@ def multiplier_of(signal: LoadSignal, signals: Tensor, context: int) -> Tensor:
             none and takes load 0.
     """
     load = torch.zeros(len(signals), context)
-    load[:, 1:] = load_from(signal, signals[:, 0], signals[:, 1])
-    limit = math.exp(LOAD_SLOPE * LOAD_LIMIT)
-    return torch.exp(-LOAD_SLOPE * load).clamp(1 / limit, limit)
+    load[:, 1:] = signal.exponential_load(signals[:, 0], signals[:, 1])
+    return load_multiplier(load, SparseFFNAttributes(load_slope=LOAD_SLOPE))
 
 
 def error_slopes(tables: Sequence[LayerTable], levels: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +82,7 @@ class Exponential(_Stateless):
     """m = exp(-slope * drive), the drive clipped to -4..4; the default."""
 
     def step(self, signals: Signals, slope: float, state: State) -> tuple[Array, State]:
-        return np.clip(signals.drive, -LOAD_LIMIT, LOAD_LIMIT), state
+        return limited(signals.drive), state
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,11 @@ def make_controller(name: str, parameters: Mapping[str, float]) -> LoadControlle
                 f"{parameter} is not a number that float32 holds: it must be between {-LARGEST:.3g} and {LARGEST:.3g}"
             )
     return kind(**{parameter: float(value) for parameter, value in parameters.items()})
+
+
+def limited(drive: Any) -> Any:
+    """A drive, array or tensor, clipped to [-LOAD_LIMIT, LOAD_LIMIT]."""
+    return drive.clip(-LOAD_LIMIT, LOAD_LIMIT)
 
 
 def _load(multiplier: Array, slope: float) -> Array:

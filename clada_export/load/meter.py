@@ -11,57 +11,12 @@ import numpy.typing as npt
 from clada_export.errors import UsageError
 from clada_export.load.controllers import LOAD_LIMIT
 from clada_export.load.signal import LoadSignal
+from clada_export.load.surprisal import surprisal_entropy
 from clada_export.load.tracker import LoadTracker
 from clada_export.load.values import load_array
 
 LoadFunction: TypeAlias = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.ArrayLike]
 """A signal from outside: (surprisal [B], entropy [B]), in nats, to load [B]; +inf is dense."""
-
-
-def surprisal_entropy(
-    logits: npt.NDArray[np.floating],
-    tokens: npt.ArrayLike,
-    log_sum_exp: npt.NDArray[np.floating] | None = None,
-    entropy: npt.NDArray[np.floating] | None = None,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Surprisal of the chosen tokens and entropy of the distribution, both in nats.
-
-    S = LSE(z) - z[x] and H = LSE(z) - sum softmax(z) z, at temperature 1, in float64, shifted by the row's maximum.
-
-    Args:
-        logits: z, [B, V], raw.
-        tokens: x, [B], the tokens that were taken from them.
-        log_sum_exp, entropy: [B], if the graph gave them: then only the tokens' own logits are read.
-
-    Returns:
-        (S [B], H [B]); NaN for a row with a logit that is not finite.
-
-    Raises:
-        ValueError: the shapes do not belong together.
-    """
-    chosen = np.asarray(tokens, dtype=np.int64)
-    if logits.ndim != 2 or chosen.shape != logits.shape[:1]:
-        raise ValueError(f"logits [B, V] and tokens [B] are wanted; the shapes are {logits.shape} and {chosen.shape}")
-    rows = np.arange(len(chosen))
-    if log_sum_exp is not None and entropy is not None:
-        if log_sum_exp.shape != chosen.shape or entropy.shape != chosen.shape:
-            raise ValueError(f"log_sum_exp and entropy [B] are wanted; the shapes are {log_sum_exp.shape} and {entropy.shape}")
-        known = np.isfinite(entropy) & np.isfinite(log_sum_exp)
-        # Both are finite where every logit is.
-        chosen_logits = np.where(known, logits[rows, chosen], 0.0).astype(np.float64)
-        surprisal = np.where(known, log_sum_exp.astype(np.float64) - chosen_logits, np.nan)
-        return surprisal, np.where(known, entropy.astype(np.float64), np.nan)
-    finite = np.isfinite(logits).all(axis=1)
-    shifted = np.where(finite[:, None], logits, 0.0).astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    weights = np.exp(shifted)
-    total = weights.sum(axis=1)
-    log_total = np.log(total)
-    surprisal = log_total - shifted[rows, chosen]
-    found = log_total - np.einsum("bv,bv->b", weights, shifted) / total
-    surprisal[~finite] = np.nan
-    found[~finite] = np.nan
-    return surprisal, found
 
 
 class LoadMeter:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from clada_export.errors import UsageError
-from clada_export.load.controllers import make_controller
+from clada_export.load.controllers import limited, make_controller
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = TypeVar("Values", npt.NDArray[np.float64], "Tensor")
+"""Arrays of the runtime, or tensors of calibration; both do the same arithmetic in their own type."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +59,25 @@ class LoadSignal:
         except ValueError as error:
             raise UsageError(f"{origin}: {error}") from error
         return signal
+
+    def drive(self, surprisal: Values, entropy: Values) -> Values:
+        """The weighted sum of standardised signals (in standard deviations from their means), of any shape."""
+        return self.surprisal_weight * surprisal + self.entropy_weight * entropy
+
+    def exponential_load(self, surprisal: Values, entropy: Values) -> Values:
+        """The load by controller `exp` and the calibrated statistics, in standard deviations, clipped to -4..4.
+
+        Args:
+            surprisal, entropy: nats, of any shape.
+        """
+        return limited(
+            self.drive(
+                standardised(surprisal, self.surprisal_mean, self.surprisal_std),
+                standardised(entropy, self.entropy_mean, self.entropy_std),
+            )
+        )
+
+
+def standardised(value: Values, mean: Values | float, deviation: Values | float) -> Values:
+    """How many standard deviations a value is above its mean."""
+    return (value - mean) / deviation

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clada_export.load.controllers import Array, Signals, State, make_controller
-from clada_export.load.signal import LoadSignal
+from clada_export.load.signal import LoadSignal, standardised
 from clada_export.load.values import LARGEST, in_float32
 
 
@@ -62,11 +62,10 @@ class LoadTracker:
 
     def _next(self, known: Array, finite: npt.NDArray[np.bool_]) -> Array:
         mean, deviation = self._moments[:, 0], self._moments[:, 1]
-        z = (known - mean) / deviation
-        weights = np.array([self._signal.surprisal_weight, self._signal.entropy_weight])
-        drive = z @ weights
-        total = float(np.abs(weights).sum())
-        signals = Signals(z[:, 0], z[:, 1], drive, drive / total if total else np.zeros_like(drive))
+        surprisal, entropy = standardised(known, mean, deviation).T
+        drive = self._signal.drive(surprisal, entropy)
+        total = abs(self._signal.surprisal_weight) + abs(self._signal.entropy_weight)
+        signals = Signals(surprisal, entropy, drive, drive / total if total else np.zeros_like(drive))
         load, state = self._controller.step(signals, self._signal.slope, self._state)
         if self._signal.momentum:
             moved = np.stack(_moved(known, mean, deviation, self._signal.momentum), axis=1)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clada_export.calibration.load_response import LOAD_SLOPE
+from clada_export.load.controllers import limited
 from clada_export.load.signal import LoadSignal
 from clada_export.load.tracker import loads_along
 
@@ -23,7 +24,7 @@ SIGNALS = {"surprisal": (1.0, 0.0), "entropy": (0.0, 1.0), "both": (0.5, 0.5)}
 """Weights of surprisal and entropy; `both` is the mean of the two."""
 SLOPES = (0.05, 0.1, 0.2)
 MIDDLE = 0.1
-"""The slope of controls and of rules other than `exp`."""
+"""The slope of controls and of controllers other than `exp`."""
 
 PLAIN, PRIOR, TOPK = "threshold", "threshold, prompt as a prior", "topk"
 """The methods that arms are applied to; each has its own still baseline."""
@@ -82,7 +83,7 @@ def still(scene: Scene, rng: np.random.Generator) -> Array:
 
 
 def response(signal: str, slope: float, late: int = 0, **changes: Any) -> Loads:
-    """A rule of `clada_export.load.controllers` (`exp` unless `changes` says otherwise) on one of `SIGNALS`.
+    """A controller of `clada_export.load.controllers` (`exp` unless `changes` says otherwise) on one of `SIGNALS`.
 
     Args:
         slope: how much one standard deviation moves the logarithm of the thresholds.
@@ -124,7 +125,7 @@ def by_document(slope: float) -> Loads:
     def loads(scene: Scene, rng: np.random.Generator) -> Array:
         mean, deviation = scene.prompt_surprisal
         z = (scene.surprisal[:, : scene.prompt - 1].mean(axis=1) - mean) / deviation
-        return np.asarray(np.clip(slope / LOAD_SLOPE * z, -4, 4)[:, None] + still(scene, rng))
+        return np.asarray(limited(slope / LOAD_SLOPE * z)[:, None] + still(scene, rng))
 
     return loads
 
