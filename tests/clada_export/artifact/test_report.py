@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from clada_export.artifact.manifest import Manifest, TensorSpec
 from clada_export.artifact.model_card import write_model_card
 from clada_export.artifact.report import write_report
+from clada_export.artifact.report_page import TEMPLATES
 from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
 from clada_export.verify.report import Check, Verification
 from graph_passes import FFNMiss, RewriteReport
@@ -190,6 +192,17 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     page = written(tmp_path, report)
     assert "script" not in page.tags
     assert page.text.count("<script>alert('x')</script>") >= 15
+
+
+def test_the_templates_mark_nothing_as_safe_but_what_they_say_themselves() -> None:
+    """Escaping is the default; only a literal of a template may go round it."""
+    templates = sorted(TEMPLATES.glob("*.jinja"))
+    assert templates
+    for path in templates:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"autoescape|Markup", text), path.name
+        for before in re.findall(r"([^{|]*)\|\s*safe\b", text):
+            assert re.fullmatch(r"\s*'[^']*'\s*", before), f"{path.name}: {before!r} is marked as safe"
 
 
 @given(st.text(), st.floats(), st.floats(0, 1))
