@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from graph_passes.emit import initializer, result
+
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -50,21 +52,19 @@ class ExactAttentionScale(ir.passes.InPlacePass):
         rounded = {scale: float(np.array(math.sqrt(scale)).astype(dtype.numpy())) for scale in self.scales}
         exact = next((scale for scale, value in rounded.items() if value == root), root * root)
         name = f"attention_scale.{exact:.9g}"
-        if name not in graph.initializers:
-            constant = ir.Tensor(np.array(exact, np.float32), name=name)
-            graph.register_initializer(
-                ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]), const_value=constant)
-            )
-        prefix = f"{node.name}.scale"
-        wide = ir.node("Cast", [source], {"to": int(ir.DataType.FLOAT)}, name=f"{prefix}.wide")
-        product = ir.node("Mul", [wide.outputs[0], graph.initializers[name]], name=f"{prefix}.product")
-        narrow = ir.node("Cast", [product.outputs[0]], {"to": int(dtype)}, name=f"{prefix}.narrow")
-        for made, kind in ((wide, ir.DataType.FLOAT), (product, ir.DataType.FLOAT), (narrow, dtype)):
-            made.outputs[0].name = f"{made.name}.out"
-            made.outputs[0].type = ir.TensorType(kind)
-            made.outputs[0].shape = None if source.shape is None else source.shape.copy()
-        graph.insert_before(node, [wide, product, narrow])
-        return narrow.outputs[0]
+        factor = initializer(graph, name, np.array(exact, np.float32))
+        prefix, tape = f"{node.name}.scale", ir.tape.Tape()
+
+        def op(part: str, op_type: str, inputs: list[ir.Value], kind: ir.DataType, **attributes: int) -> ir.Value:
+            named = f"{prefix}.{part}"
+            made = result(f"{named}.out", kind, source.shape)
+            return tape.op(op_type, inputs, attributes, name=named, output=made)
+
+        wide = op("wide", "Cast", [source], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+        product = op("product", "Mul", [wide, factor], ir.DataType.FLOAT)
+        narrow = op("narrow", "Cast", [product], dtype, to=int(dtype))
+        graph.insert_before(node, tape.nodes)
+        return narrow
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value, float, ir.DataType] | None:

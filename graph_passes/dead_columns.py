@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.emit import initializer
 from graph_passes.matchers.packing import split_widths
 from graph_passes.matchers.weights import is_constant
 from graph_passes.repack import free_unused
@@ -51,14 +52,13 @@ def _narrow(graph: ir.Graph, split: ir.Node) -> bool:
     if len(alive) == 1 and not alive[0].is_graph_output():
         ir.convenience.replace_all_uses_with(alive[0], source)
     else:
-        tensor = ir.tensor(np.array(sizes, dtype=np.int64), name=f"{split.name}.sizes")
-        parts = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(sizes)]), const_value=tensor)
-        graph.register_initializer(parts)
-        new = ir.node("Split", [source, parts], {"axis": -1}, num_outputs=len(sizes), name=split.name)
-        for old, value in zip(alive, new.outputs, strict=True):
+        parts = initializer(graph, f"{split.name}.sizes", np.array(sizes, dtype=np.int64))
+        tape = ir.tape.Tape()
+        made = tape.op_multi_out("Split", [source, parts], {"axis": -1}, num_outputs=len(sizes), name=split.name)
+        for old, value in zip(alive, made, strict=True):
             value.name, value.type, value.shape = old.name, old.type, old.shape
             ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-        graph.insert_before(split, new)
+        graph.insert_before(split, tape.nodes)
     graph.remove(split, safe=True)
     return True
 
@@ -97,8 +97,7 @@ def _take(graph: ir.Graph, node: ir.Node, index: int, kept: np.ndarray) -> None:
     assert old is not None and old.const_value is not None
     array = np.ascontiguousarray(old.const_value.numpy()[..., kept])
     name = f"{old.name}.narrowed"
-    tensor = ir.Tensor(array, name=name, dtype=old.const_value.dtype)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    value = ir.val(name, const_value=ir.Tensor(array, name=name, dtype=old.const_value.dtype))
     graph.register_initializer(value)
     node.replace_input_with(index, value)
     free_unused(graph, iter([old]))

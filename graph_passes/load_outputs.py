@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.emit import initializer, result
 from graph_passes.naming import BATCH
 
 LOGITS = "logits"
@@ -52,6 +53,7 @@ class _Builder:
     def __init__(self, graph: ir.Graph, logits: ir.Value) -> None:
         assert logits.shape is not None
         self._graph, self._logits = graph, logits
+        self._tape = ir.tape.Tape(graph)
         batch, _, width = logits.shape
         self._wide, self._one = ir.Shape([batch, 1, width]), ir.Shape([batch, 1, 1])
         self._rows = ir.Shape([batch if isinstance(batch, int) or batch.value else ir.SymbolicDim(BATCH)])
@@ -91,24 +93,11 @@ class _Builder:
         dtype: ir.DataType | None = ir.DataType.FLOAT,
         **attributes: int,
     ) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=f"load_outputs.{name}")
-        value = node.outputs[0]
-        value.name, value.shape = f"load_outputs.{name}.out", shape.copy()
-        value.type = None if dtype is None else ir.TensorType(dtype)
-        self._graph.append(node)
-        return value
+        made = result(f"load_outputs.{name}.out", dtype, shape)
+        return self._tape.op(op, inputs, attributes, name=f"load_outputs.{name}", output=made)
 
     def _constant(self, name: str, values: list[int]) -> ir.Value:
-        array = np.array(values, np.int64)
-        name = f"load_outputs.{name}.index"
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape(array.shape),
-            const_value=ir.Tensor(array, name=name),
-        )
-        self._graph.register_initializer(value)
-        return value
+        return initializer(self._graph, f"load_outputs.{name}.index", np.array(values, np.int64))
 
 
 def _logits(graph: ir.Graph) -> ir.Value | None:

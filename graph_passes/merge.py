@@ -10,30 +10,24 @@ biases: a neuron's input bias is kept as one more weight, on an input that is 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.emit import Emitter, Initializer
 from graph_passes.function_body import emit_activation
 from graph_passes.op import SparseFFNAttributes
 from graph_passes.router import Router
-from graph_passes.router_nodes import Initializer, emit_router
+from graph_passes.router_nodes import write_router
 
 
-class _Nodes:
-    """Collects nodes whose names, and whose values' names, begin with a prefix."""
+class _Emitter(Emitter):
+    """One whose constants are the graph's, named by their values."""
 
-    def __init__(self, prefix: str, initializer: Initializer) -> None:
-        self.prefix, self.initializer = prefix, initializer
-        self.nodes: list[ir.Node] = []
-
-    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: float | str | Sequence[int]) -> ir.Value:
-        node = ir.node(op_type, list(inputs), attributes, name=f"{self.prefix}.{len(self.nodes)}.{op_type}")
-        node.outputs[0].name = f"{node.name}.out"
-        self.nodes.append(node)
-        return node.outputs[0]
+    def __init__(self, prefix: str, initializer: Initializer, tape: ir.tape.Tape | None = None) -> None:
+        super().__init__(prefix, tape)
+        self.initializer = initializer
 
     def floats(self, value: float) -> ir.Value:
         return self.initializer(f"merge.float.{value!r}", np.array(value, dtype=np.float32))
@@ -41,29 +35,20 @@ class _Nodes:
     def ints(self, *values: int) -> ir.Value:
         return self.initializer(f"merge.ints.{'_'.join(map(str, values))}", np.array(values, dtype=np.int64))
 
-    def to_float(self, value: ir.Value) -> ir.Value:
-        return value if value.dtype == ir.DataType.FLOAT else self.op("Cast", value, to=int(ir.DataType.FLOAT))
-
     def either(
-        self, condition: ir.Value, then: _Nodes, then_values: list[ir.Value], other: _Nodes, values: list[ir.Value]
+        self, condition: ir.Value, then: _Emitter, then_values: list[ir.Value], other: _Emitter, values: list[ir.Value]
     ) -> list[ir.Value]:
         """An `If` with these branches, and its outputs."""
-        graphs = [
-            ir.Graph([], results, nodes=nodes.nodes, name=nodes.prefix)
-            for nodes, results in ((then, then_values), (other, values))
+        branches = [
+            ir.Graph([], results, nodes=emitter.tape.nodes, name=emitter.prefix)
+            for emitter, results in ((then, then_values), (other, values))
         ]
-        node = ir.Node(
-            "",
-            "If",
-            [condition],
-            [ir.AttrGraph("then_branch", graphs[0]), ir.AttrGraph("else_branch", graphs[1])],
-            num_outputs=len(values),
-            name=f"{self.prefix}.{len(self.nodes)}.If",
-        )
-        for index, output in enumerate(node.outputs):
-            output.name = f"{node.name}.out.{index}"
-        self.nodes.append(node)
-        return list(node.outputs)
+        made = self.several("If", len(values), condition, then_branch=branches[0], else_branch=branches[1])
+        for index, value in enumerate(made):
+            node = value.producer()
+            assert node is not None
+            value.name = f"{node.name}.out.{index}"
+        return list(made)
 
 
 @dataclass(frozen=True)
@@ -93,32 +78,32 @@ def state_shapes(attributes: SparseFFNAttributes, width: int, hidden_size: int, 
     return [granule * inputs, hidden_size + attributes.has_bias], [granule, hidden_size]
 
 
-def emit_rows(load: ir.Value, past: MergeState, initializer: Initializer) -> tuple[list[ir.Node], MergeRows]:
-    """The nodes that all layers share.
+def emit_rows(load: ir.Value, past: MergeState, initializer: Initializer, tape: ir.tape.Tape) -> MergeRows:
+    """Write the nodes that all layers share.
 
     Args:
         load: float32 [batch, sequence].
         past: of the first layer; all layers have their segments in the same runs, so one tells whether there was any.
     """
-    nodes = _Nodes("merge.rows", initializer)
-    op = nodes.op
+    emitter = _Emitter("merge.rows", initializer, tape)
+    op, ints, floats = emitter.op, emitter.ints, emitter.floats
     segment = op("IsInf", load, detect_negative=0, detect_positive=1)
     padding = op("IsInf", load, detect_negative=1, detect_positive=0)
     # A state begins at zero, and merged weights are not all zero: one row of it tells.
-    first = op("Abs", op("Slice", past.w_in, nodes.ints(0), nodes.ints(1), nodes.ints(1)))
-    known = op("Greater", op("ReduceMax", first, nodes.ints(2), keepdims=0), nodes.floats(0.0))
+    first = op("Abs", op("Slice", past.w_in, ints(0), ints(1), ints(1)))
+    known = op("Greater", op("ReduceMax", first, ints(2), keepdims=0), floats(0.0))
     dense = op("Or", segment, op("IsNaN", load))
     merged = op("And", op("Not", op("Or", dense, padding)), known)
     skipped = op("Or", merged, padding)
-    op_load = op("Where", skipped, nodes.floats(float("-inf")), nodes.floats(float("inf")))
+    op_load = op("Where", skipped, floats(float("-inf")), floats(float("inf")))
     op_load.type, op_load.shape = ir.TensorType(ir.DataType.FLOAT), load.shape
-    zero = op("Mul", op("Shape", load, start=0, end=1), nodes.ints(0))
+    zero = op("Mul", op("Shape", load, start=0, end=1), ints(0))
 
     def some(rows: ir.Value) -> ir.Value:
         most = op("ReduceMax", op("Cast", rows, to=int(ir.DataType.INT32)), keepdims=0)
         return op("Cast", most, to=int(ir.DataType.BOOL))
 
-    return nodes.nodes, MergeRows(merged, segment, some(merged), some(segment), op_load, zero)
+    return MergeRows(merged, segment, some(merged), some(segment), op_load, zero)
 
 
 def emit_merged(
@@ -133,7 +118,8 @@ def emit_merged(
     granule: int,
     name: str,
     initializer: Initializer,
-) -> tuple[list[ir.Node], ir.Value, ir.Value | None]:
+    tape: ir.tape.Tape,
+) -> tuple[ir.Value, ir.Value | None]:
     """Put the merged FFN's result in the place of the op's for the rows that run it.
 
     Args:
@@ -142,9 +128,10 @@ def emit_merged(
         granule: g.
 
     Returns:
-        The nodes in order, y, and the count.
+        y, and the count.
     """
-    nodes, then, other = (_Nodes(f"{name}{part}", initializer) for part in ("", ".then", ".else"))
+    outer = _Emitter(name, initializer, tape)
+    then, other = (_Emitter(f"{name}.{part}", initializer) for part in ("then", "else"))
     value = then.to_float(x)
     if attributes.has_bias:
         value = then.op("Pad", value, then.ints(0, 0, 0, 0, 0, 1), then.floats(1.0))
@@ -163,12 +150,12 @@ def emit_merged(
     if dtype != ir.DataType.FLOAT:
         value = then.op("Cast", value, to=int(dtype))
     chosen = then.op("Where", then.op("Unsqueeze", rows.merged, then.ints(-1)), value, y)
-    (result,) = nodes.either(rows.any_merged, then, [chosen], other, [other.op("Identity", y)])
+    (result,) = outer.either(rows.any_merged, then, [chosen], other, [other.op("Identity", y)])
     count = None
     if active is not None:
         ran = initializer(f"merge.count.{granule}", np.array(granule, dtype=np.int32))
-        count = nodes.op("Where", rows.merged, ran, active)
-    return nodes.nodes, result, count
+        count = outer.op("Where", rows.merged, ran, active)
+    return result, count
 
 
 def emit_merge(
@@ -181,14 +168,16 @@ def emit_merge(
     shapes: tuple[list[int], list[int]],
     name: str,
     initializer: Initializer,
-) -> tuple[list[ir.Node], MergeState]:
+    tape: ir.tape.Tape,
+) -> MergeState:
     """Merge a layer's experts for the sequences that have a segment in this run; others keep what they had.
 
     Returns:
-        The nodes, and the new state: empty (no sequences) if the run has no segment at all, so that nothing is copied; the
+        The new state: empty (no sequences) if the run has no segment at all, so that nothing is copied; the
         runtime keeps the old one then.
     """
-    nodes, then, other = (_Nodes(f"{name}{part}", initializer) for part in ("", ".then", ".else"))
+    outer = _Emitter(name, initializer, tape)
+    then, other = (_Emitter(f"{name}.{part}", initializer) for part in ("then", "else"))
     op = then.op
     # Padding may hold NaN, which 0 does not remove.
     kept = op("Where", op("Unsqueeze", rows.segment, then.ints(-1)), then.to_float(x), then.floats(0.0))
@@ -196,8 +185,8 @@ def emit_merge(
     mean = op("Div", op("ReduceSum", kept, then.ints(1), keepdims=0), op("Max", count, then.floats(1.0)))
     mean.type = ir.TensorType(ir.DataType.FLOAT)
     scoring = replace(router, scale=1.0, dense_rows="scores")
-    routing, share = emit_router(scoring, mean, mean, f"{name}.router", initializer)
-    then.nodes += routing
+    routing = f"{name}.router"
+    share = write_router(scoring, mean, mean, routing, initializer, Emitter(routing, then.tape))
     experts = router.granules
     # ONNX Runtime would keep a reshaped copy of constant weights; it can't tell that this shape is constant.
     axis = op("Add", rows.zero, then.ints(experts))
@@ -218,7 +207,7 @@ def emit_merge(
     new = op("Unsqueeze", op("Greater", count, then.floats(0.0)), then.ints(-1))
     made = [op("Where", new, w_in, past.w_in), op("Where", new, w_out, past.w_out)]
     empty = [other.op("ConstantOfShape", other.ints(0, *shape)) for shape in shapes]
-    return nodes.nodes, MergeState(*nodes.either(rows.any_segment, then, made, other, empty))
+    return MergeState(*outer.either(rows.any_segment, then, made, other, empty))
 
 
 def _numpy(value: ir.Value) -> np.ndarray:

@@ -132,18 +132,17 @@ def _past_key(graph: ir.Graph, layer: str) -> ir.Value | None:
 
 def _replace_by_past_length(graph: ir.Graph, count: ir.Value, key: ir.Value) -> None:
     """Let the users of a past-token count [] or [1] read the third axis of a past key instead."""
-    length = ir.node("Shape", [key], {"start": 2, "end": 3}, name=f"{count.name}.length")
-    nodes = [length]
+    tape = ir.tape.Tape()
+    result = tape.op("Shape", [key], {"start": 2, "end": 3}, name=f"{count.name}.length")
     if count.shape is not None and len(count.shape) == 0:
-        nodes.append(ir.node("Squeeze", [length.outputs[0]], name=f"{count.name}.scalar"))
+        result = tape.op("Squeeze", [result], name=f"{count.name}.scalar")
     if count.dtype not in (None, ir.DataType.INT64):
-        nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": int(count.dtype or 7)}, name=f"{count.name}.cast"))
-    result = nodes[-1].outputs[0]
+        result = tape.op("Cast", [result], {"to": int(count.dtype or 7)}, name=f"{count.name}.cast")
     result.type, result.shape = count.type, count.shape
     if graph.num_nodes():
-        graph.insert_before(graph.node(0), nodes)
+        graph.insert_before(graph.node(0), tape.nodes)
     else:
-        graph.extend(nodes)
+        graph.extend(tape.nodes)
     count.replace_all_uses_with(result)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.emit import initializer, result
+
 POSITIONS = "position_ids"
 
 
@@ -27,13 +29,11 @@ class ShiftPositions(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         users = list(given.uses())
         dtype = given.dtype or ir.DataType.INT64
-        tensor = ir.Tensor(np.array(self.first, dtype=dtype.numpy()), name=f"{POSITIONS}.first")
-        first = ir.Value(name=tensor.name, type=ir.TensorType(dtype), shape=ir.Shape([]), const_value=tensor)
-        graph.register_initializer(first)
-        total = ir.node("Add", [given, first], name=f"{POSITIONS}.add")
-        total.outputs[0].name, total.outputs[0].type = f"{POSITIONS}.shifted", ir.TensorType(dtype)
-        total.outputs[0].shape = None if given.shape is None else given.shape.copy()
-        graph.insert_before(graph[0], total)
+        first = initializer(graph, f"{POSITIONS}.first", np.array(self.first, dtype=dtype.numpy()))
+        tape = ir.tape.Tape()
+        made = result(f"{POSITIONS}.shifted", dtype, given.shape)
+        total = tape.op("Add", [given, first], name=f"{POSITIONS}.add", output=made)
+        graph.insert_before(graph[0], tape.nodes)
         for node, index in users:
-            node.replace_input_with(index, total.outputs[0])
+            node.replace_input_with(index, total)
         return ir.passes.PassResult(model, True)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.dead_columns import DropDeadColumns
+from graph_passes.emit import Emitter, initializer, result
 from graph_passes.function_body import (
     MIN_OPSET,
     PLUGIN_ATTRIBUTES,
@@ -31,7 +32,7 @@ from graph_passes.op import (
 from graph_passes.repack import free_unused, repack, sources, weight_key
 from graph_passes.report import RewriteReport, RewrittenFFN
 from graph_passes.rewrite_check import FFNRewrite, check_rewrite, settle
-from graph_passes.router_nodes import emit_router
+from graph_passes.router_nodes import write_router
 from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
 
 LOAD = "load"
@@ -152,50 +153,49 @@ class _Writer:
         constants = self._constants(attributes, wanted, weights, node_name)
         anchor = match.y.producer()
         assert anchor is not None
-        before: list[ir.Node] = []
-        x = self._three_axes(match, before)
+        tape = ir.tape.Tape()
+        x = self._three_axes(match, tape)
         by_name = {"x": x, LOAD: self.load, **weights, **constants}
         if attributes.use_stat:
             by_name["past_stat"] = self._stat_value(f"past_stat.{self.stats}", width)
             graph.inputs.append(by_name["past_stat"])
         merging: _Merging | None = None
         if wanted.merge is not None:
-            merging = self._merging(attributes, width, match.hidden_size, wanted.merge, before)
+            merging = self._merging(attributes, width, match.hidden_size, wanted.merge, tape)
             by_name[LOAD] = merging.rows.op_load
         elif wanted.router is not None:
-            nodes, by_name["score"] = emit_router(wanted.router, x, self.load, f"{node_name}.router", self._initializer)
-            before += nodes
-        node = ir.node(
+            routing = f"{node_name}.router"
+            emitter = Emitter(routing, tape)
+            by_name["score"] = write_router(wanted.router, x, self.load, routing, self._initializer, emitter)
+        names = output_names(attributes)
+        made = tape.op_multi_out(
             OP_TYPE,
             [by_name[name] for name in input_names(attributes)],
             {**attributes.to_onnx(), **PLUGIN_ATTRIBUTES},
+            outputs=[ir.val(f"{node_name}.{name}") for name in names],
             domain=DOMAIN,
             overload=self._function(attributes, weights["w_in"].dtype or match.dtype, match.dtype),
-            num_outputs=len(output_names(attributes)),
             name=node_name,
             doc_string=f"{match.kind} feed-forward layer {match.name}: {match.hidden_size} x {match.intermediate_size}",
             metadata_props=self._metadata(match),
         )
-        outputs = dict(zip(output_names(attributes), node.outputs, strict=True))
-        for name, value in outputs.items():
-            value.name = f"{node_name}.{name}"
-        results: list[ir.Node] = []
+        outputs = dict(zip(names, made, strict=True))
         if merging is not None:
-            self._describe(outputs["y"], match.dtype, ir.Shape([*self._axes(), match.hidden_size]))
+            _describe(outputs["y"], match.dtype, ir.Shape([*self._axes(), match.hidden_size]))
             if emit_active:
-                self._describe(outputs["active"], ir.DataType.INT32, self.load.shape)
-            results = self._merge(merging, x, outputs, weights, attributes, wanted, match, node_name)
-        after = [*results, *self._replace_y(match, x, outputs["y"])]
+                _describe(outputs["active"], ir.DataType.INT32, self.load.shape)
+            self._merge(merging, x, outputs, weights, attributes, wanted, match, node_name, tape)
+        self._replace_y(match, x, outputs["y"], tape)
         if emit_active:
-            self._describe(outputs["active"], ir.DataType.INT32, self.load.shape)
+            _describe(outputs["active"], ir.DataType.INT32, self.load.shape)
             self.counts.append(outputs["active"])
         if attributes.emit_stat:
             stat = outputs["stat"]
             stat.name = f"present_stat.{self.stats}"
-            self._describe(stat, ir.DataType.FLOAT, ir.Shape([self._axes()[0], width]))
+            _describe(stat, ir.DataType.FLOAT, ir.Shape([self._axes()[0], width]))
             graph.outputs.append(stat)
         self.stats += attributes.use_stat or attributes.emit_stat
-        graph.insert_before(anchor, [*before, node, *after])
+        graph.insert_before(anchor, tape.nodes)
         self._remove(match)
         return RewrittenFFN(
             name=match.name,
@@ -211,21 +211,20 @@ class _Writer:
         )
 
     def _merging(
-        self, attributes: SparseFFNAttributes, width: int, hidden_size: int, experts: int, before: list[ir.Node]
+        self, attributes: SparseFFNAttributes, width: int, hidden_size: int, experts: int, tape: ir.tape.Tape
     ) -> _Merging:
         """The state of a layer whose experts are merged, as graph inputs, and the rows that run what."""
         index, self.merges = self.merges, self.merges + 1
         shapes = state_shapes(attributes, width, hidden_size, experts)
         batch = self._axes()[0]
         past = [
-            ir.Value(name=f"past_merged.{index}.{part}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([batch, *shape]))
+            ir.val(f"past_merged.{index}.{part}", ir.DataType.FLOAT, ir.Shape([batch, *shape]))
             for part, shape in zip(MERGED_PARTS, shapes, strict=True)
         ]
         self.graph.inputs.extend(past)
         state = MergeState(*past)
         if self.merge_rows is None:
-            nodes, self.merge_rows = emit_rows(self.load, state, self._initializer)
-            before += nodes
+            self.merge_rows = emit_rows(self.load, state, self._initializer, tape)
         return _Merging(index, self.merge_rows, state, shapes)
 
     def _merge(
@@ -238,10 +237,11 @@ class _Writer:
         wanted: FFNRewrite,
         match: FFNMatch,
         name: str,
-    ) -> list[ir.Node]:
-        """The nodes after the op; `outputs` then holds what takes the place of the op's."""
+        tape: ir.tape.Tape,
+    ) -> None:
+        """Write the nodes after the op; `outputs` then holds what takes the place of the op's."""
         assert wanted.router is not None
-        nodes, outputs["y"], count = emit_merged(
+        outputs["y"], count = emit_merged(
             x,
             outputs["y"],
             outputs.get("active"),
@@ -253,10 +253,11 @@ class _Writer:
             merging.shapes[1][0],
             f"{name}.merged",
             self._initializer,
+            tape,
         )
         if count is not None:
             outputs["active"] = count
-        made, state = emit_merge(
+        state = emit_merge(
             x,
             merging.rows,
             merging.past,
@@ -266,26 +267,25 @@ class _Writer:
             merging.shapes,
             f"{name}.merge",
             self._initializer,
+            tape,
         )
         for part, value, shape in zip(MERGED_PARTS, (state.w_in, state.w_out), merging.shapes, strict=True):
             # Not the batch: it is 0 where no row was a segment.
             sequences = ir.SymbolicDim("merged_sequences")
-            self._describe(value, ir.DataType.FLOAT, ir.Shape([sequences, *shape]), f"present_merged.{merging.index}.{part}")
+            value.name = f"present_merged.{merging.index}.{part}"
+            _describe(value, ir.DataType.FLOAT, ir.Shape([sequences, *shape]))
             self.graph.outputs.append(value)
-        return [*nodes, *made]
 
     def finish(self) -> None:
         """Add what the layers need together: the counts' output and the opset import."""
         if self.counts:
-            axes = self._axes()
-            layers = len(self.counts)
-            together = ir.node("Concat", self.counts, {"axis": -1}, name="active_neurons.concat")
-            self._describe(together.outputs[0], ir.DataType.INT32, ir.Shape([axes[0], None]), "active_neurons.flat")
+            axes, layers, tape = self._axes(), len(self.counts), ir.tape.Tape(self.graph)
+            flat = result("active_neurons.flat", ir.DataType.INT32, ir.Shape([axes[0], None]))
+            together = tape.op("Concat", self.counts, {"axis": -1}, name="active_neurons.concat", output=flat)
             target = self._initializer("active_neurons.shape", np.array([0, layers, -1], dtype=np.int64))
-            shaped = ir.node("Reshape", [together.outputs[0], target], name="active_neurons.reshape")
-            self._describe(shaped.outputs[0], ir.DataType.INT32, ir.Shape([axes[0], layers, axes[1]]), ACTIVE_NEURONS)
-            self.graph.extend([together, shaped])
-            self.graph.outputs.append(shaped.outputs[0])
+            counts = result(ACTIVE_NEURONS, ir.DataType.INT32, ir.Shape([axes[0], layers, axes[1]]))
+            shaped = tape.op("Reshape", [together, target], name="active_neurons.reshape", output=counts)
+            self.graph.outputs.append(shaped)
         self.graph.opset_imports[DOMAIN] = OP_VERSION
         # Overloads and metadata of functions and nodes.
         self.model.ir_version = max(self.model.ir_version, 10)
@@ -301,43 +301,33 @@ class _Writer:
     def _load_input(self) -> ir.Value:
         found = next((value for value in self.graph.inputs if value.name == LOAD), None)
         if found is None:
-            found = ir.Value(name=LOAD, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(self._axes()))
+            found = ir.val(LOAD, ir.DataType.FLOAT, ir.Shape(self._axes()))
             found.doc_string = "Load of each token in standard deviations; +inf: every neuron, -inf: padding."
             self.graph.inputs.append(found)
         return found
 
     def _stat_value(self, name: str, width: int) -> ir.Value:
-        return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([self._axes()[0], width]))
+        return ir.val(name, ir.DataType.FLOAT, ir.Shape([self._axes()[0], width]))
 
-    def _three_axes(self, match: FFNMatch, before: list[ir.Node]) -> ir.Value:
+    def _three_axes(self, match: FFNMatch, tape: ir.tape.Tape) -> ir.Value:
         """x as [batch, sequence, d]; a Reshape is added if the graph has it in another form."""
         # One layer's result may be the next one's x.
         source = self.replaced.get(match.x, match.x)
         if rank(source) == 3:
             return source
         if self.rows is None:
-            shape = ir.node("Shape", [self.load], name="load.rows")
-            self._describe(shape.outputs[0], ir.DataType.INT64, ir.Shape([2]), "load.rows")
-            self.rows = shape.outputs[0]
-            before.append(shape)
+            rows = result("load.rows", ir.DataType.INT64, ir.Shape([2]))
+            self.rows = tape.op("Shape", [self.load], name="load.rows", output=rows)
         width = self._initializer(f"hidden_size.{match.hidden_size}", np.array([match.hidden_size], dtype=np.int64))
-        target = ir.node("Concat", [self.rows, width], {"axis": 0})
-        self._describe(target.outputs[0], ir.DataType.INT64, ir.Shape([3]), f"{match.x.name}.shape_3d")
-        x = ir.node("Reshape", [source, target.outputs[0]])
-        shape_3d = ir.Shape([*self._axes(), match.hidden_size])
-        self._describe(x.outputs[0], match.dtype, shape_3d, f"{match.x.name}.3d")
-        before += [target, x]
-        return x.outputs[0]
+        shape = result(f"{match.x.name}.shape_3d", ir.DataType.INT64, ir.Shape([3]))
+        target = tape.op("Concat", [self.rows, width], {"axis": 0}, output=shape)
+        x = result(f"{match.x.name}.3d", match.dtype, ir.Shape([*self._axes(), match.hidden_size]))
+        return tape.op("Reshape", [source, target], output=x)
 
     # Constants
 
     def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        """Register an initializer; one of the same name is used again."""
-        if name not in self.graph.initializers:
-            tensor = ir.Tensor(array, name=name)
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+        return initializer(self.graph, name, array)
 
     def _weights(self, match: FFNMatch, prefix: str, neurons: np.ndarray | None) -> tuple[str | None, dict[str, ir.Value]]:
         """(the node whose weights are shared or None, the weights by input name)."""
@@ -398,24 +388,20 @@ class _Writer:
         functions[function.identifier()] = function
         return overload
 
-    def _replace_y(self, match: FFNMatch, x: ir.Value, y: ir.Value) -> list[ir.Node]:
+    def _replace_y(self, match: FFNMatch, x: ir.Value, y: ir.Value, tape: ir.tape.Tape) -> None:
         """Put y in the place of the layer's old result, with a Reshape if that has no three axes."""
-        after: list[ir.Node] = []
-        self._describe(y, match.dtype, ir.Shape([*self._axes(), match.hidden_size]))
-        result = y
+        _describe(y, match.dtype, ir.Shape([*self._axes(), match.hidden_size]))
+        new = y
         if (rank(match.y) or rank(match.x)) != 3:
             flat = self._initializer(f"flat_rows.{match.hidden_size}", np.array([-1, match.hidden_size], dtype=np.int64))
-            back = ir.node("Reshape", [y, flat])
-            self._describe(back.outputs[0], match.dtype, match.y.shape, f"{y.name}.2d")
-            after, result = [back], back.outputs[0]
+            new = tape.op("Reshape", [y, flat], output=result(f"{y.name}.2d", match.dtype, match.y.shape))
         elif x.shape is not None:
             y.shape = x.shape.copy()
-        self.replaced[match.y] = result
+        self.replaced[match.y] = new
         old_name = match.y.name
-        match.y.replace_all_uses_with(result, replace_graph_outputs=True)
-        if result.is_graph_output():
-            result.name, match.y.name = old_name, f"{old_name}.replaced"
-        return after
+        match.y.replace_all_uses_with(new, replace_graph_outputs=True)
+        if new.is_graph_output():
+            new.name, match.y.name = old_name, f"{old_name}.replaced"
 
     def _remove(self, match: FFNMatch) -> None:
         """Remove the layer's nodes, the nodes that only fed them, and initializers that are not used any more."""
@@ -435,13 +421,6 @@ class _Writer:
             raise RuntimeError(f"nodes of {match.name!r} are still in use: {[node.name for node in leftover]}")
         free_unused(self.graph, iter(freed))
 
-    @staticmethod
-    def _describe(value: ir.Value, dtype: ir.DataType, shape: ir.Shape | None, name: str | None = None) -> None:
-        value.type = ir.TensorType(dtype)
-        value.shape = None if shape is None else shape.copy()
-        if name is not None:
-            value.name = name
-
 
 @dataclass(frozen=True)
 class _Merging:
@@ -451,6 +430,11 @@ class _Merging:
     rows: MergeRows
     past: MergeState
     shapes: tuple[list[int], list[int]]
+
+
+def _describe(value: ir.Value, dtype: ir.DataType, shape: ir.Shape | None) -> None:
+    value.type = ir.TensorType(dtype)
+    value.shape = None if shape is None else shape.copy()
 
 
 def _sizes(w_out: ir.Value) -> tuple[int, int]:

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from graph_passes.emit import initializer, result
+
 
 def write_inlined(model: Path, out: Path) -> None:
     """Write `model` with its functions inlined to `out`, a file in the same folder: both read the same weight file.
@@ -17,21 +19,15 @@ def write_inlined(model: Path, out: Path) -> None:
     DequantizeLinear nodes with scale 1 here: the same numbers.
     """
     graph = InlinePass()(ir.load(model)).model
-    one = None
     for node in list(graph.graph):
         source = node.inputs[0] if node.op_type == "Cast" and node.domain == "" else None
         if source is None or source.dtype != ir.DataType.INT8 or not source.is_initializer():
             continue
-        if one is None:
-            one = ir.Value(name="clada.one", const_value=ir.Tensor(np.array(1, np.float32), name="clada.one"))
-            graph.graph.register_initializer(one)
-        made = ir.node("DequantizeLinear", [source, one], name=f"{node.name}.dequantize")
-        made.outputs[0].name, made.outputs[0].type, made.outputs[0].shape = (
-            node.outputs[0].name,
-            ir.TensorType(ir.DataType.FLOAT),
-            source.shape,
-        )
-        graph.graph.insert_before(node, made)
-        node.outputs[0].replace_all_uses_with(made.outputs[0])
+        one = initializer(graph.graph, "clada.one", np.array(1, np.float32))
+        tape = ir.tape.Tape()
+        made = result(node.outputs[0].name, ir.DataType.FLOAT, source.shape)
+        tape.op("DequantizeLinear", [source, one], name=f"{node.name}.dequantize", output=made)
+        graph.graph.insert_before(node, tape.nodes)
+        node.outputs[0].replace_all_uses_with(made)
         graph.graph.remove(node, safe=True)
     ir.save(graph, out)
