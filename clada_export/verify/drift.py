@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.calibration.soundness import perplexity, rise
 from clada_export.runtime import Engine, LoadMeter
-from clada_export.verify.numbers import common_prefix, log_softmax
+from clada_export.verify.numbers import common_prefix, log_softmax, perplexity, perplexity_rise
 from clada_export.verify.parity import greedy_tokens
 from clada_export.verify.report import Check
 
@@ -56,7 +55,7 @@ def measure_drift(engine: Engine, rows: Sequence[Sequence[int]], dense: Sequence
         "tokens": len(difference),
         "dense_ppl": perplexity(float(np.concatenate(dense_nll).mean())),
         "ppl": perplexity(float(np.concatenate(nll).mean())),
-        "ppl_increase": rise(mean),
+        "ppl_increase": perplexity_rise(mean),
         "ppl_increase_standard_error": error,
         "kl": float(np.concatenate(kl).mean()),
         "top1": float(np.concatenate(top1).mean()),

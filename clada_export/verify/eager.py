@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.positions import counted, first_position
 from clada_export.decoder.tap import FFNTap
-from clada_export.op.merge import MergingFFN
 from clada_export.op.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
 from clada_export.op.router import RouterModule
-from clada_export.op.scorer import layer_tensors
 from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.verify.derivation import derive_tensors
+from clada_export.verify.merging import MergedReference
 from graph_passes.op import SparseFFNAttributes
 
 
@@ -87,6 +87,11 @@ class ReferenceModel:
         self._ffns = [ffn for ffn, _ in chosen]
         self._layers = [_reference_layer(ffn, layer, plan) for ffn, layer in chosen]
 
+    @property
+    def constants(self) -> list[tuple[str, SparseFFNTensors]]:
+        """By FFN, what the op's nodes should hold (`clada_export.verify.derivation`)."""
+        return [(ffn.name, layer.tensors) for ffn, layer in zip(self._ffns, self._layers, strict=True)]
+
     def run(self, row: Sequence[int], load: npt.NDArray[np.float32]) -> SparseRun:
         """Run one row alone; `load` float32 [T] is the load of every token."""
         loads = torch.from_numpy(np.asarray(load, dtype=np.float32))
@@ -113,7 +118,7 @@ class _ReferenceLayer:
     tensors: SparseFFNTensors
     shadow: Tensor | None
     router: RouterModule | None
-    merging: MergingFFN | None
+    merging: MergedReference | None
 
     def run(self, x: Tensor, load: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(y [T, d] float32, active [T], the statistic [1, f'] after them) of the tokens of one sequence.
@@ -145,7 +150,7 @@ class _ReferenceLayer:
         )
         return result.y.squeeze(1), result.active.squeeze(1), stat
 
-    def _run_merged(self, x: Tensor, load: Tensor, merging: MergingFFN) -> tuple[Tensor, Tensor]:
+    def _run_merged(self, x: Tensor, load: Tensor, merging: MergedReference) -> tuple[Tensor, Tensor]:
         """(y, active). The dense rows that a text begins with are a segment, as a prompt is, and each later one is a segment of
         its own, as a dense step is; rows between them run what was merged last, or dense if nothing was."""
         prompt = load == float("inf")
@@ -171,14 +176,13 @@ class _ReferenceLayer:
 def _reference_layer(ffn: EagerFFN, layer: LayerPlan, plan: SparsityPlan) -> _ReferenceLayer:
     attributes = replace(plan.attributes(layer), has_bias=ffn.has_bias)
     arrays = plan.tensors(layer)
-    threshold = torch.tensor(layer.threshold, dtype=torch.float32)
-    tensors = layer_tensors(ffn, plan.score, threshold, neurons=arrays.neurons)
+    tensors = derive_tensors(ffn, plan.score, layer.threshold, arrays.neurons)
     shadow = None
     if tensors.shadow is not None and tensors.shadow_scale is not None:
         shadow = dequantize_shadow(tensors.shadow, tensors.shadow_scale)
     merging = None
     if layer.merge is not None:
         assert arrays.router is not None
-        merging = MergingFFN(tensors, attributes, arrays.router)
+        merging = MergedReference(tensors, attributes, arrays.router)
     router = None if arrays.router is None else RouterModule(arrays.router)
     return _ReferenceLayer(attributes, tensors, shadow, router, merging)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+
+LARGEST_LOG = 700.0
+"""e^700 is the largest perplexity that is told; float64 ends at e^709."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,16 @@ def compare_logits(found: Logits, wanted: Logits) -> ParityNumbers:
         top1=float((found.argmax(-1) == wanted.argmax(-1)).mean()),
         largest_logit=float(np.abs(wanted).max()),
     )
+
+
+def perplexity(nll: float) -> float:
+    """exp(mean nll), at most e^700; nll in nats a token."""
+    return math.exp(min(nll, LARGEST_LOG))
+
+
+def perplexity_rise(difference: float) -> float:
+    """exp(mean difference of nll) - 1, at most e^700: how far perplexity rises, as a share."""
+    return math.expm1(min(difference, LARGEST_LOG))
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:

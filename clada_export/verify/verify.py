@@ -13,6 +13,7 @@ from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.model_config import vocab_size
 from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
+from clada_export.verify.constants import constants_check
 from clada_export.verify.drift import drift_check, measure_drift, sparse_greedy_prefix
 from clada_export.verify.eager import ReferenceModel, dense_logits, greedy
 from clada_export.verify.load_outputs import load_output_check
@@ -62,7 +63,8 @@ def verify(
     reference = ReferenceModel(model, ffns, plan)
     rounded = None if options.computes_in == "float32" else RoundedModel(model, ffns, plan, options.computes_in)
     rounding = EXACT
-    result = Verification()
+    progress("constants")
+    result = Verification([constants_check(engine.folder / engine.manifest.model, reference.constants)])
     rng = np.random.default_rng(options.seed)
     for case in make_cases(text, vocabulary, limit, options.seed, ragged=engine.manifest.padding == "left"):
         if engine.max_batch is not None and len(case.rows) > engine.max_batch:
