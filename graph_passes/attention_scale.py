@@ -33,19 +33,23 @@ class ExactAttentionScale(ir.passes.InPlacePass):
         """Apply the rule to the main graph."""
         modified = False
         for node in list(model.graph):
-            if node.op_type != "MatMul" or node.domain != "":
+            found = _scaled_twice(node)
+            if found is None:
                 continue
-            query, keys = (_scaled(value) for value in node.inputs)
-            if query is None or keys is None or query[1] != keys[1]:
-                continue
-            source, root, dtype = query
+            (source, root, dtype), keys = found
             scaled = self._scale(model.graph, node, source, root, dtype)
             node.replace_input_with(0, scaled)
-            node.replace_input_with(1, keys[0])
+            node.replace_input_with(1, keys)
             modified = True
         if modified:
             RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No product is left whose two sides are multiplied by one 16-bit constant."""
+        left = next((node for node in model.graph if _scaled_twice(node) is not None), None)
+        if left is not None:
+            raise ir.passes.PostconditionError(f"the factors of {left.name!r} are both still scaled")
 
     def _scale(self, graph: ir.Graph, node: ir.Node, source: ir.Value, root: float, dtype: ir.DataType) -> ir.Value:
         """Nodes before `node` that multiply `source` by the scale in float32, and their result."""
@@ -65,6 +69,14 @@ class ExactAttentionScale(ir.passes.InPlacePass):
         narrow = op("narrow", "Cast", [product], dtype, to=int(dtype))
         graph.insert_before(node, tape.nodes)
         return narrow
+
+
+def _scaled_twice(node: ir.Node) -> tuple[tuple[ir.Value, float, ir.DataType], ir.Value] | None:
+    """((q, r, type of r), k) of `MatMul(Mul(q, r), Mul(k, r))`, or None."""
+    if node.op_type != "MatMul" or node.domain != "":
+        return None
+    query, keys = (_scaled(value) for value in node.inputs)
+    return (query, keys[0]) if query is not None and keys is not None and query[1] == keys[1] else None
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value, float, ir.DataType] | None:

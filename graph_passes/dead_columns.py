@@ -26,19 +26,33 @@ class DropDeadColumns(ir.passes.InPlacePass):
         """Look at every Split of the main graph."""
         changed = False
         for node in list(model.graph):
-            if node.op_type == "Split" and not node.domain:
-                changed |= _narrow(model.graph, node)
+            changed |= _narrow(model.graph, node)
         return ir.passes.PassResult(model, changed)
 
+    def ensures(self, model: ir.Model) -> None:
+        """No such Split is left."""
+        left = next((node for node in model.graph if _dead(node) is not None), None)
+        if left is not None:
+            raise ir.passes.PostconditionError(f"results of {left.name!r} have no user")
 
-def _narrow(graph: ir.Graph, split: ir.Node) -> bool:
+
+def _dead(split: ir.Node) -> tuple[list[int], list[bool], list[tuple[ir.Node, int]]] | None:
+    """(widths of the results, which have a user, `_operands`) of a Split that can be narrowed; None for other nodes."""
+    if split.op_type != "Split" or split.domain:
+        return None
     widths = split_widths(split)
     used = [bool(output.uses()) or output.is_graph_output() for output in split.outputs]
     if widths is None or all(used) or not any(used):
-        return False
+        return None
     chain = _operands(split)
-    if chain is None:
+    return None if chain is None else (widths, used, chain)
+
+
+def _narrow(graph: ir.Graph, split: ir.Node) -> bool:
+    found = _dead(split)
+    if found is None:
         return False
+    widths, used, chain = found
     kept = np.concatenate([np.arange(start, start + width) for start, width in _spans(widths, used)])
     for node, index in chain:
         _take(graph, node, index, kept)

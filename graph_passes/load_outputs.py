@@ -38,6 +38,14 @@ class AddLoadOutputs(ir.passes.InPlacePass):
         if opset < LEAST_OPSET:
             raise ir.passes.PreconditionError(f"the graph has opset {opset}; at least {LEAST_OPSET} is needed")
 
+    def ensures(self, model: ir.Model) -> None:
+        """Both outputs are there, float32 with one axis."""
+        found = {value.name: value for value in model.graph.outputs}
+        for name in LOAD_OUTPUTS:
+            value = found.get(name)
+            if value is None or value.dtype != ir.DataType.FLOAT or value.shape is None or len(value.shape) != 1:
+                raise ir.passes.PostconditionError(f"the graph has no output {name!r}, float32 with one axis")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Append the nodes after all others."""
         graph = model.graph

@@ -68,6 +68,12 @@ class NameInterface(ir.passes.InPlacePass):
         ):
             raise ir.passes.PreconditionError("the graph has no input 'input_ids' with two axes")
 
+    def ensures(self, model: ir.Model) -> None:
+        """Keys and values of the cache have their names."""
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            if _new_name(str(value.name)) != value.name:
+                raise ir.passes.PostconditionError(f"{value.name!r} is still called so")
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         self.report = InterfaceReport()
         graph = model.graph

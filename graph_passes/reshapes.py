@@ -24,22 +24,30 @@ class RemoveHeadReshapes(ir.passes.InPlacePass):
         """Apply both rules to the main graph."""
         modified = False
         for node in list(model.graph):
-            source = _merged_and_split(node) or _transposed_twice(node)
-            if source is None:
-                continue
-            output = node.outputs[0]
-            if output.is_graph_output():
-                continue
-            if isinstance(source, ir.Value):
-                ir.convenience.replace_all_uses_with(output, source)
-            else:
+            # Again, while the node stays: what it now reads may be a Transpose that is an output too, and so was not merged.
+            while (source := _detour(node)) is not None:
+                modified = True
+                if isinstance(source, ir.Value):
+                    ir.convenience.replace_all_uses_with(node.outputs[0], source)
+                    break
                 inner, order = source
                 node.replace_input_with(0, inner)
                 node.attributes["perm"] = ir.AttrInt64s("perm", order)
-            modified = True
         if modified:
             RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No such pair is left, but where the second node gives an output of the graph."""
+        left = next((node for node in model.graph if _detour(node) is not None), None)
+        if left is not None:
+            raise ir.passes.PostconditionError(f"node {left.name!r} undoes what the one before it did")
+
+
+def _detour(node: ir.Node) -> ir.Value | tuple[ir.Value, list[int]] | None:
+    """What the node and the one before it come to together; None if they are not such a pair, or their result is an output."""
+    source = _merged_and_split(node) or _transposed_twice(node)
+    return None if source is None or node.outputs[0].is_graph_output() else source
 
 
 def _merged_and_split(node: ir.Node) -> ir.Value | None:

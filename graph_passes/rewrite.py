@@ -11,7 +11,6 @@ import onnx_ir as ir
 from graph_passes.dead_columns import DropDeadColumns
 from graph_passes.emit import Emitter, initializer, result
 from graph_passes.function_body import (
-    MIN_OPSET,
     PLUGIN_ATTRIBUTES,
     VARIANT,
     make_function,
@@ -29,13 +28,13 @@ from graph_passes.op import (
     output_names,
     weight_shapes,
 )
+from graph_passes.pass_list import PassList
 from graph_passes.repack import free_unused, repack, sources, weight_key
 from graph_passes.report import RewriteReport, RewrittenFFN
-from graph_passes.rewrite_check import FFNRewrite, check_rewrite, settle
+from graph_passes.rewrite_check import LOAD, FFNRewrite, check_rewrite, require_rewritable, settle
 from graph_passes.router_nodes import write_router
-from graph_passes.search import FFN_NAME, FFNMiss, find_ffns, rewritten_ffns
+from graph_passes.search import FFN_NAME, FFNMiss, FFNSearch, find_ffns
 
-LOAD = "load"
 ACTIVE_NEURONS = "active_neurons"
 MERGED_PARTS = ("in", "out")
 """The parts of a merged FFN's state: `past_merged.{i}.in` and `.out`; one tensor would be copied at each step to be split."""
@@ -48,15 +47,17 @@ def rewrite_ffns(
     emit_active: bool = True,
     weight_dtype: ir.DataType | None = None,
 ) -> RewriteReport:
-    """Rewrite the FFNs named in `rewrites`, in place; see `RewriteFFNs`.
+    """Find the FFNs named in `rewrites` and rewrite them, in place; see `RewriteFFNs` and `DropDeadColumns`.
 
     Raises:
         ContractError: a rewrite that the op does not allow for its layer. Sizes, thresholds and scores are checked before the
             graph is touched; what `make_constants` returns, when its layer is reached.
         PreconditionError: the graph has no `input_ids`, or an opset below 18.
     """
-    rewrite = RewriteFFNs(rewrites, emit_active=emit_active, weight_dtype=weight_dtype)
-    rewrite(model)
+    search = find_ffns(model, expected=list(rewrites))
+    rewrite = RewriteFFNs(rewrites, search, emit_active=emit_active, weight_dtype=weight_dtype)
+    PassList(rewrite, DropDeadColumns())(model)
+    rewrite.report.nodes_after = model.graph.num_nodes()
     return rewrite.report
 
 
@@ -64,10 +65,11 @@ class RewriteFFNs(ir.passes.InPlacePass):
     """Replace matched FFNs by op nodes, add the graph input `load` and the output `active_neurons`, attach the function(s).
 
     Weights are repacked one layer at a time, and a layer's old initializers are let go before the next is read.
-    FFNs that `rewrites` does not name stay as they are. A second run finds nothing to do.
+    FFNs that `rewrites` does not name stay as they are. A search after it does not find the others again.
 
     Args:
         rewrites: by the module path of the down projection.
+        search: of the FFNs of the same graph (`find_ffns`); its misses go into the report.
         emit_active: add the output `active_neurons`, int32 [batch, layers, sequence].
         weight_dtype: element type of the repacked weights; the graph's own when None. x and y keep the graph's, so a graph in
             16 bits takes no other.
@@ -76,27 +78,24 @@ class RewriteFFNs(ir.passes.InPlacePass):
     def __init__(
         self,
         rewrites: Mapping[str, FFNRewrite],
+        search: FFNSearch,
         *,
         emit_active: bool = True,
         weight_dtype: ir.DataType | None = None,
     ) -> None:
         super().__init__()
         self.rewrites = dict(rewrites)
+        self.search = search
         self.emit_active = emit_active
         self.weight_dtype = weight_dtype
         self.report = RewriteReport()
 
     def requires(self, model: ir.Model) -> None:
-        """The graph has a 2-D `input_ids`, from whose axes `load` takes its own, and an opset that the
-        function body can use; no input of another meaning is called `load`."""
-        shape = next((value.shape for value in model.graph.inputs if value.name == "input_ids"), None)
-        if shape is None or len(shape) != 2:
-            raise ir.passes.PreconditionError("the graph has no input 'input_ids' with two axes")
-        opset = model.graph.opset_imports.get("", 0)
-        if opset < MIN_OPSET:
-            raise ir.passes.PreconditionError(f"the graph has opset {opset}; {MIN_OPSET} or later is needed")
-        if any(value.name == LOAD for value in model.graph.inputs) and not rewritten_ffns(model):
-            raise ir.passes.PreconditionError(f"the graph has an input {LOAD!r} already, and no {OP_TYPE} node that reads it")
+        """What `require_rewritable` says, and that the matches are those of this graph as it is now."""
+        require_rewritable(model)
+        gone = next((match for match in self.search.matches if _is_gone(match, model.graph)), None)
+        if gone is not None:
+            raise ir.passes.PreconditionError(f"FFN {gone.name!r} was found in another graph, or is not in this one any more")
 
     def ensures(self, model: ir.Model) -> None:
         """Every op node has its function, its inputs in number, and typed, shaped outputs."""
@@ -112,8 +111,7 @@ class RewriteFFNs(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"an output of node {node.name!r} has no shape")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        search = find_ffns(model, expected=list(self.rewrites))
+        graph, search = model.graph, self.search
         report = self.report = RewriteReport(misses=search.misses, nodes_before=graph.num_nodes())
         chosen = [match for match in search.matches if match.name in self.rewrites]
         for match in chosen:
@@ -123,7 +121,6 @@ class RewriteFFNs(ir.passes.InPlacePass):
             for match in chosen:
                 report.ffns.append(writer.rewrite(match, self.rewrites[match.name], self.emit_active))
             writer.finish()
-            DropDeadColumns()(model)
         report.nodes_after = graph.num_nodes()
         return ir.passes.PassResult(model, bool(chosen))
 
@@ -430,6 +427,11 @@ class _Merging:
     rows: MergeRows
     past: MergeState
     shapes: tuple[list[int], list[int]]
+
+
+def _is_gone(match: FFNMatch, graph: ir.Graph) -> bool:
+    producer = match.y.producer()
+    return producer is None or producer.graph is not graph
 
 
 def _describe(value: ir.Value, dtype: ir.DataType, shape: ir.Shape | None) -> None:

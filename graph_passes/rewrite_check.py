@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.function_body import check_types
+from graph_passes.function_body import MIN_OPSET, check_types
 from graph_passes.matchers.common import FFNMatch
-from graph_passes.op import ContractError, SparseFFNAttributes, weight_shapes
+from graph_passes.op import OP_TYPE, ContractError, SparseFFNAttributes, weight_shapes
 from graph_passes.router import Router
+from graph_passes.search import rewritten_ffns
+
+LOAD = "load"
 
 MakeConstants = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
 
@@ -41,6 +44,23 @@ class FFNRewrite:
     def width(self, intermediate_size: int) -> int:
         """How many neurons the op holds."""
         return intermediate_size if self.neurons is None else len(self.neurons)
+
+
+def require_rewritable(model: ir.Model) -> None:
+    """What `RewriteFFNs` needs of a graph, whatever it is to rewrite: a 2-D `input_ids`, from whose axes `load` takes its own,
+    and an opset that the function body can use; no input of another meaning is called `load`.
+
+    Raises:
+        PreconditionError: says what is missing.
+    """
+    shape = next((value.shape for value in model.graph.inputs if value.name == "input_ids"), None)
+    if shape is None or len(shape) != 2:
+        raise ir.passes.PreconditionError("the graph has no input 'input_ids' with two axes")
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < MIN_OPSET:
+        raise ir.passes.PreconditionError(f"the graph has opset {opset}; {MIN_OPSET} or later is needed")
+    if any(value.name == LOAD for value in model.graph.inputs) and not rewritten_ffns(model):
+        raise ir.passes.PreconditionError(f"the graph has an input {LOAD!r} already, and no {OP_TYPE} node that reads it")
 
 
 def check_rewrite(match: FFNMatch, rewrite: FFNRewrite, weight_dtype: ir.DataType | None, emit_active: bool) -> None:

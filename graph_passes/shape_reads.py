@@ -20,6 +20,16 @@ _PARTS = ("Slice", "Gather", "Unsqueeze", "Squeeze", "Identity", "Cast")
 class HoistShapeReads(ir.passes.InPlacePass):
     """Move Shape nodes up over elementwise operators, and put the target of a Reshape in their place."""
 
+    def requires(self, model: ir.Model) -> None:
+        """The nodes are in an order in which they can run: what is known of a value is known before the nodes that read it."""
+        seen: set[ir.Node] = set()
+        for node in model.graph:
+            for value in node.inputs:
+                producer = None if value is None else value.producer()
+                if producer is not None and producer.graph is model.graph and producer not in seen:
+                    raise ir.passes.PreconditionError(f"{node.name!r} stands before {producer.name!r}, whose result it reads")
+            seen.add(node)
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Look at every node of the main graph once."""
         changed = False

@@ -14,7 +14,7 @@ from clada_export.source.load import load_source
 from clada_export.source.onnx.graph import compilable_ffns, readable_graph
 from clada_export.trace.trace import trace
 from graph_passes.matchers.common import FFNMatch
-from graph_passes.rewrite import RewriteFFNs
+from graph_passes.rewrite_check import require_rewritable
 from graph_passes.search import FFNSearch, find_ffns, rewritten_ffns
 
 
@@ -104,6 +104,6 @@ def _graph_notes(model: ir.Model) -> Iterator[str]:
     if model.producer_name:
         yield f"written by {model.producer_name} {model.producer_version or ''}".rstrip()
     try:
-        RewriteFFNs({}).requires(model)
+        require_rewritable(model)
     except ir.passes.PreconditionError as error:
         yield f"it can't be rewritten as it is: {error}"

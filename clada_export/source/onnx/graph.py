@@ -22,7 +22,7 @@ from clada_export.source.onnx.inline import InlineFunctions
 from graph_passes.matchers.common import fixed_size, rank
 from graph_passes.matchers.weights import FLOATS
 from graph_passes.naming import name_interface
-from graph_passes.rewrite import RewriteFFNs
+from graph_passes.rewrite_check import require_rewritable
 from graph_passes.search import FFNMiss, FFNSearch, rewritten_ffns
 from graph_passes.shape_reads import HoistShapeReads
 
@@ -170,7 +170,7 @@ def load_graph(path: Path) -> ir.Model:
     if rewritten_ffns(model):
         raise UnsupportedModelError(f"{path} was written by clada-export already; give it the model that it was made from")
     try:
-        RewriteFFNs({}).requires(model)
+        require_rewritable(model)
     except ir.passes.PreconditionError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
     if not any(value.name == "logits" for value in model.graph.outputs):
