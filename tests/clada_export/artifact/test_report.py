@@ -295,3 +295,24 @@ def test_a_license_that_looks_like_yaml_stays_a_string(tmp_path: Path) -> None:
     source = {"name": "no: [1", "kind": "hub", "revision": None, "weights_digest": "ab", "files": {}, "license": "other: {x}"}
     front, _ = card(tmp_path, make_manifest(source=source))
     assert front["base_model"] == "no: [1" and front["license"] == "other: {x}"
+
+
+def test_what_strangers_wrote_is_text_in_the_model_card(tmp_path: Path) -> None:
+    """A name, a package, a warning and a reason that are Markdown and HTML; only in code spans they are as they were."""
+    engine = {
+        "package": NASTY,
+        "version": NASTY,
+        "backend": "tensorrt",
+        "files": [{"file": NASTY, "compute_capabilities": [NASTY]}],
+        "plugin": {"embedded": False, "file": NASTY},
+        "commands": {},
+    }
+    source = {"name": NASTY, "kind": "hub", "revision": NASTY, "license": NASTY}
+    verification = make_verification().to_dict() | {"deferred": [NASTY]}
+    manifest = make_manifest(engine=engine, source=source, warnings=(NASTY,), verification=verification, dtype=NASTY)
+    front, body = card(tmp_path, manifest)
+    assert front["base_model"] == NASTY and front["license"] == NASTY
+    blocks = body.split("```")
+    prose = re.sub(r"(?<!\\)`[^`]*`", "", " ".join(blocks[::2]))
+    assert prose.count(r"\<script\>") >= 7 and "<script>" not in prose
+    assert json.dumps(NASTY) in blocks[3]
