@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks import environment
 from benchmarks.decode import say
 from benchmarks.tiny_decoders import NotMadeError, model_types, tiny_decoder
+from clada_export.decoder.torch_decoder import TorchDecoder
 
 FUSIONS = (None, "cpu", "cuda")
 TIMEOUT = 600.0
@@ -72,23 +73,21 @@ class Row:
 
 def examine(model_type: str) -> Row:
     """Everything about one type; what goes wrong is in the row."""
-    from clada_export.decoder.ffn import find_eager_ffns
     from clada_export.errors import CladaError
 
     row = Row(model_type)
     step, start = "make", time.perf_counter()
     try:
-        model = tiny_decoder(model_type)
-        row.model, step = type(model).__name__, "eager"
-        ffns = find_eager_ffns(model)
-        row.expected = len(ffns.found)
-        row.forms = dict(Counter(_form(ffn.activation, ffn.gated, ffn.packing) for ffn in ffns.found))
-        row.dense = dict(Counter(item.reason for item in ffns.skipped))
-        if ffns.found:
+        decoder = TorchDecoder(tiny_decoder(model_type))
+        row.model, step = decoder.name, "eager"
+        row.expected = len(decoder.ffns)
+        row.forms = dict(Counter(_form(ffn.activation, ffn.gated, ffn.packing) for ffn in decoder.ffns))
+        row.dense = dict(Counter(item.reason for item in decoder.skipped))
+        if decoder.ffns:
             step = "trace"
-            _match(row, model, [ffn.name for ffn in ffns.found])
+            _match(row, decoder, [ffn.name for ffn in decoder.ffns])
             step = "export"
-            _export(row, model)
+            _export(row, decoder.model)
     except (NotMadeError, CladaError) as error:
         row.failed, row.why = step, str(error)
     except Exception as error:
@@ -102,8 +101,7 @@ def _form(activation: str, gated: bool, packing: str | None) -> str:
     return activation + (" gated" if gated else "") + (f", packed in {packing}" if packing else "")
 
 
-def _match(row: Row, model: Any, expected: Sequence[str]) -> None:
-    from clada_export.decoder.ffn import plain_ffns
+def _match(row: Row, decoder: Any, expected: Sequence[str]) -> None:
     from clada_export.errors import UnsupportedModelError
     from clada_export.trace.trace import trace
     from graph_passes import find_ffns
@@ -112,8 +110,7 @@ def _match(row: Row, model: Any, expected: Sequence[str]) -> None:
     for fusions in FUSIONS:
         name = fusions or "none"
         try:
-            with plain_ffns(model):
-                graph = trace(model, fusions=fusions).graph
+            graph = trace(decoder, fusions=fusions).graph
         except UnsupportedModelError as error:
             row.matched[name], refusal = str(error), error
             continue

@@ -23,7 +23,7 @@ def write_engine_manifest(
         graph: what was written as `MODEL_NAME`.
         library: the name of the op's library in the folder; None for a graph without the op.
     """
-    source.model.config.save_pretrained(folder)
+    source.decoder.config.save_pretrained(folder)
     manifest = Manifest(
         tool_version=__version__,
         source={**source.record(), "files": {}},

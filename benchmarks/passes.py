@@ -27,6 +27,7 @@ from benchmarks.child import run_child
 from benchmarks.decode import say
 from benchmarks.markers import fill
 from benchmarks.table import markdown
+from clada_export.decoder.torch_decoder import TorchDecoder
 from graph_passes import FFNRewrite, find_ffns, rewrite_ffns
 from graph_passes.op import SparseFFNAttributes
 
@@ -48,7 +49,7 @@ def make(arguments: Sequence[str]) -> int:
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     folder.mkdir(parents=True, exist_ok=True)
-    ir.save(trace(model).graph, folder / "model.onnx", external_data="model.onnx.data")
+    ir.save(trace(TorchDecoder(model)).graph, folder / "model.onnx", external_data="model.onnx.data")
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from benchmarks.engine_folder import write_engine_manifest
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.plan.plan import LoadSignal, SparsityPlan
 from clada_export.source.load import load_source
 from clada_export.targets.common import MODEL_NAME
@@ -27,13 +28,13 @@ def write_peer(model: str, folder: Path) -> None:
         UsageError, UnsupportedModelError: the model can't be loaded or traced.
     """
     source = load_source(model)
-    graph = trace(source.model, fusions="cpu").graph
+    graph = trace(require_torch(source.decoder, "tracing"), fusions="cpu").graph
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     ir.save(graph, part / MODEL_NAME, external_data=MODEL_NAME + ".data")
-    if source.model.generation_config is not None:
-        source.model.generation_config.save_pretrained(part)
+    if source.decoder.generation_config is not None:
+        source.decoder.generation_config.save_pretrained(part)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(part)
     plan = SparsityPlan("dense peer", "gate", "threshold", (), LoadSignal(), {"weights_digest": source.weights_digest})

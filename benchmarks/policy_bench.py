@@ -25,8 +25,7 @@ from clada_export.calibration import CalibrationOptions, load_calibration_data
 from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.calibrate import Calibrator
 from clada_export.calibration.cost import relative_bytes
-from clada_export.decoder.ffn import require_ffns
-from clada_export.decoder.model_config import vocab_size
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import CladaError, UsageError
 from clada_export.methods import get_policy
 from clada_export.plan.plan import SparsityPlan
@@ -54,23 +53,24 @@ class Bench:
             raise UsageError(f"{place}: the model has no tokenizer, and the benchmark needs one for real text")
         self._source = source
         self._plans = plans / source.weights_digest[:16]
-        self._ffns = require_ffns(source.model).found
+        decoder = source.decoder
+        self._ffns = decoder.require_ffns()
         self._origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": "float32"}
-        data = load_calibration_data(source.tokenizer, vocab_size(source.model), context=settings.context, seed=settings.seed)
+        data = load_calibration_data(source.tokenizer, decoder.vocab_size, context=settings.context, seed=settings.seed)
         say("sensitivity, and the dense side of calibration")
         start = time.perf_counter()
         # Tables do not depend on the sparsity: the first cell of a row makes them, and its seconds are the ones to look at.
-        cache = CalibrationCache.of(work / "calibration", source.model, data.calibration, settings.seed)
-        self._calibrator = Calibrator(source.model, self._ffns, data, seed=settings.seed, cache=cache)
+        cache = CalibrationCache.of(work / "calibration", decoder, data.calibration, settings.seed)
+        self._calibrator = Calibrator(decoder, data, seed=settings.seed, cache=cache)
         once = time.perf_counter() - start
 
         windows = [self._windows(text) for text in texts]
         rows = torch.tensor([row for one in windows for row in one.rows])
         say(f"the dense model on {rows.numel()} held-out tokens")
-        self._heldout = HeldOut(source.model, self._ffns, rows, settings.prompt, work)
+        self._heldout = HeldOut(decoder, rows, settings.prompt, work)
         self._prompts = [rows[index, : settings.prompt].tolist() for index in _spread(len(rows), settings.prompts)]
-        self._wanted, _ = greedy(source.model, self._prompts, settings.new_tokens)
-        self._workshop = Workshop(source, self._ffns)
+        self._wanted, _ = greedy(decoder, self._prompts, settings.new_tokens)
+        self._workshop = Workshop(source)
         self._teal: tuple[Teal, float] | None = None
         found = self._heldout.measure(None).drift
         self.model = {
@@ -211,7 +211,7 @@ class Bench:
         if self._teal is None:
             start = time.perf_counter()
             windows = self._calibrator.data.calibration
-            teal = Teal(self._source.model, self._ffns, windows, self._calibrator.prompt)
+            teal = Teal(require_torch(self._source.decoder, "TEAL"), windows, self._calibrator.prompt)
             self._teal = teal, time.perf_counter() - start
         teal, spent = self._teal
         start = time.perf_counter()

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.child import run_child
 from benchmarks.engine_folder import write_engine_manifest
-from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import UsageError
 from clada_export.native.library import LIBRARY_NAME, ort_library_path
 from clada_export.plan.plan import SparsityPlan
@@ -45,8 +45,8 @@ class Workshop:
         source: the dense model.
     """
 
-    def __init__(self, source: SourceModel, ffns: Sequence[EagerFFN]) -> None:
-        self._source, self._ffns = source, {ffn.name: ffn for ffn in ffns}
+    def __init__(self, source: SourceModel) -> None:
+        self._source, self._ffns = source, {ffn.name: ffn for ffn in source.decoder.ffns}
         self._traced: TracedModel | None = None
 
     @property
@@ -57,7 +57,7 @@ class Workshop:
     def trace(self) -> None:
         """Trace the model, which takes minutes; the first `build` does it otherwise."""
         if self._traced is None:
-            self._traced = trace(self._source.model, fusions=target_ort.FUSIONS)
+            self._traced = trace(require_torch(self._source.decoder, "tracing"), fusions=target_ort.FUSIONS)
 
     def build(self, plan: SparsityPlan, folder: Path) -> None:
         """Write an engine; the model's FFN weights are taken as they are now where the plan says that they have changed.

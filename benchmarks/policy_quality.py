@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.axis import Axis
 from clada_export.calibration.drift import Drift, compare, drift_of
 from clada_export.calibration.load_response import multiplier_of
 from clada_export.calibration.merged import measure_merged
 from clada_export.calibration.selector import LayerSelector, Selectors, decide
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
@@ -47,14 +48,14 @@ class HeldOut:
     """Held-out windows with the dense model's logits, which are computed once and kept in a temporary file.
 
     Args:
-        model: dense, as it is now; later its weights may be pruned.
+        decoder: dense, as it is now; later its weights may be pruned.
         windows: int64 [N, context].
         prompt: tokens of every window that run dense, at least 1.
         folder: where the file goes: N x (context - prompt) x vocabulary x 4 bytes.
     """
 
-    def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, prompt: int, folder: Path) -> None:
-        self._model, self._ffns, self._windows = model, tuple(ffns), windows
+    def __init__(self, decoder: Decoder, windows: Tensor, prompt: int, folder: Path) -> None:
+        self._decoder, self._windows = decoder, windows
         self.prompt = prompt
         signals: list[Tensor] = []
         dense: np.memmap[tuple[int, ...], np.dtype[np.float32]] | None = None
@@ -84,8 +85,8 @@ class HeldOut:
             decode: what sparse tokens compute; None runs the model as it is now (pruned weights).
             step: called after every window.
         """
-        prompt, layers = self.prompt, len(self._ffns)
-        active = np.zeros(layers)
+        prompt, ffns = self.prompt, self._decoder.ffns
+        active = np.zeros(len(ffns))
 
         def inner(window: int, index: int, x: Tensor, h: Tensor) -> Tensor:
             assert decode is not None
@@ -95,11 +96,11 @@ class HeldOut:
             return torch.cat((rows[:prompt], remaining)).reshape(h.shape)
 
         def tap(window: int) -> FFNTap:
-            return FFNTap(self._ffns, inner=partial(inner, window) if decode is not None else None)
+            return self._decoder.tap(inner=partial(inner, window) if decode is not None else None)
 
         drift = self.through(tap, step)
-        skipped = np.zeros(layers) if decode is None else 1.0 - active / len(self._windows)
-        widths = [ffn.intermediate_size for ffn in self._ffns]
+        skipped = np.zeros(len(ffns)) if decode is None else 1.0 - active / len(self._windows)
+        widths = [ffn.intermediate_size for ffn in ffns]
         return Found(replace(drift, sparsity=float(np.average(skipped, weights=widths))), skipped)
 
     def through(self, tap: Callable[[int], FFNTap], step: Callable[[], None] = lambda: None) -> Drift:
@@ -119,8 +120,7 @@ class HeldOut:
         return drift_of(parts, 0.0)
 
     def _logits(self, window: Tensor) -> Tensor:
-        logits: Tensor = self._model(input_ids=window[None], use_cache=False).logits[0]
-        return logits.float()
+        return self._decoder.logits(window).float()
 
 
 def merged_quality(heldout: HeldOut, ffns: Sequence[EagerFFN], plan: SparsityPlan) -> Found:

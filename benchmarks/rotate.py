@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from clada_export.calibration.text import default_text
-from clada_export.decoder.model_config import vocab_size
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import CladaError, UnsupportedModelError, UsageError, VerificationError
 from clada_export.source.load import load_source
 
@@ -150,11 +150,12 @@ def write_rotated(source: str, output: Path, seed: int = 0) -> RotationCheck:
     if output.exists():
         raise UsageError(f"{output} exists")
     loaded = load_source(source)
-    check = rotate(loaded.model, _tokens(loaded.tokenizer, vocab_size(loaded.model)), seed)
+    decoder = require_torch(loaded.decoder, "a rotation")
+    check = rotate(decoder.model, _tokens(loaded.tokenizer, decoder.vocab_size), seed)
     # A rename at the end: a run that is cut off leaves nothing that looks like a model.
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    loaded.model.save_pretrained(part)
+    decoder.model.save_pretrained(part)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(part)
     part.rename(output)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.op.reference import activate
 
 ROWS = 64
@@ -82,12 +82,12 @@ class Teal:
 
     def __init__(
         self,
-        model: nn.Module,
-        ffns: Sequence[EagerFFN],
+        decoder: TorchDecoder,
         windows: Tensor,
         prompt: int,
         step: Callable[[], None] = lambda: None,
     ) -> None:
+        ffns = decoder.ffns
         samples: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in ffns]
         rows = torch.linspace(prompt, windows.shape[1] - 1, min(ROWS, windows.shape[1] - prompt)).long()
 
@@ -95,10 +95,10 @@ class Teal:
             samples[index][0].append(x.reshape(-1, x.shape[-1])[rows].float())
             samples[index][1].append(h.reshape(-1, h.shape[-1])[rows].float())
 
-        with torch.inference_mode(), FFNTap(ffns, inner=inner):
+        with torch.inference_mode(), decoder.tap(inner=inner):
             for window in windows:
                 # One logit is enough: the FFNs run before the LM head.
-                model(input_ids=window[None], use_cache=False, logits_to_keep=1)
+                decoder.model(input_ids=window[None], use_cache=False, logits_to_keep=1)
                 step()
         self.layers = [_layer(ffn, torch.cat(xs), torch.cat(hs)) for ffn, (xs, hs) in zip(ffns, samples, strict=True)]
         self._paths: list[np.ndarray] | None = None

@@ -26,9 +26,8 @@ from benchmarks.child import ChildFailedError, run_child
 from clada_export.artifact.manifest import TensorSpec, read_manifest
 from clada_export.artifact.profiles import plan_profiles
 from clada_export.cli import main_export
-from clada_export.decoder.ffn import require_ffns
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.native.tensorrt import find_backend
-from clada_export.planning import sequence_limit
 from clada_export.source.load import load_source
 from clada_export.targets.common import tensor_spec
 from clada_export.targets.options import TensorRTOptions
@@ -58,10 +57,10 @@ def build_traced(arguments: Sequence[str]) -> int:
     path, dtype, out = arguments
     source = load_source(path)
     if dtype != "float32":
-        target.round_weights(source.model, require_ffns(source.model), dtype)
-    graph = trace(target.traceable(source.model, dtype), fusions=target.FUSIONS).graph
+        target.round_weights(source.decoder, dtype)
+    graph = trace(target.traceable(require_torch(source.decoder, "TensorRT"), dtype), fusions=target.FUSIONS).graph
     inputs = tuple(tensor_spec(value) for value in graph.graph.inputs)
-    profiles = plan_profiles(1, None, None, sequence_limit(source))
+    profiles = plan_profiles(1, None, None, source.decoder.sequence_limit)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         model = Path(scratch) / "model.onnx"
         ir.save(graph, model, external_data="model.onnx.data")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from clada_export import __version__
 from clada_export.artifact.manifest import Manifest, read_manifest
@@ -21,16 +20,14 @@ from clada_export.artifact.model_card import write_model_card
 from clada_export.artifact.report import write_report
 from clada_export.artifact.writer import ArtifactWriter
 from clada_export.calibration import CalibrationData, load_calibration_data
-from clada_export.decoder.ffn import EagerFFNs, plain_ffns, require_ffns
-from clada_export.decoder.model_config import vocab_size
-from clada_export.decoder.padding import NONE, padding_of
-from clada_export.decoder.positions import first_position
+from clada_export.decoder.padding_kinds import NONE
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
 from clada_export.plan.fit import check_goals, drift_limits, require_fit
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.tensors import save_plan_tensors
-from clada_export.planning import calibration_context, make_plan, read_data, round_weights, sequence_limit, weights_again
+from clada_export.planning import calibration_context, make_plan, read_data, round_weights, weights_again
 from clada_export.progress import Progress, Stages
 from clada_export.source.companions import write_companions
 from clada_export.source.load import SourceModel, load_source
@@ -89,32 +86,32 @@ def export(
     with ArtifactWriter(Path(output), options.overwrite) as writer:
         with stages("source") as note:
             source = _load(str(model), options, policy)
-            ffns = require_dense(source.model, source.name, policy, options.prune)
-            note(f"{source.name}, {len(ffns.found)} FFNs, {source.source_dtype}")
+            ffns = require_dense(source.decoder, source.name, policy, options.prune)
+            note(f"{source.name}, {len(ffns)} FFNs, {source.source_dtype}")
             _check_graph_source(source, options, given)
-            check_import(source.model, source.name, policy, options.prune)
-        warnings = [*source.warnings, *(f"{item.name} is left dense: {item.reason}" for item in ffns.skipped)]
-        warnings += ignored_options(source.model, options.budget, ExportOptions.budget, options.sparsity, options.settings)
+            check_import(source.decoder, source.name, policy, options.prune)
+        warnings = [*source.warnings, *(f"{item.name} is left dense: {item.reason}" for item in source.decoder.skipped)]
+        warnings += ignored_options(source.decoder, options.budget, ExportOptions.budget, options.sparsity, options.settings)
         if options.dtype != "float32":
             with stages("round"):
-                warnings.append(target.round_weights(source.model, ffns, options.dtype))
+                warnings.append(target.round_weights(source.decoder, options.dtype))
         data = read_data(source, options)
         warnings += data.warnings
         with stages("calibrate") as note:
-            plan, details = make_plan(source, ffns, data, given, options, target, stages.inner, note)
+            plan, details = make_plan(source, data, given, options, target, stages.inner, note)
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
         with stages("trace" if source.graph is None else "read graph"):
             traced = _traced(source, target, options.dtype)
         with stages("rewrite and write") as note:
             built = target.build(_build_request(source, traced, plan, writer.path, options, stages))
             del traced
-            note(f"matched {len({item.name for item in built.report.ffns})}/{len(ffns.found)} FFNs")
+            note(f"matched {len({item.name for item in built.report.ffns})}/{len(ffns)} FFNs")
         warnings += [*built.warnings, *(f"{miss.name} is left dense: {miss.reason}" for miss in built.report.misses)]
         # What the graph does not have can't be checked or reported as sparse.
         rewritten = {item.name for item in built.report.ffns}
-        require_whole(source.model, rewritten)
+        require_whole(source.decoder, rewritten)
         plan = plan.with_layers(tuple(layer for layer in plan.layers if layer.name in rewritten))
-        write_companions(source.model.config, source.model.generation_config, source.tokenizer, writer.path, source.name)
+        write_companions(source.decoder, source.tokenizer, writer.path, source.name)
         save_plan_tensors(writer.path, plan)
         manifest = _manifest(source, plan, built, target, options, warnings)
         if manifest.padding == NONE:
@@ -124,7 +121,7 @@ def export(
         verification: Verification | None = None
         if options.verify:
             with stages("verify") as note:
-                verification = target.verify(_subject(writer.path, manifest, source, ffns, data, stages))
+                verification = target.verify(_subject(writer.path, manifest, source, data, stages))
                 note(f"{sum(check.passed for check in verification.checks)}/{len(verification.checks)} checks")
             if not verification.passed:
                 raise VerificationError("verification failed:\n  " + "\n  ".join(verification.failures()))
@@ -189,15 +186,14 @@ def verify_folder(
                 f"{place} is not the model that {folder} was exported from: its weights have digest "
                 f"{loaded.weights_digest[:16]}..., and the manifest says {recorded['weights_digest'][:16]}..."
             )
-        ffns = require_ffns(loaded.model)
-        require_fit(plan, ffns.found, recorded["weights_digest"], str(folder))
+        require_fit(plan, loaded.decoder.require_ffns(), recorded["weights_digest"], str(folder))
         if manifest.dtype != "float32":
-            target.round_weights(loaded.model, ffns, manifest.dtype)
+            target.round_weights(loaded.decoder, manifest.dtype)
     context = calibration_context(loaded, plan.calibration.get("context", ExportOptions.calibration_context))
-    data = load_calibration_data(loaded.tokenizer, vocab_size(loaded.model), text_file=calibration_data, context=context)
-    weights_again(plan, loaded, ffns, data, partial(round_weights, target, loaded, ffns, manifest.dtype), str(folder))
+    data = load_calibration_data(loaded.tokenizer, loaded.decoder.vocab_size, text_file=calibration_data, context=context)
+    weights_again(plan, loaded.decoder, data, partial(round_weights, target, loaded.decoder, manifest.dtype), str(folder))
     with stages("verify"):
-        return target.verify_deployed(_subject(Path(folder), manifest, loaded, ffns, data, stages))
+        return target.verify_deployed(_subject(Path(folder), manifest, loaded, data, stages))
 
 
 def _load(model: str, options: ExportOptions, policy: str) -> SourceModel:
@@ -231,23 +227,21 @@ def _check_graph_source(source: SourceModel, options: ExportOptions, given: Spar
 def _traced(source: SourceModel, target: Target, dtype: str) -> TracedModel:
     if source.graph is not None:
         return TracedModel(load_graph(source.graph), None)
-    assert isinstance(source.model, PreTrainedModel)
-    traceable = target.traceable(source.model, dtype)
-    with plain_ffns(traceable):
-        return trace(traceable, fusions=target.FUSIONS)
+    decoder = require_torch(source.decoder, "tracing")
+    return trace(target.traceable(decoder, dtype), fusions=target.FUSIONS)
 
 
 def _build_request(
     source: SourceModel, traced: TracedModel, plan: SparsityPlan, folder: Path, options: ExportOptions, stages: Stages
 ) -> BuildRequest:
     # Attention layers of transformers keep the factor of their scores as `scaling`.
-    scales = (getattr(module, "scaling", None) for module in source.model.modules())
+    scales = (getattr(module, "scaling", None) for module in source.decoder.module.modules())
     return BuildRequest(
         traced,
         plan,
         folder,
         dtype=options.dtype,
-        limit=sequence_limit(source),
+        limit=source.decoder.sequence_limit,
         scales=frozenset(scale for scale in scales if isinstance(scale, float)),
         settings=options.tensorrt,
         progress=stages.inner,
@@ -279,8 +273,8 @@ def _manifest(
         model=built.model,
         warnings=tuple(warnings),
         tokenizer=source.tokenizer is not None,
-        padding=padding_of(source.model),
-        first_position=first_position(source.model),
+        padding=source.decoder.padding,
+        first_position=source.decoder.first_position,
         ffn_runs={name: count for name, count in Counter(item.name for item in built.report.ffns).items() if count > 1},
     )
 
@@ -290,12 +284,10 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
     return {name: metadata.version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))}
 
 
-def _subject(
-    folder: Path, manifest: Manifest, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, stages: Stages
-) -> Subject:
+def _subject(folder: Path, manifest: Manifest, source: SourceModel, data: CalibrationData, stages: Stages) -> Subject:
     text = None if data.origin == "random tokens" else data.heldout.numpy().astype(np.int64)
     limits = _limits(manifest.sparsity_plan())
-    return Subject(folder, manifest, source.model, ffns, text, limits, lambda what: stages.inner(what, 0, 0))
+    return Subject(folder, manifest, source.decoder, text, limits, lambda what: stages.inner(what, 0, 0))
 
 
 def _limits(plan: SparsityPlan) -> dict[str, float]:

@@ -13,9 +13,7 @@ from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.calibrate import Calibrator
 from clada_export.calibration.choose import AUTO, choose, plan_clock
 from clada_export.calibration.weights import FFNWeights
-from clada_export.decoder.ffn import EagerFFNs
-from clada_export.decoder.model_config import text_config, vocab_size
-from clada_export.decoder.positions import first_position
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import get_policy
@@ -33,7 +31,7 @@ def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:
     context = calibration_context(source, options.calibration_context)
     return load_calibration_data(
         source.tokenizer,
-        vocab_size(source.model),
+        source.decoder.vocab_size,
         text_file=options.calibration_data,
         tokens_file=options.calibration_tokens,
         context=context,
@@ -47,7 +45,7 @@ def calibration_context(source: SourceModel, wanted: int) -> int:
     Raises:
         UnsupportedModelError: the model takes fewer than `SHORTEST_CONTEXT`.
     """
-    limit = sequence_limit(source)
+    limit = source.decoder.sequence_limit
     if limit is not None and limit < SHORTEST_CONTEXT:
         raise UnsupportedModelError(
             f"{source.name} takes sequences of {limit} tokens by its configuration; at least {SHORTEST_CONTEXT} are needed"
@@ -55,17 +53,8 @@ def calibration_context(source: SourceModel, wanted: int) -> int:
     return wanted if limit is None else min(wanted, limit)
 
 
-def sequence_limit(source: SourceModel) -> int | None:
-    """The longest sequence that the model takes, or None if it does not say."""
-    config = text_config(source.model)
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    # Embeddings of positions that a text never has are in the number.
-    return limit - first_position(source.model) if isinstance(limit, int) else None
-
-
 def make_plan(
     source: SourceModel,
-    ffns: EagerFFNs,
     data: CalibrationData,
     given: SparsityPlan | None,
     options: ExportOptions,
@@ -86,16 +75,17 @@ def make_plan(
     Raises:
         UsageError: a plan for another model, or as `clada_export.calibration.calibrate`.
     """
-    rounded = partial(round_weights, target, source, ffns, options.dtype)
+    decoder = source.decoder
+    rounded = partial(round_weights, target, decoder, options.dtype)
     if given is not None:
-        require_fit(given, ffns.found, source.weights_digest, str(options.plan))
-        weights_again(given, source, ffns, data, rounded, str(options.plan))
-        require_finite_weights(given, ffns.found)
+        require_fit(given, decoder.ffns, source.weights_digest, str(options.plan))
+        weights_again(given, decoder, data, rounded, str(options.plan))
+        require_finite_weights(given, decoder.ffns)
         return given, given.calibration
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
-    if is_imported(source.model):
+    if is_imported(decoder):
         details = {"text": data.origin, "digest": data.digest, "context": int(data.calibration.shape[1])}
-        plan = import_plan(source.model, ffns.found, origin, details, getattr(torch, options.dtype).itemsize)
+        plan = import_plan(decoder, origin, details, getattr(torch, options.dtype).itemsize)
         return plan, plan.calibration
     calibration = CalibrationOptions(
         budget=Budget.parse(options.budget),
@@ -106,26 +96,26 @@ def make_plan(
         seed=options.seed,
         item=getattr(torch, options.dtype).itemsize,
     )
-    cache = CalibrationCache.of(options.calibration_cache, source.model, data.calibration, options.seed, note)
+    cache = CalibrationCache.of(options.calibration_cache, decoder, data.calibration, options.seed, note)
     if options.policy != AUTO:
         policy = get_policy(options.policy)
-        result = calibrate(source.model, ffns.found, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
+        result = calibrate(decoder, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
         return result.plan, result.details
-    calibrator = Calibrator(source.model, ffns.found, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
-    clock = plan_clock(source.model, ffns.found, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
+    calibrator = Calibrator(decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
+    clock = plan_clock(decoder, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
     result = choose(calibrator, origin, calibration, train=options.train, clock=clock)
     note(result.plan.calibration["auto"]["text"])
     return result.plan, result.details
 
 
-def round_weights(target: Target, source: SourceModel, ffns: EagerFFNs, dtype: str) -> None:
+def round_weights(target: Target, decoder: Decoder, dtype: str) -> None:
     """Put the weights on the grid of the engine's type, in place."""
     if dtype != "float32":
-        target.round_weights(source.model, ffns, dtype)
+        target.round_weights(decoder, dtype)
 
 
 def weights_again(
-    plan: SparsityPlan, source: SourceModel, ffns: EagerFFNs, data: CalibrationData, rounded: Callable[[], None], origin: str
+    plan: SparsityPlan, decoder: Decoder, data: CalibrationData, rounded: Callable[[], None], origin: str
 ) -> None:
     """Change the weights as a plan's were: the same pruning of the same text gives the same, and adapters are in the plan.
 
@@ -139,4 +129,4 @@ def weights_again(
             f"{data.calibration.shape[1]} tokens or others, and the text here is another one; give the same --calibration-data "
             "and --calibration-context"
         )
-    FFNWeights(source.model, ffns.found, data.calibration, rounded).follow(plan)
+    FFNWeights(decoder, data.calibration, rounded).follow(plan)

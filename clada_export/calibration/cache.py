@@ -29,13 +29,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import clada_export
 import graph_passes
 from clada_export import __version__
 from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import CalibrationStatistics, LayerTable
+from clada_export.decoder.decoder import Decoder
+from clada_export.decoder.digest import weights_digest
 from clada_export.errors import CladaError, UsageError
 from clada_export.files.stamps import cache_home
 from clada_export.methods import Policy, PolicyContext
@@ -168,9 +170,9 @@ class CalibrationCache:
 
     @classmethod
     def of(
-        cls, folder: Path | None, model: nn.Module, windows: Tensor, seed: int, warn: Warn = warnings.warn
+        cls, folder: Path | None, decoder: Decoder, windows: Tensor, seed: int, warn: Warn = warnings.warn
     ) -> CalibrationCache:
-        """The cache for a model with the weights that it has now.
+        """The cache for a decoder with the weights that it has now.
 
         Args:
             windows: int64 [N, context], the calibration text.
@@ -178,13 +180,12 @@ class CalibrationCache:
         """
         if folder is None:
             return cls()
-        config = getattr(model, "config", None)
         base = {
             "format": FORMAT,
             "code": code_digest(),
             "torch": torch.__version__,
-            "weights": _weights_digest(model),
-            "config": None if config is None else config.to_dict(),
+            "weights": weights_digest(decoder.module),
+            "config": decoder.config.to_dict(),
             "text": arrays_digest({"windows": windows.numpy()}),
             "seed": seed,
         }
@@ -235,9 +236,11 @@ class CalibrationCache:
         }
         return self._kept("routers", what, _unpack_methods, _pack_methods, lambda: policy.methods(context))
 
-    def of_weights(self, model: nn.Module) -> CalibrationCache:
-        """The same for a model whose weights have changed since."""
-        return self if self.store.folder is None else replace(self, base={**self.base, "weights": _weights_digest(model)})
+    def of_weights(self, decoder: Decoder) -> CalibrationCache:
+        """The same for a decoder whose weights have changed since."""
+        return (
+            self if self.store.folder is None else replace(self, base={**self.base, "weights": weights_digest(decoder.module)})
+        )
 
     def _key(self, kind: str, what: Mapping[str, Any]) -> str:
         return hashlib.sha256(_canonical({**self.base, "kind": kind, "what": what}, default=str).encode()).hexdigest()
@@ -278,12 +281,6 @@ def code_digest() -> str:
             digest.update(f"{path.relative_to(package.parent)}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _weights_digest(model: nn.Module) -> str:
-    from clada_export.source.load import weights_digest
-
-    return weights_digest(model)
 
 
 def _canonical(value: Any, default: Callable[[Any], Any] | None = None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
@@ -23,7 +23,7 @@ from clada_export.calibration.soundness import plain
 from clada_export.calibration.statistics import LayerTable, collect_statistics
 from clada_export.calibration.text import CalibrationData
 from clada_export.calibration.weights import FFNWeights
-from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UsageError
 from clada_export.methods import Policy, PolicyContext, PolicySettings
 from clada_export.methods.base import check_finetune
@@ -105,8 +105,7 @@ class Calibrator:
 
     def __init__(
         self,
-        model: nn.Module,
-        ffns: Sequence[EagerFFN],
+        decoder: Decoder,
         data: CalibrationData,
         *,
         seed: int = 0,
@@ -114,16 +113,16 @@ class Calibrator:
         cache: CalibrationCache | None = None,
         progress: Progress = lambda what, done, total: None,
     ) -> None:
-        self.model, self.ffns, self.data, self.seed, self.progress = model, tuple(ffns), data, seed, progress
+        self.decoder, self.data, self.seed, self.progress = decoder, data, seed, progress
         self.cache = cache or CalibrationCache()
         self.prompt = prompt_length(int(data.calibration.shape[1]))
         self.sensitivity = self.cache.sensitivity(
             lambda: layer_sensitivity(
-                model, ffns, _short_windows(data), seed=seed, progress=lambda done, total: progress("sensitivity", done, total)
+                decoder, _short_windows(data), seed=seed, progress=lambda done, total: progress("sensitivity", done, total)
             )
         )
-        self.meter = DriftMeter(model, ffns, data.heldout, self.prompt)
-        self.weights = FFNWeights(model, ffns, data.calibration, rounded)
+        self.meter = DriftMeter(decoder, data.heldout, self.prompt)
+        self.weights = FFNWeights(decoder, data.calibration, rounded)
         self._measured = 0
 
     def step(self) -> None:
@@ -134,7 +133,7 @@ class Calibrator:
     def calibrate(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
         """Make a sparsity plan; see the function `calibrate`. The model's weights are left pruned as the plan says."""
         check_finetune(policy, options.settings, options.prune is not None)
-        policy.check(self.ffns, options.settings)
+        policy.check(self.decoder.ffns, options.settings)
         if policy.prune_at(0.5, PolicySettings()) is not None:
             return self._static(policy, source, options)
         if policy.merges:
@@ -183,7 +182,7 @@ class Calibrator:
         """A plan that merges experts: two of them where a budget is given, since more cost more."""
         ready = self._prepare(policy, options, options.prune, options.sparsity if options.sparsity is not None else 0.5)
         (method,) = ready.methods
-        found = measure_merged(self.meter, self.ffns, method, self.step)
+        found = measure_merged(self.meter, self.decoder.ffns, method, self.step)
         layers = tuple(
             replace(layer, expected_sparsity=1.0 - 1.0 / (layer.merge or 1), expected_cett=float(error))
             for layer, error in zip(method.layers, found.error, strict=True)
@@ -209,8 +208,7 @@ class Calibrator:
         report = self.weights.report
         kept = {} if report is None else dict(report.kept)
         context = PolicyContext(
-            self.model,
-            self.ffns,
+            self.decoder,
             self.data.calibration,
             sparsity=sparsity,
             prompt=self.prompt,
@@ -219,12 +217,12 @@ class Calibrator:
             settings=options.settings,
             progress=self.progress,
         )
-        cache = self.cache if prune is None else self.cache.of_weights(self.model)
+        cache = self.cache if prune is None else self.cache.of_weights(self.decoder)
         methods = tuple(_without_pruned(method, kept) for method in cache.methods(policy, context))
         # All methods of a policy that trains the weights are made for the same ones.
         self.weights.adapt(methods[0].arrays)
         if self.weights.adapted:
-            cache = cache.of_weights(self.model)
+            cache = cache.of_weights(self.decoder)
         return _Ready(methods, cache, report)
 
     def _finish(
@@ -265,12 +263,12 @@ class Calibrator:
     ) -> CalibrationResult:
         aimed = options.sparsity if options.sparsity is not None else COMPARE_AT
         ready = self._prepare(policy, options, prune, aimed)
-        selectors = Selectors(self.ffns, ready.methods)
+        selectors = Selectors(self.decoder.ffns, ready.methods)
         statistics = ready.cache.statistics(
             selectors,
             self.prompt,
             lambda missing: collect_statistics(
-                self.model,
+                self.decoder,
                 missing,
                 self.data.calibration,
                 self.prompt,
@@ -353,8 +351,7 @@ class Calibrator:
 
 
 def calibrate(
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     policy: Policy,
     data: CalibrationData,
     source: dict[str, Any],
@@ -364,7 +361,7 @@ def calibrate(
     rounded: Callable[[], None] = lambda: None,
     cache: CalibrationCache | None = None,
 ) -> CalibrationResult:
-    """Make a sparsity plan for a model.
+    """Make a sparsity plan for a decoder.
 
     The statistics, the gradient pass and whatever a policy trains read `data.calibration`; every decision (variant, allocation,
     sparsity, load response) is measured on `data.heldout`, the first tokens of each window dense and the others sparse, as an
@@ -379,8 +376,8 @@ def calibrate(
     Raises:
         UsageError: a policy that the FFNs can't carry, activations that are not finite, a budget that nothing meets.
     """
-    policy.check(ffns, options.settings)
-    return Calibrator(model, ffns, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress).calibrate(
+    policy.check(decoder.ffns, options.settings)
+    return Calibrator(decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress).calibrate(
         policy, source, options
     )
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.budget import Budget, BudgetUnmetError
 from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, Calibrator
 from clada_export.calibration.clock import read_clock
-from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import BackendError, UsageError
 from clada_export.methods import POLICIES, Policy
 from clada_export.plan.plan import SparsityPlan
@@ -129,7 +129,7 @@ def explain(auto: Mapping[str, Any]) -> str:
     return f"{text}; {clock['text']}" if "text" in clock else text
 
 
-def plan_clock(model: nn.Module, ffns: tuple[EagerFFN, ...], heldout: Tensor, prompt: int, *, target: str, dtype: str) -> Clock:
+def plan_clock(decoder: Decoder, heldout: Tensor, prompt: int, *, target: str, dtype: str) -> Clock:
     """A clock for `choose`: times layers in ONNX Runtime, or says under `left_out` why it does not."""
 
     def read(plan: SparsityPlan) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def plan_clock(model: nn.Module, ffns: tuple[EagerFFN, ...], heldout: Tensor, pr
                 "`clada bench` times the engine where it runs"
             }
         try:
-            return read_clock(plan, model, ffns, heldout[0], prompt, dtype=dtype).to_dict()
+            return read_clock(plan, decoder, heldout[0], prompt, dtype=dtype).to_dict()
         except BackendError as error:
             return {"left_out": str(error)}
 
@@ -154,7 +154,7 @@ def _excluded(policy: Policy, calibrator: Calibrator, options: CalibrationOption
     if policy.merges:
         return "it merges experts for each segment, which the clock can't time; ask for it by name"
     try:
-        policy.check(calibrator.ffns, options.settings)
+        policy.check(calibrator.decoder.ffns, options.settings)
         spec = policy.prune_at(0.5, replace(options.settings, pattern=None))
     except UsageError as error:
         return str(error)

@@ -20,11 +20,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.cost import dense_bytes, read_bytes
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
 from clada_export.errors import BackendError
 from clada_export.native.library import require_ort
 from clada_export.op.reference import prompt_shares
@@ -86,8 +86,7 @@ class ClockReading:
 
 def read_clock(
     plan: SparsityPlan,
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     window: Tensor,
     prompt: int,
     *,
@@ -99,7 +98,7 @@ def read_clock(
     """Time some of a plan's layers.
 
     Args:
-        model, ffns: with the weights that the plan is for.
+        decoder: with the weights that the plan is for.
         window: int64 [context], a text; its first `prompt` tokens are the prompt, rows are taken from the rest.
         dtype: of the engine's weights.
         layers: how many, spread over the layers' sparsities.
@@ -111,9 +110,9 @@ def read_clock(
     library = require_ort("timing a layer")
     threads = threads or len(os.sched_getaffinity(0))
     item = int(getattr(torch, dtype).itemsize)
-    by_name = {ffn.name: ffn for ffn in ffns}
+    by_name = {ffn.name: ffn for ffn in decoder.ffns}
     chosen = [(by_name[layer.name], layer) for layer in _spread(plan.layers, layers)]
-    inputs = _inputs(model, [ffn for ffn, _ in chosen], window)
+    inputs = _inputs(decoder, [ffn for ffn, _ in chosen], window)
     flush = _flusher(int(sum(dense_bytes(layer, item) for layer in plan.layers)))
     dense_ms = sparse_ms = idle_ms = read = total = 0.0
     timed = 0
@@ -152,15 +151,15 @@ def _spread(layers: Sequence[LayerPlan], count: int) -> list[LayerPlan]:
     return [layers[place] for place in places]
 
 
-def _inputs(model: nn.Module, ffns: Sequence[EagerFFN], window: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _inputs(decoder: Decoder, ffns: Sequence[EagerFFN], window: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The inputs [T, d] and hidden activations [T, f] of some FFNs on a text, float32."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def inner(index: int, x: Tensor, h: Tensor) -> None:
         seen[index] = (x.reshape(-1, x.shape[-1]).float().clone(), h.reshape(-1, h.shape[-1]).float().clone())
 
-    with torch.inference_mode(), FFNTap(ffns, inner=inner):
-        model(input_ids=window[None], use_cache=False)
+    with torch.inference_mode(), decoder.tap(inner=inner, only=ffns):
+        decoder.logits(window)
     return [seen[index] for index in range(len(ffns))]
 
 

@@ -11,11 +11,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.selector import LayerSelector, decide
 from clada_export.calibration.soundness import bounded, perplexity, require_finite, require_perplexity, rise
-from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.tap import FFNTap
 from clada_export.load.surprisal import surprisal_entropy
 
@@ -109,15 +109,15 @@ class DriftMeter:
         UnsupportedModelError: logits that are not finite, or a text so unlikely that it has no perplexity.
     """
 
-    def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, prompt: int = 1) -> None:
-        self._model, self._ffns, self._windows = model, ffns, windows
+    def __init__(self, decoder: Decoder, windows: Tensor, prompt: int = 1) -> None:
+        self._decoder, self._windows = decoder, windows
         self.prompt = prompt
         self._dense: list[Tensor] = []
         signals: list[Tensor] = []
         with torch.inference_mode():
             for window in windows:
                 logits = self._logits(window)
-                require_finite(model, ffns, window, logits)
+                require_finite(decoder, window, logits)
                 self._dense.append(hold(logits[prompt:], logits[prompt:].nbytes * len(windows)))
                 signals.append(bounded(torch.stack(surprisal_entropy(logits[:-1], window[1:]))))
         self.signals = torch.stack(signals)
@@ -130,8 +130,7 @@ class DriftMeter:
         return int(self._windows.shape[1])
 
     def _logits(self, window: Tensor) -> Tensor:
-        logits: Tensor = self._model(input_ids=window[None], use_cache=False).logits[0]
-        return logits.float()
+        return self._decoder.logits(window).float()
 
     def measure(
         self,
@@ -167,7 +166,7 @@ class DriftMeter:
             total += selector.layer.width * decided
             return torch.cat((rows[:prompt], remaining)).reshape(h.shape)
 
-        drift = self.through(lambda current: FFNTap(self._ffns, inner=partial(inner, current)), step)
+        drift = self.through(lambda current: self._decoder.tap(inner=partial(inner, current)), step)
         return replace(drift, sparsity=1.0 - active / total)
 
     def through(self, tap: Callable[[int], FFNTap], step: Callable[[], None] = lambda: None) -> Drift:

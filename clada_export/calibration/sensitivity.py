@@ -12,14 +12,13 @@ that this makes is solved for the price.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.soundness import require_finite
-from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError
 
 NOISE = 0.03
@@ -27,8 +26,7 @@ NOISE = 0.03
 
 
 def layer_sensitivity(
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     windows: Tensor,
     *,
     seed: int = 0,
@@ -37,18 +35,22 @@ def layer_sensitivity(
     """The root mean square of d log p(y) / d FFN_l(x), one number an FFN.
 
     Args:
-        model: one whose `differentiable` is False is measured by noise.
+        decoder: one that is not differentiable is measured by noise.
         windows: int64 [N, length]; 1,000 tokens in all are enough for a number a layer.
         seed: of the draw of y.
 
     Raises:
         UnsupportedModelError: logits or a price that is not finite; names the layer.
     """
-    if not getattr(model, "differentiable", True):
-        return _by_noise(model, ffns, windows, seed, progress)
+    measure = _by_gradient if decoder.differentiable else _by_noise
+    return _finite(decoder, measure(decoder, windows, seed, progress))
+
+
+def _by_gradient(decoder: Decoder, windows: Tensor, seed: int, progress: Callable[[int, int], None]) -> Tensor:
+    """The numbers, float64 [FFNs], from the gradient of the likelihood of drawn tokens."""
     generator = torch.Generator().manual_seed(seed)
     outputs: dict[int, Tensor] = {}
-    squares = torch.zeros(len(ffns), dtype=torch.float64)
+    squares = torch.zeros(len(decoder.ffns), dtype=torch.float64)
     tokens = 0
 
     def outer(index: int, y: Tensor) -> Tensor:
@@ -60,35 +62,27 @@ def layer_sensitivity(
         # A model may add to what an FFN returns in place (Falcon does), and that must not be the tensor whose gradient is read.
         return kept.clone()
 
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with FFNTap(ffns, outer=outer), torch.enable_grad():
-            for done, window in enumerate(windows):
-                logits = model(input_ids=window[None], use_cache=False).logits[0]
-                require_finite(model, ffns, window, logits)
-                log_p = logits.float().log_softmax(-1)
-                drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-                log_p.gather(1, drawn).sum().backward()
-                for index, output in outputs.items():
-                    if output.grad is not None:
-                        squares[index] += output.grad.double().square().mean(-1).sum()
-                outputs.clear()
-                tokens += len(window)
-                progress(done + 1, len(windows))
-    finally:
-        for parameter, flag in zip(model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(flag)
-    return _finite(ffns, (squares / max(tokens, 1)).sqrt())
+    with decoder.frozen(), decoder.tap(outer=outer), torch.enable_grad():
+        for done, window in enumerate(windows):
+            logits = decoder.logits(window)
+            require_finite(decoder, window, logits)
+            log_p = logits.float().log_softmax(-1)
+            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            log_p.gather(1, drawn).sum().backward()  # type: ignore[no-untyped-call]
+            for index, output in outputs.items():
+                if output.grad is not None:
+                    squares[index] += output.grad.double().square().mean(-1).sum()
+            outputs.clear()
+            tokens += len(window)
+            progress(done + 1, len(windows))
+    return (squares / max(tokens, 1)).sqrt()
 
 
-def _by_noise(
-    model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, seed: int, progress: Callable[[int, int], None]
-) -> tuple[float, ...]:
+def _by_noise(decoder: Decoder, windows: Tensor, seed: int, progress: Callable[[int, int], None]) -> Tensor:
     """The same numbers from KL(clean || noisy) = 1/2 T d s^2 sigma^2 (summed over T tokens, noise of variance sigma^2)."""
     generator = torch.Generator().manual_seed(seed)
-    squares = torch.zeros(len(ffns), dtype=torch.float64)
-    done, total = 0, len(windows) * len(ffns)
+    squares = torch.zeros(len(decoder.ffns), dtype=torch.float64)
+    done, total = 0, len(windows) * len(decoder.ffns)
     with torch.inference_mode():
         for window in windows:
             sizes: dict[int, float] = {}
@@ -96,27 +90,27 @@ def _by_noise(
             def measure(index: int, y: Tensor, sizes: dict[int, float] = sizes) -> None:
                 sizes[index] = float(y.double().square().mean().sqrt())
 
-            with FFNTap(ffns, outer=measure):
-                clean = _log_p(model, window)
-            require_finite(model, ffns, window, clean)
-            for chosen, ffn in enumerate(ffns):
+            with decoder.tap(outer=measure):
+                clean = _log_p(decoder, window)
+            require_finite(decoder, window, clean)
+            for chosen, ffn in enumerate(decoder.ffns):
                 sigma = NOISE * sizes[chosen]
 
                 def add(index: int, y: Tensor, sigma: float = sigma) -> Tensor:
                     return y + sigma * torch.randn(y.shape, generator=generator, dtype=y.dtype)
 
-                with FFNTap([ffn], outer=add):
-                    noisy = _log_p(model, window)
+                with decoder.tap(outer=add, only=[ffn]):
+                    noisy = _log_p(decoder, window)
                 kl = float((clean.exp() * (clean - noisy)).sum())
                 if sigma > 0:
                     squares[chosen] += 2.0 * max(kl, 0.0) / (len(window) * ffn.hidden_size * sigma**2)
                 done += 1
                 progress(done, total)
-    return _finite(ffns, (squares / max(len(windows), 1)).sqrt())
+    return (squares / max(len(windows), 1)).sqrt()
 
 
-def _finite(ffns: Sequence[EagerFFN], prices: Tensor) -> tuple[float, ...]:
-    broken = [ffn.name for ffn, price in zip(ffns, prices.tolist(), strict=True) if not math.isfinite(price)]
+def _finite(decoder: Decoder, prices: Tensor) -> tuple[float, ...]:
+    broken = [ffn.name for ffn, price in zip(decoder.ffns, prices.tolist(), strict=True) if not math.isfinite(price)]
     if broken:
         raise UnsupportedModelError(
             f"{broken[0]}: what an error in its output costs is not finite on the calibration text; the model is broken in "
@@ -125,6 +119,5 @@ def _finite(ffns: Sequence[EagerFFN], prices: Tensor) -> tuple[float, ...]:
     return tuple(prices.tolist())
 
 
-def _log_p(model: nn.Module, window: Tensor) -> Tensor:
-    log_p: Tensor = model(input_ids=window[None], use_cache=False).logits[0].double().log_softmax(-1)
-    return log_p
+def _log_p(decoder: Decoder, window: Tensor) -> Tensor:
+    return decoder.logits(window).double().log_softmax(-1)

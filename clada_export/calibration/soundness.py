@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError
 
 WORST = 1e6
@@ -35,12 +34,12 @@ def bounded(nats: Tensor) -> Tensor:
     return nats.nan_to_num(nan=WORST, posinf=WORST).clamp(max=WORST)
 
 
-def require_finite(model: nn.Module, ffns: Sequence[EagerFFN], window: Tensor, logits: Tensor) -> None:
+def require_finite(decoder: Decoder, window: Tensor, logits: Tensor) -> None:
     """Check the logits of a window.
 
     Args:
         window: int64 [context].
-        logits: of the dense model for it.
+        logits: of the dense decoder for it.
 
     Raises:
         UnsupportedModelError: NaN or infinite; names the first FFN that is reached by what is not finite.
@@ -51,10 +50,10 @@ def require_finite(model: nn.Module, ffns: Sequence[EagerFFN], window: Tensor, l
 
     def inner(index: int, x: Tensor, h: Tensor) -> None:
         if not bool(torch.isfinite(x).all() and torch.isfinite(h).all()):
-            broken.append(ffns[index].name)
+            broken.append(decoder.ffns[index].name)
 
-    with torch.no_grad(), FFNTap(ffns, inner=inner):
-        model(input_ids=window[None], use_cache=False)
+    with torch.no_grad(), decoder.tap(inner=inner):
+        decoder.logits(window)
     what = f"{broken[0]}: the activations" if broken else "the model's logits"
     raise UnsupportedModelError(f"{what} are not finite on the calibration text; the model is broken in float32")
 

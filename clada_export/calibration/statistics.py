@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.selector import LayerSelector, Selection, Selectors, decide
 from clada_export.calibration.soundness import bounded
-from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UsageError
 from clada_export.load.surprisal import surprisal_entropy
 from clada_export.plan.plan import LoadSignal
@@ -135,15 +135,16 @@ class _Accumulator:
 
 
 def collect_statistics(
-    model: nn.Module,
+    decoder: Decoder,
     selectors: Selectors,
     windows: Tensor,
     prompt: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationStatistics:
-    """Run the dense model over the windows once, for all methods.
+    """Run the dense decoder over the windows once, for all methods.
 
     Args:
+        selectors: of the decoder's FFNs.
         windows: int64 [N, context].
         prompt: tokens of every window that are its prompt: they give the prompt statistic, and are not measured.
         progress: called with (windows done, windows in all).
@@ -172,9 +173,9 @@ def collect_statistics(
                 )
             totals[index].add(selection, h[prompt:], w_outs[index])
 
-    with torch.inference_mode(), FFNTap(ffns, inner=inner):
+    with torch.inference_mode(), decoder.tap(inner=inner, only=ffns):
         for done, window in enumerate(windows):
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+            logits = decoder.logits(window)[:-1]
             surprisal, entropy = surprisal_entropy(logits, window[1:])
             s, e = bounded(surprisal.double()), bounded(entropy.double())
             moments += torch.stack((torch.tensor(float(len(s))).double(), s.sum(), s.square().sum(), e.sum(), e.square().sum()))

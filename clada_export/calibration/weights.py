@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.decoder import Decoder
 from clada_export.methods.pruning import PruneReport, PruneSpec, prune
 from clada_export.methods.pruning.projections import Snapshot
 from clada_export.plan.adapters import apply_adapters
@@ -22,10 +22,8 @@ class FFNWeights:
         rounded: called after the weights have changed; puts them back on the grid of the engine's type.
     """
 
-    def __init__(
-        self, model: nn.Module, ffns: Sequence[EagerFFN], windows: Tensor, rounded: Callable[[], None] = lambda: None
-    ) -> None:
-        self._model, self._ffns, self._windows, self._rounded = model, tuple(ffns), windows, rounded
+    def __init__(self, decoder: Decoder, windows: Tensor, rounded: Callable[[], None] = lambda: None) -> None:
+        self._decoder, self._windows, self._rounded = decoder, windows, rounded
         self._originals: Snapshot | None = None
         self._adapted = False
         self.report: PruneReport | None = None
@@ -46,7 +44,7 @@ class FFNWeights:
         self._restore()
         if spec is not None:
             self._keep()
-            self.report = prune(self._model, self._ffns, self._windows, spec, progress)
+            self.report = prune(self._decoder, self._windows, spec, progress)
             self._rounded()
 
     def adapt(self, arrays: Mapping[str, LayerTensors]) -> None:
@@ -58,7 +56,7 @@ class FFNWeights:
         if not any(tensors.adapters for tensors in arrays.values()):
             return
         self._keep()
-        self._adapted = apply_adapters(self._ffns, arrays)
+        self._adapted = apply_adapters(self._decoder.ffns, arrays)
         self._rounded()
 
     def follow(self, plan: SparsityPlan) -> None:
@@ -76,7 +74,7 @@ class FFNWeights:
         return self._adapted
 
     def _keep(self) -> None:
-        self._originals = self._originals or Snapshot(self._ffns)
+        self._originals = self._originals or Snapshot(self._decoder.ffns)
 
     def _restore(self) -> None:
         if self._originals is not None and (self.report is not None or self._adapted):

@@ -9,7 +9,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from clada_export.decoder.ffn import EagerFFNs, find_eager_ffns, plain_ffns
+from clada_export.decoder.decoder import Decoder
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.source.load import load_source
 from clada_export.source.onnx.graph import compilable_ffns, readable_graph
 from clada_export.trace.trace import trace
@@ -67,22 +68,22 @@ def inspect_model(model: str, *, traced: bool = False, **source_options: Any) ->
         UsageError, UnsupportedModelError, BackendError: see `load_source` and `trace`.
     """
     source = load_source(model, **source_options)
-    ffns = find_eager_ffns(source.model)
+    decoder = source.decoder
+    ffns, skipped = decoder.ffns, decoder.skipped
     if not traced:
         note = "layers of the PyTorch model; --trace exports the graph too, and matches it"
-        return Inspection("model", source.name, tuple(_eager_layers(ffns)), (note, *source.warnings))
-    with plain_ffns(source.model):
-        graph = trace(source.model).graph
-    search = find_ffns(graph, expected=[ffn.name for ffn in ffns.found])
-    skipped = (LayerFinding(item.name, False, reason=item.reason) for item in ffns.skipped)
-    return Inspection("model", source.name, (*_layers(search), *skipped), tuple(source.warnings))
+        return Inspection("model", source.name, tuple(_eager_layers(decoder)), (note, *source.warnings))
+    graph = trace(require_torch(decoder, "--trace")).graph
+    search = find_ffns(graph, expected=[ffn.name for ffn in ffns])
+    left = (LayerFinding(item.name, False, reason=item.reason) for item in skipped)
+    return Inspection("model", source.name, (*_layers(search), *left), tuple(source.warnings))
 
 
-def _eager_layers(ffns: EagerFFNs) -> Iterator[LayerFinding]:
-    for ffn in ffns.found:
+def _eager_layers(decoder: Decoder) -> Iterator[LayerFinding]:
+    for ffn in decoder.ffns:
         form = ffn.activation + (", gated" if ffn.gated else "") + (f", packed in {ffn.packing}" if ffn.packing else "")
         yield LayerFinding(ffn.name, True, form, ffn.hidden_size, ffn.intermediate_size)
-    for item in ffns.skipped:
+    for item in decoder.skipped:
         yield LayerFinding(item.name, False, reason=item.reason)
 
 

@@ -7,12 +7,11 @@ from typing import Any
 from torch import nn
 
 
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the decoder: the model's own, or the part of it that is about text; None if the model has none."""
-    config: Any = getattr(model, "config", None)
+def text_config_of(config: Any) -> Any:
+    """The part of a configuration that is about the decoder: itself, or what it says of text; None of None."""
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def vocab_size(model: nn.Module) -> int:
-    """How many token ids the model takes: 0 to this number less one."""
-    return int(text_config(model).vocab_size)
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's decoder; None if the model has none."""
+    return text_config_of(getattr(model, "config", None))

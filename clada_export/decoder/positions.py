@@ -6,42 +6,41 @@ they are told the positions. An engine counts from 0 like any other, and its gra
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 
-from clada_export.decoder.model_config import text_config, vocab_size
+from clada_export.decoder.decoder import Decoder
+from clada_export.decoder.model_config import text_config_of
 
 TOKENS = 8
 SAME = 1e-4
 """Of the largest logit: positions that are off by one change logits by a tenth of it and more."""
 
 
-def first_position(model: nn.Module) -> int:
-    """The position that the model gives the first token of a text by itself; 0 for one that does not take positions.
+def first_position(decoder: Decoder) -> int:
+    """The position that a decoder gives the first token of a text by itself; 0 for one that does not take positions.
 
     Raises:
         Whatever the model raises on token ids alone.
     """
-    padded = _padded_positions(model)
-    if padded is None or not takes_positions(model):
+    padded = _padded_positions(decoder)
+    if padded is None or not decoder.takes_positions:
         return 0
-    ids = sample_tokens(model, TOKENS)
+    ids = sample_tokens(decoder, TOKENS)
     with torch.inference_mode():
-        wanted: Tensor = model(input_ids=ids, use_cache=False).logits
+        wanted = decoder.run(ids).logits
         for first in (0, padded + 1):
-            positions = torch.arange(first, first + TOKENS)[None]
-            found: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            found = decoder.run(ids, positions=torch.arange(first, first + TOKENS)[None]).logits
             if float((found - wanted).abs().max()) <= SAME * float(wanted.abs().max()):
                 return first
     # Positions of another kind: dense parity tells whether the engine's are right.
     return 0
 
 
-def _padded_positions(model: nn.Module) -> int | None:
+def _padded_positions(decoder: Decoder) -> int | None:
     """The position that an embedding of positions keeps for padding; None if it keeps none, or there is no such embedding."""
-    limit = getattr(text_config(model), "max_position_embeddings", None)
+    model = decoder.module
+    limit = getattr(text_config_of(decoder.config), "max_position_embeddings", None)
     tokens = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings == limit:
@@ -49,22 +48,8 @@ def _padded_positions(model: nn.Module) -> int | None:
     return None
 
 
-def counted(first: int, length: int, past: int = 0) -> dict[str, Tensor]:
-    """What tells a model that each of `length` tokens after `past` is one of the text, padding token or not.
-
-    Args:
-        first: the model's `first_position`. The result is empty if it is 0: such a model counts so by itself.
-    """
-    return {"position_ids": torch.arange(first + past, first + past + length)[None]} if first else {}
-
-
-def takes_positions(model: nn.Module) -> bool:
-    """Whether the model can be told the positions of its tokens."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def sample_tokens(model: nn.Module, count: int) -> Tensor:
+def sample_tokens(decoder: Decoder, count: int) -> Tensor:
     """Fixed random token ids, int64 [1, count], none of them padding, which a model may count as no token."""
-    vocabulary, padding = vocab_size(model), getattr(text_config(model), "pad_token_id", None)
+    vocabulary, padding = decoder.vocab_size, getattr(text_config_of(decoder.config), "pad_token_id", None)
     ids = torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
     return ids if padding is None else torch.where(ids == padding, (ids + 1) % vocabulary, ids)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UnsupportedModelError
@@ -70,7 +71,7 @@ def round_all_weights(model: nn.Module, dtype: str) -> str:
     )
 
 
-def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
+def in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """A copy whose parameters have another type. Buffers (rotary frequencies) keep theirs: rounded angles lose their place.
 
     Args:
@@ -81,6 +82,5 @@ def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
         id(weight): nn.Parameter(weight.detach().to(TORCH_TYPES[dtype]), requires_grad=False) for weight in model.parameters()
     }
     made = copy.deepcopy(model, memo)
-    if hasattr(made, "config"):
-        made.config.dtype = TORCH_TYPES[dtype]
+    made.config.dtype = TORCH_TYPES[dtype]
     return made

@@ -13,6 +13,7 @@ from clada_export.decoder.ffn import EagerFFN
 
 Inner = Callable[[int, Tensor, Tensor], Tensor | None]
 Outer = Callable[[int, Tensor], Tensor | None]
+Replace = Callable[[int, Tensor], Tensor]
 
 
 class FFNTap:
@@ -31,7 +32,7 @@ class FFNTap:
         ffns: Sequence[EagerFFN],
         inner: Inner | None = None,
         outer: Outer | None = None,
-        replace: Callable[[int, Tensor], Tensor] | None = None,
+        replace: Replace | None = None,
     ) -> None:
         self._ffns = ffns
         self._inner = inner

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UsageError
 from clada_export.methods.pruning import PruneSpec
@@ -77,8 +78,7 @@ class PolicyContext:
         progress: called with (what, done, total).
     """
 
-    model: nn.Module
-    ffns: Sequence[EagerFFN]
+    decoder: Decoder
     windows: Tensor
     sparsity: float
     prompt: int
@@ -86,6 +86,11 @@ class PolicyContext:
     seed: int = 0
     settings: PolicySettings = field(default_factory=PolicySettings)
     progress: Progress = lambda what, done, total: None
+
+    @property
+    def ffns(self) -> tuple[EagerFFN, ...]:
+        """Of the decoder."""
+        return self.decoder.ffns
 
 
 class Policy(Protocol):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
-
-from torch import nn
 
 from clada_export.calibration.choose import AUTO
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.load_response import LOAD_SLOPE
-from clada_export.decoder.ffn import EagerFFN, EagerFFNs, require_ffns
+from clada_export.decoder.decoder import Decoder
+from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.methods.base import PolicySettings
 from clada_export.plan.plan import LayerPlan, LoadSignal, RouterForm, SparsityPlan
@@ -26,9 +25,9 @@ LOAD_MIN, LOAD_MAX = 1.0, 4.0
 """Bounds of m(load). More experts than the checkpoint's k have weight 0, so no load asks for them; fewer are a load below 0."""
 
 
-def is_imported(model: nn.Module) -> bool:
+def is_imported(decoder: Decoder) -> bool:
     """Whether the model is an imported mixture of experts."""
-    return bool(routed_mlps(model))
+    return bool(routed_mlps(decoder.module))
 
 
 def takes_experts(policy: str) -> bool:
@@ -36,7 +35,7 @@ def takes_experts(policy: str) -> bool:
     return policy in (DS_MOE.policy, AUTO)
 
 
-def check_import(model: nn.Module, name: str, policy: str, prune: str | None) -> None:
+def check_import(decoder: Decoder, name: str, policy: str, prune: str | None) -> None:
     """Refuse what an imported mixture can't be exported with; any other model passes.
 
     Args:
@@ -47,7 +46,7 @@ def check_import(model: nn.Module, name: str, policy: str, prune: str | None) ->
     Raises:
         UsageError: another policy than the one that imports this layout, or pruning.
     """
-    for mixture in routed_mlps(model).values():
+    for mixture in routed_mlps(decoder.module).values():
         origin = mixture.origin
         if policy not in (origin.policy, AUTO):
             raise UsageError(
@@ -60,7 +59,7 @@ def check_import(model: nn.Module, name: str, policy: str, prune: str | None) ->
             )
 
 
-def require_dense(model: nn.Module, name: str, policy: str, prune: str | None) -> EagerFFNs:
+def require_dense(decoder: Decoder, name: str, policy: str, prune: str | None) -> tuple[EagerFFN, ...]:
     """The FFNs of a model, at least one.
 
     Raises:
@@ -68,21 +67,21 @@ def require_dense(model: nn.Module, name: str, policy: str, prune: str | None) -
         UsageError: it has none but routed experts that another policy takes.
     """
     try:
-        return require_ffns(model)
+        return decoder.require_ffns()
     except UnsupportedModelError:
-        import_blocks(model)
-        check_import(model, name, policy, prune)
+        import_blocks(decoder.module)
+        check_import(decoder, name, policy, prune)
         raise
 
 
 def ignored_options(
-    model: nn.Module, budget: str, default_budget: str, sparsity: float | None, settings: PolicySettings
+    decoder: Decoder, budget: str, default_budget: str, sparsity: float | None, settings: PolicySettings
 ) -> list[str]:
     """A warning for options that were given and mean nothing to an imported mixture.
 
     A budget that equals the default can't be told from one that was not given, and is left unsaid.
     """
-    if not is_imported(model):
+    if not is_imported(decoder):
         return []
     given = [f"--{field.name}" for field in fields(settings) if getattr(settings, field.name) != field.default]
     given += [] if sparsity is None else ["--sparsity"]
@@ -92,13 +91,11 @@ def ignored_options(
     return [f"{', '.join(sorted(given))}: without effect, because the checkpoint's experts and router are taken as they are"]
 
 
-def import_plan(
-    model: nn.Module, ffns: Sequence[EagerFFN], source: dict[str, Any], details: dict[str, Any], item: int = 4
-) -> SparsityPlan:
+def import_plan(decoder: Decoder, source: dict[str, Any], details: dict[str, Any], item: int = 4) -> SparsityPlan:
     """Score external, rule topk, combine weighted: at load 0 the chosen experts run, and the numbers are the model's.
 
     Args:
-        ffns: of the model; those that are no mixture get no plan.
+        decoder: its FFNs that are no mixture get no plan.
         source: goes into the plan; holds at least `weights_digest`.
         details: goes into the plan's `calibration` (text, context).
         item: bytes of one weight in the engine.
@@ -106,9 +103,9 @@ def import_plan(
     Raises:
         UnsupportedModelError: a mixture that is not among the FFNs, because the op does not have its activation.
     """
-    require_whole(model, [ffn.name for ffn in ffns])
-    mixtures = routed_mlps(model)
-    chosen = [(ffn, mixtures[ffn.name]) for ffn in ffns if ffn.name in mixtures]
+    require_whole(decoder, [ffn.name for ffn in decoder.ffns])
+    mixtures = routed_mlps(decoder.module)
+    chosen = [(ffn, mixtures[ffn.name]) for ffn in decoder.ffns if ffn.name in mixtures]
     layers = tuple(_layer(ffn, mixture) for ffn, mixture in chosen)
     arrays = {ffn.name: LayerTensors(mixture.router) for ffn, mixture in chosen}
     first = chosen[0][1]
@@ -128,7 +125,7 @@ def import_plan(
     return plan
 
 
-def require_whole(model: nn.Module, rewritten: Collection[str]) -> None:
+def require_whole(decoder: Decoder, rewritten: Collection[str]) -> None:
     """Refuse a graph in which a mixture was left as the plain FFN that it was traced as.
 
     Args:
@@ -137,7 +134,7 @@ def require_whole(model: nn.Module, rewritten: Collection[str]) -> None:
     Raises:
         UnsupportedModelError: names the first that did not.
     """
-    left = [name for name in routed_mlps(model) if name not in rewritten]
+    left = [name for name in routed_mlps(decoder.module) if name not in rewritten]
     if left:
         raise UnsupportedModelError(
             f"{left[0]}: this mixture of experts was not matched in the exported graph or is not in the plan ({len(left)} in "

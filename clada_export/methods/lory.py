@@ -60,8 +60,7 @@ class LoryPolicy(Dynamic):
         experts = _experts(context.sparsity, widths)
         start = time.perf_counter()
         segments = collect_segments(
-            context.model,
-            context.ffns,
+            context.decoder,
             context.windows,
             context.settings.rows,
             context.seed,

@@ -57,7 +57,7 @@ def _finetuned(routed: RoutedLayers, context: PolicyContext) -> RoutedLayers:
         assert tensors.router is not None
         layers.append(RoutedFFN(ffn, tensors.router, tensors.neurons, layer.granule))
     found = finetune(
-        context.model,
+        context.decoder,
         layers,
         context.windows,
         context.prompt,

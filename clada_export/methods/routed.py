@@ -70,8 +70,7 @@ class RoutedPolicy(Dynamic, ABC):
         start = time.perf_counter()
         granule = context.settings.granule or self.granule
         samples = collect_samples(
-            context.model,
-            context.ffns,
+            context.decoder,
             context.windows,
             context.settings.rows,
             context.seed,

@@ -6,12 +6,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import metadata_load
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,6 +18,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
+from clada_export.decoder.decoder import Decoder
+from clada_export.decoder.digest import weights_digest
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError
 from clada_export.files.json_files import read_json
 from clada_export.foreign import GGUF_ARCHITECTURE, MODEL_CARD, one_line, reading
@@ -30,9 +32,6 @@ from clada_export.source.mixtures import import_blocks, is_llama_moe, load_llama
 from clada_export.source.onnx.files import companions, is_onnx, locate_onnx
 from clada_export.source.pretrained import alone, load_config, load_model, load_tokenizer, model_without_memory
 from clada_export.source.weight_files import check_config_file, check_safetensors, weight_files
-
-if TYPE_CHECKING:
-    from clada_export.source.onnx.decoder import OnnxDecoder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _DESCRIPTION_FILES = (
@@ -60,14 +59,14 @@ class SourceFile:
 class SourceModel:
     """A loaded decoder.
 
-    `model` is in eval mode; `tokenizer` is None when the source has none (then `warnings` says so). `name` is the Hub id, the
+    `decoder` is in eval mode; `tokenizer` is None when the source has none (then `warnings` says so). `name` is the Hub id, the
     folder's name or the file's stem; `kind` is `hub`, `folder`, `gguf` or `onnx`; `revision` is the commit of a Hub source.
     `files` maps paths relative to `path` to their digests; `weights_digest` is over the weights as loaded. `source_dtype` is
     the type most weights are stored in: `float32`, `bfloat16`, `float16`, or a GGUF type such as `Q4_1`. `graph` is the ONNX
     file that is compiled as it is; None where the model is traced.
     """
 
-    model: PreTrainedModel | OnnxDecoder
+    decoder: Decoder
     tokenizer: Any
     name: str
     revision: str | None
@@ -168,31 +167,6 @@ def _path(model: str) -> Path:
     return path
 
 
-def weights_digest(model: nn.Module) -> str:
-    """The sha256 of a model's state dict: names, types, shapes and bytes, in the order of the names.
-
-    Tensors that share their memory (tied embeddings) are hashed once.
-
-    Args:
-        model: the model, on any device.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    first_name: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in first_name:
-            digest.update(f"= {first_name[key]}\n".encode())
-            continue
-        first_name[key] = name
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
-    return digest.hexdigest()
-
-
 def _load_folder(
     folder: Path,
     *,
@@ -239,7 +213,7 @@ def _load_folder(
     _check_vocabulary(model, tokenizer, warnings)
     described = [folder / file for file in _DESCRIPTION_FILES if (folder / file).is_file()]
     return SourceModel(
-        model=model,
+        decoder=TorchDecoder(model),
         tokenizer=tokenizer,
         name=name,
         revision=revision,
@@ -290,7 +264,7 @@ def _load_alone(folder: str, path: Path, header: GgufHeader, experts: bool, dtyp
     tokenizer = _tokenizer(folder, warnings, gguf_file=path.name)
     _check_vocabulary(model, tokenizer, warnings)
     return SourceModel(
-        model=model,
+        decoder=TorchDecoder(model),
         tokenizer=tokenizer,
         name=path.stem,
         revision=None,
@@ -318,14 +292,14 @@ def _load_onnx(path: Path, revision: str | None) -> SourceModel:
     tokenizer = _folder_tokenizer(folder, name, warnings)
     described = [folder / file for file in _DESCRIPTION_FILES if (folder / file).is_file()]
     return SourceModel(
-        model=decoder,
+        decoder=decoder,
         tokenizer=tokenizer,
         name=name,
         revision=None,
         kind="onnx",
         path=folder,
         files={str(file.relative_to(folder)): _digest_file(file) for file in sorted([*weight_files_of(path), *described])},
-        weights_digest=weights_digest(decoder),
+        weights_digest=weights_digest(decoder.module),
         license=_license(folder, decoder.config, warnings),
         source_dtype="float32",
         warnings=warnings,

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
-from torch import nn
 
 from clada_export.artifact.manifest import CacheTensor, Manifest, TensorSpec
-from clada_export.decoder.ffn import EagerFFNs
+from clada_export.decoder.decoder import Decoder
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError
 from clada_export.op.scorer import score_constants
 from clada_export.plan.fit import require_same
@@ -70,7 +70,7 @@ class BuiltModel:
 
 @dataclass(frozen=True)
 class Subject:
-    """What verification holds together: an export folder and the eager model, its weights rounded as the engine's are.
+    """What verification holds together: an export folder and the decoder, its weights rounded as the engine's are.
 
     Attributes:
         text: int64 [windows, context] that calibration did not see, or None.
@@ -79,8 +79,7 @@ class Subject:
 
     folder: Path
     manifest: Manifest
-    model: nn.Module
-    ffns: EagerFFNs
+    decoder: Decoder
     text: np.ndarray | None
     limits: dict[str, float] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda what: None
@@ -102,11 +101,11 @@ class Target(Protocol):
             UsageError, BackendError: the latter says what to install.
         """
 
-    def round_weights(self, model: nn.Module, ffns: EagerFFNs, dtype: str) -> str:
+    def round_weights(self, decoder: Decoder, dtype: str) -> str:
         """Round, in place, the weights that the engine stores in another type. Returns a sentence for the manifest."""
 
-    def traceable(self, model: nn.Module, dtype: str) -> nn.Module:
-        """The model to trace: the same or a copy in another type."""
+    def traceable(self, decoder: TorchDecoder, dtype: str) -> TorchDecoder:
+        """What to trace: the same or a copy in another type."""
 
     def build(self, request: BuildRequest) -> BuiltModel:
         """Write the graph and everything that runs it.

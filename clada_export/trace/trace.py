@@ -21,8 +21,8 @@ from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_mo
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_for_generation, prepare_for_export
 
-from clada_export.decoder.model_config import vocab_size
-from clada_export.decoder.positions import first_position
+from clada_export.decoder.ffn import plain_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError
 from graph_passes.naming import name_interface
 from graph_passes.positions import ShiftPositions
@@ -44,20 +44,25 @@ class TracedModel:
     fusions: str | None
 
 
-def trace(model: nn.Module, *, fusions: str | None = "cpu") -> TracedModel:
-    """Export a decoder with dynamic batch, sequence and past length.
+def trace(decoder: TorchDecoder, *, fusions: str | None = "cpu") -> TracedModel:
+    """Export a decoder with dynamic batch, sequence and past length; its FFNs as plain ones, whatever weighs their neurons.
 
     Args:
-        model: a transformers decoder in eval mode, float32, float16 or bfloat16; the graph computes in its type.
+        decoder: float32, float16 or bfloat16; the graph computes in its type.
         fusions: `ort_fusions` of the exporter: `cpu` for ONNX Runtime on the CPU, None for plain ONNX.
 
     Raises:
         UnsupportedModelError: the model keeps a cache that is not keys and values, or the exporter can't trace it; says why.
     """
-    inputs, component = _sample(model)
+    with plain_ffns(decoder.model):
+        return _trace(decoder, fusions)
+
+
+def _trace(decoder: TorchDecoder, fusions: str | None) -> TracedModel:
+    inputs, component = _sample(decoder)
     shapes = _dynamic_shapes(component, inputs)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=fusions)  # type: ignore[arg-type]
-    name = type(model).__name__
+    name = decoder.name
     with _quiet(), _early_reject():
         try:
             exported = OnnxExporter().export(component, inputs, config=config)  # type: ignore[no-untyped-call,arg-type]
@@ -81,13 +86,13 @@ def trace(model: nn.Module, *, fusions: str | None = "cpu") -> TracedModel:
             f"{name}: layers {report.truncated_layers} drop tokens in the traced graph: their sliding window is shorter than "
             f"{SAMPLE_TOKENS + 2} tokens"
         )
-    ShiftPositions(first_position(model))(graph)
+    ShiftPositions(decoder.first_position)(graph)
     return TracedModel(graph, fusions)
 
 
-def _sample(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
+def _sample(decoder: TorchDecoder) -> tuple[dict[str, Any], nn.Module]:
     """The inputs of a step that goes on with several tokens from a past: the general case of prompt and decode."""
-    size = vocab_size(model)
+    size = decoder.vocab_size
     low = 3 if size > 8 else 0
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_TOKENS).reshape(SAMPLE_BATCH, SAMPLE_TOKENS) % (size - low) + low
     mask = torch.ones_like(ids)
@@ -95,21 +100,21 @@ def _sample(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
     with _quiet():
         try:
             parts = decompose_for_generation(
-                model,  # type: ignore[arg-type]
+                decoder.model,
                 {"input_ids": ids, "attention_mask": mask},
                 multi_token_decode=True,
             )
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: a step with a cache can't be captured: {_first_line(error)}"
+                f"{decoder.name}: a step with a cache can't be captured: {_first_line(error)}"
             ) from error
     if "decode" not in parts:
-        raise UnsupportedModelError(f"{type(model).__name__}: it has no decode step; parts found: {', '.join(parts)}")
+        raise UnsupportedModelError(f"{decoder.name}: it has no decode step; parts found: {', '.join(parts)}")
     component, inputs = parts["decode"]
     cache = inputs.get("past_key_values")
     if not isinstance(cache, DynamicCache) or not all(_has_keys_and_values(layer) for layer in cache.layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: its cache ({type(cache).__name__}) is not made of keys and values of every layer"
+            f"{decoder.name}: its cache ({type(cache).__name__}) is not made of keys and values of every layer"
         )
     return dict(inputs), component
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.positions import counted, first_position
-from clada_export.decoder.tap import FFNTap
 from clada_export.op.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
 from clada_export.op.router import RouterModule
 from clada_export.plan.plan import LayerPlan, SparsityPlan
@@ -32,16 +30,7 @@ class SparseRun:
     stats: tuple[npt.NDArray[np.float32], ...]
 
 
-def dense_logits(model: nn.Module, row: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Logits [T, V] of the untouched model for one row alone."""
-    positions = counted(first_position(model), len(row))
-    with torch.inference_mode():
-        output = _untouched(model)(input_ids=torch.tensor([list(row)]), use_cache=False, **positions)
-        result: Tensor = output.logits[0].float()
-    return result.numpy()
-
-
-def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[list[float]]]:
+def greedy(decoder: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[list[float]]]:
     """Greedy continuations of the untouched model with its own cache.
 
     Args:
@@ -51,38 +40,34 @@ def greedy(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) 
         For each prompt its new tokens, and each step's gap between the two best logits.
     """
     tokens, gaps = [], []
-    run, length, first = _untouched(model), len(prompts[0]), first_position(model)
+    length = len(prompts[0])
     with torch.inference_mode():
-        output = run(input_ids=torch.tensor([list(prompt) for prompt in prompts]), use_cache=True, **counted(first, length))
+        output = decoder.run_whole(
+            torch.tensor([list(prompt) for prompt in prompts]), positions=decoder.counted(length), keep_cache=True
+        )
         for step in range(new_tokens):
             best = output.logits[:, -1].float().topk(2)
             tokens.append(best.indices[:, 0])
             gaps.append(best.values[:, 0] - best.values[:, 1])
             if step + 1 < new_tokens:
-                past = {"past_key_values": output.past_key_values, **counted(first, 1, length + step)}
-                output = run(input_ids=tokens[-1][:, None], use_cache=True, **past)
+                positions = decoder.counted(1, length + step)
+                output = decoder.run_whole(tokens[-1][:, None], positions=positions, cache=output.cache, keep_cache=True)
     return torch.stack(tokens, dim=1).tolist(), torch.stack(gaps, dim=1).tolist()
 
 
-def _untouched(model: nn.Module) -> Callable[..., Any]:
-    """The model itself, or, of one that was taken apart to be calibrated, the whole that it came from."""
-    return getattr(model, "untouched", model)
-
-
 class ReferenceModel:
-    """The eager model with `clada_export.op.reference.sparse_ffn` in place of every planned FFN.
+    """The eager decoder with `clada_export.op.reference.sparse_ffn` in place of every planned FFN.
 
     Args:
         rewritten: names of the FFNs that the engine runs as the op; others stay as they are.
     """
 
-    def __init__(
-        self, model: nn.Module, ffns: Sequence[EagerFFN], plan: SparsityPlan, rewritten: Sequence[str] | None = None
-    ) -> None:
-        self._model = model
-        self._first = first_position(model)
+    def __init__(self, decoder: Decoder, plan: SparsityPlan, rewritten: Sequence[str] | None = None) -> None:
+        self._decoder = decoder
         chosen = [
-            (ffn, layer) for ffn in ffns if (layer := plan.layer(ffn.name)) and (rewritten is None or ffn.name in rewritten)
+            (ffn, layer)
+            for ffn in decoder.ffns
+            if (layer := plan.layer(ffn.name)) and (rewritten is None or ffn.name in rewritten)
         ]
         self._ffns = [ffn for ffn, _ in chosen]
         self._layers = [_reference_layer(ffn, layer, plan) for ffn, layer in chosen]
@@ -105,9 +90,9 @@ class ReferenceModel:
                 stats.append(stat.numpy())
             return y.to(x.dtype).reshape(x.shape)
 
-        positions = counted(self._first, len(row))
-        with torch.inference_mode(), FFNTap(self._ffns, replace=replace):
-            logits: Tensor = self._model(input_ids=torch.tensor([list(row)]), use_cache=False, **positions).logits[0].float()
+        positions = self._decoder.counted(len(row))
+        with torch.inference_mode(), self._decoder.tap(replace=replace, only=self._ffns):
+            logits = self._decoder.run(torch.tensor([list(row)]), positions=positions).logits[0].float()
         counts = np.stack(active) if active else np.zeros((0, len(row)), np.int32)
         return SparseRun(logits.numpy(), counts, tuple(stats))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clada_export.decoder.decoder import Decoder
 from clada_export.source.mixtures.routed_mlp import RoutedMLP, routed_mlps
 
 NUDGE = 2.0**-22
@@ -33,21 +34,21 @@ class MixtureRounding:
     logits: float
 
 
-def measure_mixture(model: nn.Module, row: Sequence[int], seed: int = 0) -> MixtureRounding | None:
+def measure_mixture(decoder: Decoder, row: Sequence[int], seed: int = 0) -> MixtureRounding | None:
     """Run a row as it is, and some times with every mixture's output moved by rounding.
 
     Returns:
-        None if the model has no mixtures.
+        None if the decoder has no mixtures.
     """
-    mixtures = list(routed_mlps(model).values())
+    mixtures = list(routed_mlps(decoder.module).values())
     if not mixtures:
         return None
-    clean, exact = _run(model, mixtures, row, None)
+    clean, exact = _run(decoder, mixtures, row, None)
     gaps = [_gap(logits, mixture) for logits, mixture in zip(exact, mixtures, strict=True)]
     tie = torch.zeros(len(row), dtype=torch.bool)
     moved = torch.zeros(len(row))
     for index in range(NUDGES):
-        nudged, routed = _run(model, mixtures, row, torch.Generator().manual_seed(seed + index))
+        nudged, routed = _run(decoder, mixtures, row, torch.Generator().manual_seed(seed + index))
         moved = torch.maximum(moved, (nudged - clean).abs().amax(-1))
         for gap, before, after in zip(gaps, exact, routed, strict=True):
             tie |= gap < TIE * (after - before).abs().amax(-1)
@@ -57,7 +58,7 @@ def measure_mixture(model: nn.Module, row: Sequence[int], seed: int = 0) -> Mixt
 
 
 def _run(
-    model: nn.Module, mixtures: Sequence[RoutedMLP], row: Sequence[int], noise: torch.Generator | None
+    decoder: Decoder, mixtures: Sequence[RoutedMLP], row: Sequence[int], noise: torch.Generator | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The model's logits [T, V], and those of every router [T, E]."""
     routed: list[Tensor] = []
@@ -73,7 +74,7 @@ def _run(
     handles = [mixture.register_forward_hook(hook) for mixture in mixtures]
     try:
         with torch.inference_mode():
-            logits: Tensor = model(input_ids=torch.tensor([list(row)]), use_cache=False).logits[0].float()
+            logits = decoder.logits(torch.tensor(list(row))).float()
     finally:
         for handle in handles:
             handle.remove()

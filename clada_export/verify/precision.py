@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
-from clada_export.decoder.ffn import EagerFFN, on_copy
-from clada_export.decoder.rounding import in_dtype
+from clada_export.decoder.decoder import Decoder
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import VerificationError
 from clada_export.plan.plan import SparsityPlan
-from clada_export.verify.eager import ReferenceModel, dense_logits
+from clada_export.verify.eager import ReferenceModel
 from clada_export.verify.numbers import compare_logits
 
 CONSTANTS_SHARE = 0.1 / 3.0
@@ -56,15 +55,14 @@ class RoundedModel:
     """The eager model in a 16-bit type, dense and with reference FFNs.
 
     Args:
-        model: float32, its weights rounded to the type already.
-        ffns: of `model`.
+        decoder: float32, its weights rounded to the type already.
         dtype: `float16` or `bfloat16`.
     """
 
-    def __init__(self, model: nn.Module, ffns: Sequence[EagerFFN], plan: SparsityPlan, dtype: str) -> None:
+    def __init__(self, decoder: Decoder, plan: SparsityPlan, dtype: str) -> None:
         self._dtype = dtype
-        self._model = in_dtype(model, dtype)
-        self._reference = ReferenceModel(self._model, on_copy(ffns, model, self._model), plan)
+        self._decoder = require_torch(decoder, f"verification in {dtype}").in_dtype(dtype)
+        self._reference = ReferenceModel(self._decoder, plan)
         self._neurons = sum(layer.width for layer in plan.layers)
 
     def measure(
@@ -86,7 +84,7 @@ class RoundedModel:
         """
         logits, kl, flips, decisions = 0.0, [], 0, 0
         for row, wanted in zip(rows, dense, strict=True):
-            found = dense_logits(self._model, row)
+            found = self._decoder.dense_logits(row)
             if not np.isfinite(found).all():
                 # A bound from these would allow anything.
                 raise VerificationError(

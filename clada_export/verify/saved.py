@@ -20,16 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from clada_export.artifact.manifest import CacheTensor, Manifest
 from clada_export.artifact.profiles import choose_profile
-from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import BackendError, UsageError
 from clada_export.plan.plan import SparsityPlan, read_json
 from clada_export.runtime.cuda import to_float32
 from clada_export.runtime.graph import ENTROPY, LOG_SUM_EXP
-from clada_export.verify.eager import ReferenceModel, dense_logits
+from clada_export.verify.eager import ReferenceModel
 from clada_export.verify.load_outputs import load_output_bound, load_output_error
 from clada_export.verify.numbers import compare_logits
 from clada_export.verify.parity import FLIP_KL_FLOOR, FLIP_KL_SHARE, FLIP_SHARE, tolerance
@@ -59,16 +58,15 @@ class SavedCase:
 def save_cases(
     folder: Path,
     manifest: Manifest,
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     plan: SparsityPlan,
     tokens: Sequence[int],
     profiles: Sequence[Any],
 ) -> None:
-    """Run the eager model on a short text and write what the engine will be held to.
+    """Run the eager decoder on a short text and write what the engine will be held to.
 
     Args:
-        model: float32, its weights rounded to the engine's type.
+        decoder: float32, its weights rounded to the engine's type.
         tokens: the text; its first `PROMPT` tokens are the prompt, and one more is decoded.
 
     Raises:
@@ -76,14 +74,14 @@ def save_cases(
     """
     prompt = max(1, min(PROMPT, len(tokens) - 1, max(profile.sequence[2] for profile in profiles)))
     row = [int(token) for token in tokens[: prompt + 1]]
-    dense = dense_logits(model, row)
-    reference = ReferenceModel(model, ffns, plan)
+    dense = decoder.dense_logits(row)
+    reference = ReferenceModel(decoder, plan)
     loads = np.array([SPARSE_LOAD], np.float32)
     sparse = reference.run(row, np.concatenate([np.full(prompt, np.inf, np.float32), loads]))
     rounding = EXACT
     if manifest.dtype != "float32":
-        rounding = RoundedModel(model, ffns, plan, manifest.dtype).measure(reference, [row], loads, [dense])
-    past = _eager_cache(model, row[:prompt], manifest.cache, reference)
+        rounding = RoundedModel(decoder, plan, manifest.dtype).measure(reference, [row], loads, [dense])
+    past = _eager_cache(decoder, row[:prompt], manifest.cache, reference)
     empty = {tensor.past: torch.zeros(_empty(tensor), dtype=getattr(torch, tensor.dtype)) for tensor in manifest.cache}
     feeds = [
         _feeds(manifest, row[:prompt], 0, np.inf, empty),
@@ -184,10 +182,10 @@ def _empty(tensor: CacheTensor) -> tuple[int, ...]:
 
 
 def _eager_cache(
-    model: nn.Module, tokens: Sequence[int], tensors: Sequence[CacheTensor], reference: ReferenceModel
+    decoder: Decoder, tokens: Sequence[int], tensors: Sequence[CacheTensor], reference: ReferenceModel
 ) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
-        cache = model(input_ids=torch.tensor([list(tokens)]), use_cache=True).past_key_values
+        cache = decoder.run(torch.tensor([list(tokens)]), keep_cache=True).cache
     found = {"key": [layer.keys for layer in cache.layers], "value": [layer.values for layer in cache.layers]}
     if any(tensor.role == "stat" for tensor in tensors):
         stats = reference.run(tokens, np.full(len(tokens), np.inf, np.float32)).stats

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
-from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.model_config import vocab_size
+from clada_export.decoder.decoder import Decoder
 from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
 from clada_export.verify.constants import constants_check
 from clada_export.verify.drift import drift_check, measure_drift, sparse_greedy_prefix
-from clada_export.verify.eager import ReferenceModel, dense_logits, greedy
+from clada_export.verify.eager import ReferenceModel, greedy
 from clada_export.verify.load_outputs import load_output_check
 from clada_export.verify.mixture import AFTER_A_TIE_KL, measure_mixture
 from clada_export.verify.parity import dense_parity, greedy_parity, sparse_parity
@@ -45,23 +43,22 @@ class VerifyOptions:
 
 def verify(
     engine: Engine,
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     text: npt.NDArray[np.int64] | None,
     options: VerifyOptions,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Verification:
-    """Hold an engine to the eager model.
+    """Hold an engine to its eager decoder.
 
     Args:
-        model: the source model, eval mode, float32.
+        decoder: of the source, float32.
         text: int64 [windows, context] of real text that calibration did not see, or None.
     """
     limit = engine.max_positions
-    vocabulary = engine.vocab_size or vocab_size(model)
+    vocabulary = engine.vocab_size or decoder.vocab_size
     plan = engine.manifest.sparsity_plan(engine.folder)
-    reference = ReferenceModel(model, ffns, plan)
-    rounded = None if options.computes_in == "float32" else RoundedModel(model, ffns, plan, options.computes_in)
+    reference = ReferenceModel(decoder, plan)
+    rounded = None if options.computes_in == "float32" else RoundedModel(decoder, plan, options.computes_in)
     rounding = EXACT
     progress("constants")
     result = Verification([constants_check(engine.folder / engine.manifest.model, reference.constants)])
@@ -70,12 +67,12 @@ def verify(
         if engine.max_batch is not None and len(case.rows) > engine.max_batch:
             continue
         progress(f"dense parity, {case.name}")
-        wanted = [dense_logits(model, row) for row in case.rows]
+        wanted = [decoder.dense_logits(row) for row in case.rows]
         # Loads of every kind: the still plan, easy and hard text, and a dense step among them.
         loads = rng.uniform(-2, 2, DECODE).astype(np.float32)
         loads[0], loads[DECODE // 2] = 0.0, np.inf
         allowed, settled = EXACT, None
-        mixtures = [found for row in case.rows if (found := measure_mixture(model, row, options.seed)) is not None]
+        mixtures = [found for row in case.rows if (found := measure_mixture(decoder, row, options.seed)) is not None]
         if mixtures:
             # A load below 0 is another model, whose ties are elsewhere: only the last token has one.
             loads = np.abs(loads)
@@ -94,9 +91,9 @@ def verify(
 
     progress("greedy tokens")
     prompts = _prompts(text, vocabulary, limit, options)
-    tokens, gaps = greedy(model, prompts, options.greedy_tokens)
+    tokens, gaps = greedy(decoder, prompts, options.greedy_tokens)
     texts = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
-    ends = [found.settled for text in texts if (found := measure_mixture(model, text, options.seed)) is not None]
+    ends = [found.settled for text in texts if (found := measure_mixture(decoder, text, options.seed)) is not None]
     result.checks.append(greedy_parity(engine, prompts, tokens, gaps, rounding, ends or None))
 
     progress("drift")
@@ -104,7 +101,7 @@ def verify(
     length = min(DRIFT_LENGTH, source.shape[1], limit or DRIFT_LENGTH)
     count = min(DRIFT_ROWS, engine.max_batch or DRIFT_ROWS)
     rows = [[int(token) for token in row[:length]] for row in source[-count:]]
-    numbers = measure_drift(engine, rows, [dense_logits(model, row) for row in rows])
+    numbers = measure_drift(engine, rows, [decoder.dense_logits(row) for row in rows])
     numbers["greedy_prefix"] = sparse_greedy_prefix(engine, prompts, tokens)
     numbers["greedy_tokens"] = options.greedy_tokens
     result.checks.append(drift_check(numbers, options.limits if text is not None else {}))

@@ -38,6 +38,7 @@ from clada_export.calibration.drift import DriftMeter
 from clada_export.calibration.selector import Selectors
 from clada_export.calibration.text import default_text
 from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.methods import POLICIES
 from clada_export.plan.method import Method, draft_layers
@@ -142,9 +143,9 @@ def test_a_plan_drifts_as_calibration_measures_it(
     # Several chunks a window.
     monkeypatch.setattr("benchmarks.policy_quality.CHUNK", 7)
     model, ffns, plan = _plan(rule, threshold, score)
-    heldout = HeldOut(model, ffns, WINDOWS, PROMPT, tmp_path)
+    heldout = HeldOut(TorchDecoder(model), WINDOWS, PROMPT, tmp_path)
     found = heldout.measure(PlanDecoder(ffns, plan, heldout.signals, PROMPT))
-    meter = DriftMeter(model, ffns, WINDOWS, PROMPT)
+    meter = DriftMeter(TorchDecoder(model), WINDOWS, PROMPT)
     torch.testing.assert_close(heldout.signals, meter.signals)
     method = Method("test", score, rule, plan.layers)
     levels = np.array([float(level_of(AXES[rule], rule, layer)) for layer in plan.layers])
@@ -158,7 +159,7 @@ def test_a_plan_drifts_as_calibration_measures_it(
 
 def test_pruned_weights_are_measured_against_the_dense_model(tmp_path: Path) -> None:
     model, ffns, _ = _plan("threshold", 0.0)
-    heldout = HeldOut(model, ffns, WINDOWS, PROMPT, tmp_path)
+    heldout = HeldOut(TorchDecoder(model), WINDOWS, PROMPT, tmp_path)
     assert heldout.measure(None).drift.mean_kl < 1e-9
     with torch.no_grad():
         ffns[0].down.weight.mul_(0.5)
@@ -186,18 +187,16 @@ def test_bytes_follow_the_measured_sparsity() -> None:
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
 def test_teal_without_sparsity_is_the_dense_model(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)
-    ffns = find_eager_ffns(model).found
-    teal = Teal(model, ffns, WINDOWS, PROMPT)
-    heldout = HeldOut(model, ffns, WINDOWS, PROMPT, tmp_path)
+    teal = Teal(TorchDecoder(model), WINDOWS, PROMPT)
+    heldout = HeldOut(TorchDecoder(model), WINDOWS, PROMPT, tmp_path)
     found = heldout.measure(teal.decoder(teal.uniform(0.0), PROMPT))
     assert found.drift.mean_kl < 1e-6 and found.drift.sparsity == 0.0
 
 
 def test_teal_skips_the_share_that_is_asked_for(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    ffns = find_eager_ffns(model).found
-    teal = Teal(model, ffns, WINDOWS, PROMPT)
-    heldout = HeldOut(model, ffns, WINDOWS, PROMPT, tmp_path)
+    teal = Teal(TorchDecoder(model), WINDOWS, PROMPT)
+    heldout = HeldOut(TorchDecoder(model), WINDOWS, PROMPT, tmp_path)
     half = heldout.measure(teal.decoder(teal.uniform(0.5), PROMPT))
     most = heldout.measure(teal.decoder(teal.uniform(0.8), PROMPT))
     assert half.drift.sparsity == pytest.approx(0.5, abs=0.03)

@@ -59,7 +59,7 @@ def test_the_folder_loads_as_the_same_model(tmp_path: Path) -> None:
     found, wanted = load_source(str(tmp_path / "rotated")), load_source(str(tmp_path / "model"))
     assert found.tokenizer("Hello")["input_ids"] == wanted.tokenizer("Hello")["input_ids"]
     with torch.no_grad():
-        logits = [source.model(input_ids=TOKENS).logits for source in (found, wanted)]
+        logits = [source.decoder.module(input_ids=TOKENS).logits for source in (found, wanted)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(UsageError, match="exists"):
         write_rotated(str(tmp_path / "model"), tmp_path / "rotated")

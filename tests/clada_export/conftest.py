@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import pytest
 from torch import nn
 
 import clada_export.trace.trace
-from clada_export.source.load import weights_digest
+from clada_export.decoder.digest import weights_digest
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.trace.trace import TracedModel
 from tests.kept import kept, sources, versions
 from tests.tiny_models import tiny_model
@@ -20,11 +20,13 @@ from tests.tiny_models import tiny_model
 _STAGE = (Path("clada_export", "trace"), Path("graph_passes", "naming.py"), Path("graph_passes", "positions.py"))
 
 
-def _kept_trace(model: Any, *, fusions: str | None = "cpu") -> TracedModel:
-    key = "\n".join((versions(), sources(*_STAGE), model.config.to_json_string(), weights_digest(model), str(fusions)))
+def _kept_trace(decoder: TorchDecoder, *, fusions: str | None = "cpu") -> TracedModel:
+    key = "\n".join(
+        (versions(), sources(*_STAGE), decoder.config.to_json_string(), weights_digest(decoder.module), str(fusions))
+    )
 
     def make(folder: Path) -> None:
-        ir.save(clada_export.trace.trace.trace(model, fusions=fusions).graph, folder / "model.onnx")
+        ir.save(clada_export.trace.trace.trace(decoder, fusions=fusions).graph, folder / "model.onnx")
 
     return TracedModel(ir.load(kept("traces", key, make) / "model.onnx"), fusions)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from clada_export.decoder.ffn import require_ffns
+from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import BackendError
 from clada_export.native.library import trt_library_path
 from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
@@ -48,7 +48,7 @@ def uncalibrated(source: SourceModel) -> SparsityPlan:
     """Some plan: what an engine is made of does not depend on its thresholds."""
     layers = tuple(
         LayerPlan(ffn.name, ffn.activation, ffn.gated, ffn.hidden_size, ffn.intermediate_size, (0.1,), 0.25)
-        for ffn in require_ffns(source.model).found
+        for ffn in source.decoder.require_ffns()
     )
     return SparsityPlan("clada", "shadow", "threshold", layers, LoadSignal(), {"weights_digest": source.weights_digest})
 
@@ -64,12 +64,12 @@ def test_every_ffn_is_a_plugin_layer(fetch: Callable[[Path], Path], ffns: int, t
     for dtype in ("bfloat16", "float16"):
         out = tmp_path / dtype
         out.mkdir()
-        traced = trace(target.traceable(source.model, dtype), fusions=target.FUSIONS)
+        traced = trace(target.traceable(require_torch(source.decoder, "tracing"), dtype), fusions=target.FUSIONS)
         built = target.build(BuildRequest(traced, plan, out, dtype, limit=2048, settings=TensorRTOptions()))
         assert len(built.report.ffns) == ffns
         assert built.engine is not None and built.engine["plugin"]["layers"] == ffns
         (file,) = built.engine["files"]
         assert tuple(file["compute_capabilities"]) == DEFAULT_CAPABILITIES
         # One set of weights in two bytes for all four GPUs; the embedding twice, as it is the head too; and 4-bit copies.
-        parameters = sum(parameter.numel() for parameter in source.model.parameters())
+        parameters = sum(parameter.numel() for parameter in source.decoder.module.parameters())
         assert 2 * parameters < (out / file["file"]).stat().st_size < 4 * parameters

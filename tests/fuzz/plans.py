@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from clada_export.calibration import CalibrationOptions, calibrate, load_calibration_data
-from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.decoder.digest import weights_digest
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.load.controllers import CONTROLLERS
 from clada_export.methods import PolicySettings, get_policy
 from clada_export.methods.pruning import PruneSpec
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.tensors import PLAN_TENSORS, arrays_digest, named_arrays
-from clada_export.source.load import weights_digest
 from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS
 from graph_passes.router import DENSE_ROWS, HIDDEN_ACTIVATIONS, OUTPUTS
 from tests.fuzz.harness import JSON_VALUES, mutated
@@ -77,7 +77,7 @@ def real_plans(kind: str = "llama") -> dict[str, Given]:
         source = {"name": "tiny", "weights_digest": weights_digest(model), "dtype": "float32"}
         data = load_calibration_data(None, 256, context=CONTEXT)
         options = CalibrationOptions(sparsity=0.5, settings=settings, prune=PruneSpec.parse(prune) if prune else None)
-        result = calibrate(model, find_eager_ffns(model).found, get_policy(policy), data, source, options)
+        result = calibrate(TorchDecoder(model), get_policy(policy), data, source, options)
         found[name] = Given(*_files(result.plan))
     return found
 

@@ -351,7 +351,7 @@ def test_models_that_are_refused(tmp_path: Path, change: Change, error: type[Cla
 
 def test_the_model_that_all_of_them_are_made_of(tmp_path: Path) -> None:
     decoder = load_decoder(_put(tmp_path, _small(), {"config.json": _CONFIG}))
-    assert [ffn.name for ffn in decoder.known_ffns.found] == ["down"]
+    assert [ffn.name for ffn in decoder.ffns] == ["down"]
 
 
 @pytest.mark.parametrize(

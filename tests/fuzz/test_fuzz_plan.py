@@ -23,6 +23,7 @@ import clada_export.pipeline
 from clada_export.artifact.model_card import write_model_card
 from clada_export.artifact.report import write_report
 from clada_export.cli import main, main_export
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.pipeline import export
@@ -84,9 +85,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def compile_plan(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Given], SparsityPlan]:
     """Export the tiny model with a plan, unverified, and hold the engine to the plan."""
-    graph = _kept_trace(tiny_model("llama"))
+    graph = _kept_trace(TorchDecoder(tiny_model("llama")))
 
-    def trace(model: Any, *, fusions: str | None) -> TracedModel:
+    def trace(decoder: Any, *, fusions: str | None) -> TracedModel:
         # Of the model before a plan has changed its weights: those are not looked at, and a trace takes ten seconds.
         return TracedModel(graph.graph.clone(), fusions)
 

@@ -87,7 +87,7 @@ def _use(place: Path, out: Path) -> None:
         load_calibration_data(source.tokenizer, 250, text_file=text, context=8)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    write_companions(source.model.config, source.model.generation_config, source.tokenizer, out, source.name)
+    write_companions(source.decoder, source.tokenizer, out, source.name)
     assert not list(out.glob("*.py"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clada_export.decoder.ffn.layer import EagerFFN, EagerFFNs, ScoredFFN, SkippedFFN, on_copy, plain_ffns
-from clada_export.decoder.ffn.search import find_eager_ffns, require_ffns
+from clada_export.decoder.ffn.search import find_eager_ffns
 
 __all__ = [
     "EagerFFN",
@@ -13,5 +13,4 @@ __all__ = [
     "find_eager_ffns",
     "on_copy",
     "plain_ffns",
-    "require_ffns",
 ]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from clada_export.decoder.ffn.layer import PACKINGS, EagerFFN, EagerFFNs, SkippedFFN, plain_ffns, unpack, weight_rows
 from clada_export.decoder.ffn.probe import TOKENS, Record, probe
 from clada_export.decoder.model_config import text_config
-from clada_export.errors import UnsupportedModelError
 from clada_export.op.reference import activate
 from graph_passes.op import ACTIVATIONS
 
@@ -72,7 +71,7 @@ class _Form:
 
 
 def find_eager_ffns(model: nn.Module) -> EagerFFNs:
-    """Find every dense FFN of `model`; one that has `known_ffns` says itself which they are.
+    """Find every dense FFN of `model`.
 
     Returns:
         The FFNs in the order in which they run, and those that stay dense with the reason: routed experts, hidden values that
@@ -81,9 +80,6 @@ def find_eager_ffns(model: nn.Module) -> EagerFFNs:
     Raises:
         UnsupportedModelError: the model does not run on token ids alone.
     """
-    known = getattr(model, "known_ffns", None)
-    if isinstance(known, EagerFFNs):
-        return known
     moe = list(_moe_parents(model))
     skipped = [SkippedFFN(path, "mixture of experts: routed experts are left dense") for path in moe]
     with plain_ffns(model):
@@ -99,19 +95,6 @@ def find_eager_ffns(model: nn.Module) -> EagerFFNs:
                 skipped.append(SkippedFFN(down.path, why))
         found, odd = _proven(model, likely)
     return EagerFFNs(tuple(found), (*skipped, *odd))
-
-
-def require_ffns(model: nn.Module) -> EagerFFNs:
-    """`find_eager_ffns`, but at least one.
-
-    Raises:
-        UnsupportedModelError: no dense FFN was found; lists what was seen and why it does not count.
-    """
-    ffns = find_eager_ffns(model)
-    if not ffns.found:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in ffns.skipped[:4]) or "no module looks like one"
-        raise UnsupportedModelError(f"{type(model).__name__}: no feed-forward layer that could be compiled ({reasons})")
-    return ffns
 
 
 def _sources(down: Record, records: Sequence[Record]) -> Iterator[_Sources]:

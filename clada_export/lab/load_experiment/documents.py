@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.text import read_text
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UsageError
 
 
@@ -52,7 +53,7 @@ def from_file(path: Path, tokenizer: Any | None, count: int, context: int) -> Do
 
 
 def generate(
-    model: nn.Module,
+    decoder: Decoder,
     prompts: Tensor,
     context: int,
     *,
@@ -61,7 +62,7 @@ def generate(
     forbidden: Collection[int] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Let the dense model go on from prompts, all as one batch.
+    """Let the dense decoder go on from prompts, all as one batch.
 
     Args:
         prompts: int64 [N, prompt].
@@ -78,7 +79,7 @@ def generate(
     rows = [prompts]
     wanted = context - prompts.shape[1]
     with torch.inference_mode():
-        output = model(input_ids=prompts, use_cache=True)
+        output = decoder.run(prompts, keep_cache=True)
         for step in range(wanted):
             logits = output.logits[:, -1].float()
             logits[:, never] = float("-inf")
@@ -89,14 +90,14 @@ def generate(
             rows.append(chosen)
             progress(step + 1, wanted)
             if step + 1 < wanted:
-                output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+                output = decoder.run(chosen, cache=output.cache, keep_cache=True)
     return torch.cat(rows, dim=1)
 
 
-def ending_tokens(model: nn.Module) -> frozenset[int]:
+def ending_tokens(decoder: Decoder) -> frozenset[int]:
     """The tokens that end a text."""
     found: set[int] = set()
-    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+    for config in (decoder.config, decoder.generation_config):
         end = getattr(config, "eos_token_id", None)
         found |= {item for item in (end if isinstance(end, list) else [end]) if isinstance(item, int)}
     return frozenset(found)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
@@ -21,8 +21,7 @@ from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.calibration.statistics import collect_statistics
 from clada_export.calibration.text import CalibrationData, load_calibration_data
-from clada_export.decoder.ffn import EagerFFN, require_ffns
-from clada_export.decoder.model_config import vocab_size
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UsageError
 from clada_export.lab.load_experiment.arms import ARMS, GROUPS, METHODS, PLAIN, PRIOR, TOPK, Arm, Scene, still
 from clada_export.lab.load_experiment.balance import balanced_levels
@@ -105,8 +104,7 @@ class ExperimentOptions:
 class Subject:
     """The model, calibrated: for each method its selectors and how its layers share a sparsity."""
 
-    model: nn.Module
-    ffns: tuple[EagerFFN, ...]
+    decoder: Decoder
     layers: dict[str, tuple[LayerSelector, ...]]
     allocations: dict[str, Allocation]
     base: LoadSignal
@@ -133,12 +131,10 @@ def run_experiment(
     stages = Stages(progress)
     with stages("source") as note:
         source = load_source(str(model), import_experts=False, dtype=torch.float32, **source_options)
-        ffns = require_ffns(source.model).found
-        note(f"{source.name}, {len(ffns)} FFNs")
-    vocabulary = vocab_size(source.model)
+        note(f"{source.name}, {len(source.decoder.require_ffns())} FFNs")
     data = load_calibration_data(
         source.tokenizer,
-        vocabulary,
+        source.decoder.vocab_size,
         text_file=options.calibration_data,
         tokens_file=options.calibration_tokens,
         context=options.context,
@@ -147,9 +143,9 @@ def run_experiment(
         seed=options.seed,
     )
     with stages("calibrate"):
-        subject = calibrate_subject(source.model, ffns, data, options, stages.inner)
+        subject = calibrate_subject(source.decoder, data, options, stages.inner)
     with stages("texts") as note:
-        texts = _texts(source.model, source.tokenizer, data, options, subject.prompt, stages.inner)
+        texts = _texts(source.decoder, source.tokenizer, data, options, subject.prompt, stages.inner)
         note(", ".join(text.name for text in texts))
     measured = []
     for text in texts:
@@ -181,11 +177,9 @@ def run_experiment(
     }
 
 
-def calibrate_subject(
-    model: nn.Module, ffns: Sequence[EagerFFN], data: CalibrationData, options: ExperimentOptions, progress: Step
-) -> Subject:
+def calibrate_subject(decoder: Decoder, data: CalibrationData, options: ExperimentOptions, progress: Step) -> Subject:
     """Tables, prices and signal statistics of the methods that the arms need."""
-    prompt = prompt_length(options.context)
+    prompt, ffns = prompt_length(options.context), decoder.ffns
     fits = all(ffn.hidden_size % SHADOW_BLOCK == 0 for ffn in ffns)
     score = options.score or ("shadow" if fits else "gate")
     if score == "shadow" and not fits:
@@ -198,22 +192,21 @@ def calibrate_subject(
     used = dict.fromkeys(arm.method for arm in options.arms)
     methods = tuple(wanted[name] for name in used)
     sensitivity = layer_sensitivity(
-        model, ffns, data.calibration[:4], seed=options.seed, progress=lambda done, total: progress("sensitivity", done, total)
+        decoder, data.calibration[:4], seed=options.seed, progress=lambda done, total: progress("sensitivity", done, total)
     )
     selectors = Selectors(ffns, methods)
     statistics = collect_statistics(
-        model, selectors, data.calibration, prompt, lambda done, total: progress("statistics", done, total)
+        decoder, selectors, data.calibration, prompt, lambda done, total: progress("statistics", done, total)
     )
     allocations = {}
     for method, tables in zip(methods, statistics.tables, strict=True):
         widths = tuple(layer.width for layer in method.layers)
         allocations[method.label] = allocate(ALLOCATION, Layers(AXES[method.rule], tables, widths, tuple(sensitivity)))
-    surprisal, _ = document_signals(model, data.calibration[:, :prompt])
+    surprisal, _ = document_signals(decoder, data.calibration[:, :prompt])
     means = surprisal.mean(axis=1)
     deviation = float(means.std(ddof=1)) if len(means) > 1 else statistics.load.surprisal_std
     return Subject(
-        model,
-        tuple(ffns),
+        decoder,
         {method.label: selectors.of(method) for method in methods},
         allocations,
         statistics.load,
@@ -232,13 +225,13 @@ def measure_text(subject: Subject, text: Documents, options: ExperimentOptions, 
         done += 1
         progress("runs of a document", done, 0)
 
-    surprisal, entropy = document_signals(subject.model, text.tokens, step)
+    surprisal, entropy = document_signals(subject.decoder, text.tokens, step)
     scene = Scene(surprisal, entropy, subject.prompt, subject.base, subject.prompt_surprisal)
     arms = options.arms
     loads = [arm.loads(scene, np.random.default_rng([options.seed, index])) for index, arm in enumerate(arms)]
     targets = [options.sparsity] * len(arms)
     runs = [_run(subject, arm, load, options.sparsity) for arm, load in zip(arms, loads, strict=True)]
-    outcomes = simulate(subject.model, subject.ffns, text.tokens, subject.prompt, runs, step)
+    outcomes = simulate(subject.decoder, text.tokens, subject.prompt, runs, step)
     baselines = {arm.method: index for index, arm in enumerate(arms) if arm.group == "baseline"}
     for _ in range(CORRECTIONS):
         gaps = [
@@ -251,7 +244,7 @@ def measure_text(subject: Subject, text: Documents, options: ExperimentOptions, 
         for index in off:
             targets[index] = min(max(targets[index] + gaps[index], 0.01), 0.99)
             runs[index] = _run(subject, arms[index], loads[index], targets[index])
-        again = simulate(subject.model, subject.ffns, text.tokens, subject.prompt, [runs[index] for index in off], step)
+        again = simulate(subject.decoder, text.tokens, subject.prompt, [runs[index] for index in off], step)
         for index, outcome in zip(off, again, strict=True):
             outcomes[index] = outcome
     return {
@@ -342,7 +335,7 @@ def _baseline(text: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def _texts(
-    model: nn.Module, tokenizer: Any | None, data: CalibrationData, options: ExperimentOptions, prompt: int, progress: Step
+    decoder: Decoder, tokenizer: Any | None, data: CalibrationData, options: ExperimentOptions, prompt: int, progress: Step
 ) -> list[Documents]:
     if options.texts:
         texts = [from_file(path, tokenizer, options.documents, options.context) for path in options.texts]
@@ -353,12 +346,12 @@ def _texts(
         prompts = texts[0].tokens[:, :prompt]
         for name, temperature in (("written greedily", 0.0), ("sampled at T = 1", 1.0)):
             tokens = generate(
-                model,
+                decoder,
                 prompts,
                 options.context,
                 temperature=temperature,
                 seed=options.seed,
-                forbidden=ending_tokens(model),
+                forbidden=ending_tokens(decoder),
                 progress=lambda done, total: progress("tokens written", done, total),
             )
             texts.append(Documents(name, tokens))

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clada_export.calibration.selector import LayerSelector
-from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.decoder import Decoder
 from clada_export.load.surprisal import surprisal_entropy
 
 
@@ -48,21 +47,20 @@ class Outcome:
 
 
 def document_signals(
-    model: nn.Module, documents: Tensor, step: Callable[[], None] = lambda: None
+    decoder: Decoder, documents: Tensor, step: Callable[[], None] = lambda: None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Surprisal and entropy of every token but the first, by the dense model: nats, each [documents, context - 1]."""
     found = []
     with torch.inference_mode():
         for document in documents:
-            found.append(torch.stack(surprisal_entropy(_logits(model, document)[:-1], document[1:])))
+            found.append(torch.stack(surprisal_entropy(_logits(decoder, document)[:-1], document[1:])))
             step()
     surprisal, entropy = torch.stack(found, dim=1).double().numpy()
     return surprisal, entropy
 
 
 def simulate(
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     documents: Tensor,
     prompt: int,
     runs: Sequence[Run],
@@ -79,13 +77,13 @@ def simulate(
     numbers = np.zeros((len(runs), 4, len(documents)))
     with torch.inference_mode():
         for place, document in enumerate(documents):
-            start = _Prompt.run(model, ffns, document, prompt)
+            start = _Prompt.run(decoder, document, prompt)
             rest, targets = document[prompt:], document[prompt + 1 :].unsqueeze(-1)
-            dense = start.go_on(model, rest)
+            dense = start.go_on(decoder, rest)
             for index, run in enumerate(runs):
                 pass_ = _SparsePass(run, place, start)
-                with FFNTap(ffns, inner=pass_.inner):
-                    sparse = start.go_on(model, rest)
+                with decoder.tap(inner=pass_.inner):
+                    sparse = start.go_on(decoder, rest)
                 kl = (dense.exp() * (dense - sparse)).sum(-1).clamp(min=0.0)
                 rise = (dense - sparse).gather(-1, targets)
                 same = (dense.argmax(-1) == sparse.argmax(-1)).float()
@@ -102,21 +100,20 @@ class _Prompt:
     hidden: dict[int, Tensor]
 
     @classmethod
-    def run(cls, model: nn.Module, ffns: Sequence[EagerFFN], document: Tensor, prompt: int) -> _Prompt:
+    def run(cls, decoder: Decoder, document: Tensor, prompt: int) -> _Prompt:
         hidden: dict[int, Tensor] = {}
 
         def keep(index: int, x: Tensor, h: Tensor) -> None:
             hidden[index] = h.reshape(-1, h.shape[-1]).clone()
 
-        with FFNTap(ffns, inner=keep):
-            output = model(input_ids=document[None, :prompt], use_cache=True)
-        return cls(output.past_key_values, hidden)
+        with decoder.tap(inner=keep):
+            output = decoder.run(document[None, :prompt], keep_cache=True)
+        return cls(output.cache, hidden)
 
-    def go_on(self, model: nn.Module, rest: Tensor) -> Tensor:
+    def go_on(self, decoder: Decoder, rest: Tensor) -> Tensor:
         """log p [rest - 1, V] of all but the last prediction. The cache stays as it was."""
-        output = model(input_ids=rest[None], past_key_values=copy.deepcopy(self.cache), use_cache=True)
-        logits: Tensor = output.logits[0, :-1]
-        return logits.float().log_softmax(-1)
+        output = decoder.run(rest[None], cache=copy.deepcopy(self.cache), keep_cache=True)
+        return output.logits[0, :-1].float().log_softmax(-1)
 
 
 class _SparsePass:
@@ -162,6 +159,5 @@ class _SparsePass:
         return shares.cumsum(0)[:-1]
 
 
-def _logits(model: nn.Module, document: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=document[None], use_cache=False).logits[0]
-    return logits.float()
+def _logits(decoder: Decoder, document: Tensor) -> Tensor:
+    return decoder.logits(document).float()

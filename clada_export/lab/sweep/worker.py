@@ -12,13 +12,10 @@ import torch
 from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.calibrate import CalibrationOptions, Calibrator
 from clada_export.calibration.text import load_calibration_data
-from clada_export.decoder.ffn import require_ffns
-from clada_export.decoder.model_config import vocab_size
 from clada_export.decoder.rounding import round_ffn_weights
 from clada_export.errors import CladaError
 from clada_export.lab.sweep.cells import VALUES, Cell, Outcome
 from clada_export.methods import PolicySettings, get_policy
-from clada_export.planning import sequence_limit
 from clada_export.source.load import load_source
 
 
@@ -102,24 +99,25 @@ class SweepWorker:
         job = self._job
         torch.set_num_threads(job.threads)
         source = load_source(job.model, import_experts=False, dtype=torch.float32, **job.hub)
-        ffns = require_ffns(source.model)
+        decoder = source.decoder
+        decoder.require_ffns()
 
         def rounded() -> None:
             if job.dtype != "float32":
-                round_ffn_weights(ffns.found, job.dtype)
+                round_ffn_weights(decoder.ffns, job.dtype)
 
         rounded()
-        limit = sequence_limit(source)
+        limit = decoder.sequence_limit
         data = load_calibration_data(
             source.tokenizer,
-            vocab_size(source.model),
+            decoder.vocab_size,
             text_file=job.text_file,
             tokens_file=job.tokens_file,
             context=job.context if limit is None else min(job.context, limit),
             seed=job.seed,
         )
         warnings = [*source.warnings, *data.warnings]
-        cache = CalibrationCache.of(job.cache, source.model, data.calibration, job.seed, warnings.append)
+        cache = CalibrationCache.of(job.cache, decoder, data.calibration, job.seed, warnings.append)
         identity = {
             "weights_digest": source.weights_digest,
             "dtype": job.dtype,
@@ -128,6 +126,6 @@ class SweepWorker:
             "load_response": job.load_response,
             "settings": asdict(job.settings),
         }
-        calibrator = Calibrator(source.model, ffns.found, data, seed=job.seed, rounded=rounded, cache=cache)
+        calibrator = Calibrator(decoder, data, seed=job.seed, rounded=rounded, cache=cache)
         about = {"model": source.name, "text": data.origin}
         return calibrator, {"identity": identity, "about": about, "warnings": warnings}

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.methods.pruning import sparsegpt, wanda
 from clada_export.methods.pruning.projections import Projection, Snapshot, hidden, projections
@@ -85,13 +85,12 @@ class PruneReport:
 
 
 def prune(
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     windows: Tensor,
     spec: PruneSpec,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PruneReport:
-    """Prune the FFN weights of `model` in place.
+    """Prune the FFN weights of a decoder in place.
 
     The windows run as one batch, and every FFN is pruned when the batch reaches it; the batch goes on with the pruned FFN. So
     the inputs of each FFN come from the pruned ones before it, and those of its down projection from its pruned gate and up
@@ -102,8 +101,7 @@ def prune(
     Nothing is random: equal inputs give equal weights on the same machine.
 
     Args:
-        model: float32.
-        ffns: of `find_eager_ffns(model)`.
+        decoder: float32.
         windows: token ids, int64 [N, context].
         progress: called with (FFNs done, FFNs in all).
 
@@ -116,11 +114,11 @@ def prune(
         UnsupportedModelError: FFNs that share some of their weights and not others.
     """
     start = time.perf_counter()
-    _check_widths(ffns, spec)
-    run = _Run(ffns, spec, progress)
-    with torch.no_grad(), _restored_on_error(ffns):
-        run.count_uses(model, windows)
-        run.prune(model, windows)
+    _check_widths(decoder.ffns, spec)
+    run = _Run(decoder, spec, progress)
+    with torch.no_grad(), _restored_on_error(decoder.ffns):
+        run.count_uses(windows)
+        run.prune(windows)
     reports = tuple(run.reports[index] for index in run.order)
     return PruneReport(spec, reports, run.kept, int(windows.numel()), time.perf_counter() - start)
 
@@ -161,15 +159,15 @@ class _Shared:
 class _Run:
     """The state of one call of `prune`."""
 
-    def __init__(self, ffns: Sequence[EagerFFN], spec: PruneSpec, progress: Callable[[int, int], None]) -> None:
-        self._ffns, self._spec, self._progress = ffns, spec, progress
-        self._groups = _shared_weights(ffns)
+    def __init__(self, decoder: Decoder, spec: PruneSpec, progress: Callable[[int, int], None]) -> None:
+        self._decoder, self._ffns, self._spec, self._progress = decoder, decoder.ffns, spec, progress
+        self._groups = _shared_weights(self._ffns)
         self._done = 0
         self.order: list[int] = []
         self.reports: dict[int, LayerReport] = {}
         self.kept: dict[str, np.ndarray] = {}
 
-    def count_uses(self, model: nn.Module, windows: Tensor) -> None:
+    def count_uses(self, windows: Tensor) -> None:
         """Run a few tokens to see in which order the FFNs run, and how often each."""
 
         def inner(index: int, x: Tensor, h: Tensor) -> None:
@@ -177,17 +175,17 @@ class _Run:
             if index not in self.order:
                 self.order.append(index)
 
-        with FFNTap(self._ffns, inner=inner):
-            model(input_ids=windows[:1, :_TRIAL_TOKENS], use_cache=False)
+        with self._decoder.tap(inner=inner):
+            self._decoder.run(windows[:1, :_TRIAL_TOKENS])
         idle = [ffn.name for index, ffn in enumerate(self._ffns) if index not in self.order]
         if idle:
             raise UsageError(f"{', '.join(idle[:4])}: did not run on the calibration text, so it can't be pruned")
 
-    def prune(self, model: nn.Module, windows: Tensor) -> None:
+    def prune(self, windows: Tensor) -> None:
         """Run all windows, and prune on the way."""
         try:
-            with FFNTap(self._ffns, inner=self._reached):
-                model(input_ids=windows, use_cache=False)
+            with self._decoder.tap(inner=self._reached):
+                self._decoder.run(windows)
         except _AllPrunedError:
             return
         missing = self._ffns[next(index for index in self.order if index not in self.reports)].name

@@ -22,8 +22,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from clada_export.calibration.drift import hold
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
 from clada_export.methods.training.lte import SEPARABILITY_FLOOR, THRESHOLD
 from clada_export.methods.training.train import input_size
@@ -90,7 +90,7 @@ class Finetuned:
 
 
 def finetune(
-    model: nn.Module,
+    decoder: Decoder,
     layers: Sequence[RoutedFFN],
     windows: Tensor,
     prompt: int,
@@ -98,7 +98,7 @@ def finetune(
     settings: FinetuneSettings,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Finetuned:
-    """Train adapters and routers; the model is left as it was.
+    """Train adapters and routers; the decoder is left as it was.
 
     loss = mean KL(dense || sparse) + efficiency * mean(G^2) + separability * mean(1 / ((G - 0.5)^2 + 0.05))
 
@@ -117,11 +117,11 @@ def finetune(
         raise UsageError("--finetune needs at least two calibration windows: one to train on, and one to tell when to stop")
     start = time.perf_counter()
     torch.manual_seed(settings.seed)
-    dense, sizes = _dense_side(model, layers, windows, prompt)
+    dense, sizes = _dense_side(decoder, layers, windows, prompt)
     gates = nn.ModuleList(_Gates(layer, size) for layer, size in zip(layers, sizes, strict=True))
     losses: list[float] = []
-    with _frozen(model), _adapted(layers, settings.rank) as adapters:
-        run = _Run(model, layers, gates, windows, dense, prompt)
+    with decoder.frozen(), _adapted(layers, settings.rank) as adapters:
+        run = _Run(decoder, layers, gates, windows, dense, prompt)
         optimizer = torch.optim.Adam(
             [
                 {"params": list(adapters.parameters()), "lr": settings.learning_rate},
@@ -197,14 +197,14 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        decoder: Decoder,
         layers: Sequence[RoutedFFN],
         gates: nn.ModuleList,
         windows: Tensor,
         dense: Sequence[Tensor],
         prompt: int,
     ) -> None:
-        self._model, self._ffns, self._gates = model, [layer.ffn for layer in layers], gates
+        self._decoder, self._ffns, self._gates = decoder, [layer.ffn for layer in layers], gates
         self._windows, self._dense, self._prompt = windows, dense, prompt
 
     def epoch(self, optimizer: torch.optim.Optimizer, settings: FinetuneSettings) -> float:
@@ -259,8 +259,8 @@ class _Run:
             masked = rows[prompt:] * gates.mask(torch.sigmoid(logits))
             return torch.cat((rows[:prompt], masked)).reshape(h.shape)
 
-        with FFNTap(self._ffns, inner=inner):
-            logits = self._model(input_ids=window[None], use_cache=False).logits[0, prompt:].float()
+        with self._decoder.tap(inner=inner, only=self._ffns):
+            logits = self._decoder.logits(window)[prompt:].float()
         sparse, dense = logits.log_softmax(-1), self._dense[index].log_softmax(-1)
         kl: Tensor = (dense.exp() * (dense - sparse)).sum(-1).mean()
         return kl
@@ -271,7 +271,7 @@ def _push(gate: Tensor) -> Tensor:
 
 
 def _dense_side(
-    model: nn.Module, layers: Sequence[RoutedFFN], windows: Tensor, prompt: int
+    decoder: Decoder, layers: Sequence[RoutedFFN], windows: Tensor, prompt: int
 ) -> tuple[list[Tensor], list[float]]:
     """The dense logits after the prompt of every window, and the size of every layer's inputs."""
     kept: list[Tensor] = []
@@ -280,23 +280,11 @@ def _dense_side(
     def inner(layer: int, x: Tensor, h: Tensor) -> None:
         sizes.setdefault(layer, input_size(x.reshape(-1, x.shape[-1])))
 
-    with torch.no_grad(), FFNTap([layer.ffn for layer in layers], inner=inner):
+    with torch.no_grad(), decoder.tap(inner=inner, only=[layer.ffn for layer in layers]):
         for window in windows:
-            logits = model(input_ids=window[None], use_cache=False).logits[0, prompt:].float()
+            logits = decoder.logits(window)[prompt:].float()
             kept.append(hold(logits, logits.nbytes * len(windows)))
     return kept, [sizes[index] for index in range(len(layers))]
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """None of the model's own parameters takes a gradient."""
-    before = [(item, item.requires_grad) for item in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for item, required in before:
-            item.requires_grad_(required)
 
 
 @contextmanager

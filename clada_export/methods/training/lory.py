@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UsageError
 from clada_export.methods.training.cluster import cluster_neurons
 from clada_export.methods.training.train import (
@@ -51,8 +50,7 @@ class Segments:
 
 
 def collect_segments(
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     windows: Tensor,
     rows: int,
     seed: int,
@@ -75,6 +73,7 @@ def collect_segments(
         raise UsageError(f"merging experts: {count} windows of {context} tokens hold no two pairs of segments; give more text")
     taken = max(1, min(length, rows // (pairs * count)))
     generator = torch.Generator().manual_seed(seed)
+    ffns = decoder.ffns
     means: list[list[Tensor]] = [[] for _ in ffns]
     inputs: list[list[Tensor]] = [[] for _ in ffns]
     places = torch.empty(0, dtype=torch.int64)
@@ -86,10 +85,10 @@ def collect_segments(
         means[index].append(segments[:-1].mean(1))
         inputs[index].append(segments[1:].gather(1, places.unsqueeze(-1).expand(-1, -1, segments.shape[-1])))
 
-    with torch.no_grad(), FFNTap(ffns, inner=inner):
+    with torch.no_grad(), decoder.tap(inner=inner):
         for done, window in enumerate(windows):
             places = torch.rand(pairs, length, generator=generator).argsort(1)[:, :taken]
-            model(input_ids=window[None], use_cache=False)
+            decoder.logits(window)
             progress(done + 1, count)
     return Segments(tuple(torch.cat(parts) for parts in means), tuple(torch.cat(parts) for parts in inputs))
 

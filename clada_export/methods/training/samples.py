@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
-from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
 from clada_export.op.reference import SparseFFNTensors, neuron_outputs
 from graph_passes.op import SparseFFNAttributes
@@ -58,8 +58,7 @@ class FFNSamples:
 
 
 def collect_samples(
-    model: nn.Module,
-    ffns: Sequence[EagerFFN],
+    decoder: Decoder,
     windows: Tensor,
     rows: int,
     seed: int,
@@ -87,6 +86,7 @@ def collect_samples(
             "of two tokens are needed"
         )
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:rows].sort().values
+    ffns = decoder.ffns
     inputs = [torch.empty(len(chosen), ffn.hidden_size) for ffn in ffns]
     filled = 0
     positions = torch.empty(0, dtype=torch.int64)
@@ -97,14 +97,14 @@ def collect_samples(
         inputs[index][filled : filled + len(positions)] = taken
 
     # Not inference mode: its tensors could not take part in training.
-    with torch.no_grad(), FFNTap(ffns, inner=inner):
+    with torch.no_grad(), decoder.tap(inner=inner):
         for done, window in enumerate(windows):
             positions = chosen[chosen // (context - 1) == done] % (context - 1) + 1
             if len(positions):
-                model(input_ids=window[None], use_cache=False)
+                decoder.logits(window)
                 filled += len(positions)
             progress(done + 1, count)
-    return FFNSamples(tuple(ffns), tuple(inputs))
+    return FFNSamples(ffns, tuple(inputs))
 
 
 def _require_finite(ffn: EagerFFN, value: Tensor, what: str) -> None:

@@ -1,13 +1,10 @@
-"""A decoder whose FFNs are PyTorch modules, and whose other nodes ONNX Runtime runs.
-
-Calibration and verification see a PyTorch model: they call it with token ids, hook its FFNs and replace what those compute.
-"""
+"""A decoder whose FFNs are PyTorch modules, and whose other nodes ONNX Runtime runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,9 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
+from clada_export.decoder.decoder import Decoder, DecoderOutput
 from clada_export.decoder.ffn import EagerFFN, EagerFFNs, SkippedFFN
+from clada_export.decoder.padding import padding_of
 from clada_export.errors import UnsupportedModelError
 from clada_export.foreign import ONNX_RUN, reading
 from clada_export.op.reference import activate
@@ -31,14 +30,6 @@ from graph_passes.matchers.weights import MatrixSource, VectorSource
 from graph_passes.search import FFNMiss
 
 Array = npt.NDArray[Any]
-
-
-@dataclass
-class DecoderOutput:
-    """`logits` float32 [batch, sequence, vocabulary]; `past_key_values`: the cache by input name, None without `use_cache`."""
-
-    logits: Tensor
-    past_key_values: dict[str, Array] | None
 
 
 class OnnxFFN(nn.Module):
@@ -66,19 +57,33 @@ class OnnxFFN(nn.Module):
         )
 
 
-class OnnxDecoder(nn.Module):
-    """A decoder from an ONNX graph. `known_ffns` are its FFNs, as calibration wants them.
+class _Weights(nn.Module):
+    """The FFNs of a graph, and what tells it from others.
+
+    Args:
+        digest: 32 bytes over the files. It is a buffer, so that a digest of the state is one of the whole graph.
+    """
+
+    def __init__(self, matches: Sequence[FFNMatch], digest: bytes) -> None:
+        super().__init__()
+        self.ffns = nn.ModuleList(OnnxFFN(match) for match in matches)
+        self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
+        self.requires_grad_(False)
+        self.eval()
+
+
+class OnnxDecoder(Decoder):
+    """A decoder from an ONNX graph. A cache is a dictionary of arrays, by the name of the graph's input.
 
     Args:
         path: of the model file; weights that lie in other files are read from its folder.
         model: the same model, its interface named (`graph_passes.naming`), not changed here.
         matches, misses: of its FFNs.
         config: of the source; has `vocab_size`.
-        digest: 32 bytes over the files. It is a buffer, so that a digest of the state is one of the whole graph.
+        generation_config: of the source, or None.
+        digest: 32 bytes over the files.
         threads: of ONNX Runtime.
     """
-
-    differentiable = False
 
     def __init__(
         self,
@@ -87,20 +92,19 @@ class OnnxDecoder(nn.Module):
         matches: Sequence[FFNMatch],
         misses: Sequence[FFNMiss],
         config: Any,
+        generation_config: Any,
         digest: bytes,
         threads: int,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.generation_config: Any = None
+        self._config = config
+        self._generation_config = generation_config
         self.path = path
         self.threads = threads
-        self.ffns = nn.ModuleList(OnnxFFN(match) for match in matches)
-        found = [ffn.described(match) for ffn, match in zip(self.ffns, matches, strict=True)]  # type: ignore[operator]
-        self.known_ffns = EagerFFNs(tuple(found), tuple(SkippedFFN(miss.name, miss.reason) for miss in misses))
+        self._weights = _Weights(matches, digest)
+        described = [ffn.described(match) for ffn, match in zip(self._weights.ffns, matches, strict=True)]  # type: ignore[operator]
+        self._matched = EagerFFNs(tuple(described), tuple(SkippedFFN(miss.name, miss.reason) for miss in misses))
         self._edges = [(str(match.x.name), str(match.y.name), match.hidden_size) for match in matches]
         self._flat = [len(match.y.shape or ()) == 2 for match in matches]
-        self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
         self._proto = ir.to_proto(model)
         interface = (*model.graph.inputs, *model.graph.outputs)
         self._source_names = {str(value.name): str(value.meta.get(SOURCE_NAME, value.name)) for value in interface}
@@ -113,25 +117,60 @@ class OnnxDecoder(nn.Module):
         self._stages: list[tuple[Stage, onnxruntime.InferenceSession]] = []
         self._build(cut(model, self._proto, matches))
         self._whole: onnxruntime.InferenceSession | None = None
-        self.requires_grad_(False)
-        self.eval()
         self._as_given = self._state()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Mapping[str, Array] | None = None,
-        use_cache: bool = False,
-    ) -> DecoderOutput:
-        """Run the stages, and the FFNs between them.
+    @property
+    def name(self) -> str:
+        """The class: the graph has no name that means anything."""
+        return type(self).__name__
 
-        Args:
-            input_ids: int64 [batch, sequence].
-            attention_mask: int64 [batch, past + sequence], 0 for padding; None for none.
-            past_key_values: what an earlier call returned.
-        """
-        values: dict[str, Array] = self._feeds(input_ids.numpy(), attention_mask, past_key_values)
+    @property
+    def module(self) -> nn.Module:
+        """The FFNs, and the digest of the files."""
+        return self._weights
+
+    @property
+    def config(self) -> Any:
+        """See `Decoder.config`."""
+        return self._config
+
+    @property
+    def generation_config(self) -> Any:
+        """See `Decoder.generation_config`."""
+        return self._generation_config
+
+    @property
+    def differentiable(self) -> bool:
+        """Never: ONNX Runtime computes most of it."""
+        return False
+
+    @property
+    def takes_positions(self) -> bool:
+        """Never: positions are counted here, from the mask."""
+        return False
+
+    @property
+    def first_position(self) -> int:
+        """The graph adds what its model counts from."""
+        return 0
+
+    @cached_property
+    def padding(self) -> str:
+        """See `Decoder.padding`."""
+        return padding_of(self, cached=False)
+
+    def run(
+        self,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Mapping[str, Array] | None = None,
+        keep_cache: bool = False,
+    ) -> DecoderOutput:
+        """Run the stages, and the FFNs between them; see `Decoder.run`."""
+        assert positions is None, "it takes none"
+        values: dict[str, Array] = self._feeds(ids.numpy(), mask, cache)
         for stage, session in self._stages:
             if stage.nodes:
                 feeds = {name: values[name] for name in stage.inputs}
@@ -140,20 +179,25 @@ class OnnxDecoder(nn.Module):
                 values.update(zip(stage.outputs, found, strict=True))
             for index in stage.ffns:
                 before, after, width = self._edges[index]
-                x = self._rows(before, values[before], input_ids.shape, width)
-                y: Tensor = self.ffns[index](x)
+                x = self._rows(before, values[before], ids.shape, width)
+                y: Tensor = self._weights.ffns[index](x)
                 values[after] = (y.reshape(-1, width) if self._flat[index] else y).detach().numpy()
-        return self._output(values, use_cache)
+        return self._output(values, keep_cache)
 
-    def untouched(
-        self, input_ids: Tensor, past_key_values: Mapping[str, Array] | None = None, use_cache: bool = False
+    def run_whole(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: Mapping[str, Array] | None = None,
+        keep_cache: bool = False,
     ) -> DecoderOutput:
         """The file as it was given, in one piece; but with the FFNs of this model where their weights have been changed."""
         if self._state() != self._as_given:
-            return self(input_ids, None, past_key_values, use_cache)  # type: ignore[no-any-return]
+            return self.run(ids, positions=positions, cache=cache, keep_cache=keep_cache)
         if self._whole is None:
             self._whole = self._session(self.path)
-        given = self._feeds(input_ids.numpy(), None, past_key_values)
+        given = self._feeds(ids.numpy(), None, cache)
         feeds = {self._source_names[name]: value for name, value in given.items()}
         for value in self._whole.get_inputs():
             # An input that the graph does not use was left out here.
@@ -163,11 +207,14 @@ class OnnxDecoder(nn.Module):
         names = [value.name for value in self._proto.graph.output]
         with reading(ONNX_RUN, self.path):
             found = self._whole.run([self._source_names[name] for name in names], feeds)
-        return self._output(dict(zip(names, found, strict=True)), use_cache)
+        return self._output(dict(zip(names, found, strict=True)), keep_cache)
+
+    def _search(self) -> EagerFFNs:
+        return self._matched
 
     def _state(self) -> list[tuple[int, int]]:
         """Which tensors the weights are, and how often they have been written to."""
-        return [(id(parameter), parameter._version) for parameter in self.ffns.parameters()]
+        return [(id(parameter), parameter._version) for parameter in self._weights.parameters()]
 
     def _feeds(self, ids: Array, mask: Tensor | None, past: Mapping[str, Array] | None) -> dict[str, Array]:
         batch, sequence = ids.shape
@@ -180,8 +227,8 @@ class OnnxDecoder(nn.Module):
         feeds["position_ids"] = np.maximum(whole.cumsum(axis=1) - 1, 0)[:, before:]
         return {name: value for name, value in feeds.items() if name in self._inputs}
 
-    def _output(self, values: Mapping[str, Array], use_cache: bool) -> DecoderOutput:
-        past = {name: values[name.replace("past_key_values", "present")] for name in self._cache} if use_cache else None
+    def _output(self, values: Mapping[str, Array], keep_cache: bool) -> DecoderOutput:
+        past = {name: values[name.replace("past_key_values", "present")] for name in self._cache} if keep_cache else None
         return DecoderOutput(torch.from_numpy(values["logits"]).float(), past)
 
     def _build(self, stages: Sequence[Stage]) -> None:

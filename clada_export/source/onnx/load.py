@@ -10,7 +10,6 @@ import onnx_ir as ir
 import torch
 from transformers import PretrainedConfig
 
-from clada_export.decoder.model_config import vocab_size
 from clada_export.errors import UnsupportedModelError, UsageError, VerificationError
 from clada_export.foreign import CONFIG, reading
 from clada_export.source.onnx.decoder import OnnxDecoder
@@ -39,9 +38,15 @@ def load_decoder(path: Path) -> OnnxDecoder:
     if narrow := search.misses[len(found.misses) :]:
         raise UnsupportedModelError(f"{path}: FFN {narrow[0].name!r}: {narrow[0].reason}")
     decoder = OnnxDecoder(
-        path, model, search.matches, search.misses, _config(path, model), _digest(path, model), torch.get_num_threads()
+        path,
+        model,
+        search.matches,
+        search.misses,
+        _config(path, model),
+        load_generation_config(companions(path)),
+        _digest(path, model),
+        torch.get_num_threads(),
     )
-    decoder.generation_config = load_generation_config(companions(path))
     _check_cut(decoder, path)
     return decoder
 
@@ -91,14 +96,14 @@ def _check_vocabulary(config: PretrainedConfig, logits: int | None, stored: int,
 def _check_cut(decoder: OnnxDecoder, path: Path) -> None:
     """Raise VerificationError unless the decoder in parts gives the logits of the graph in one piece."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size(decoder), (2, _SAMPLE), generator=generator)
+    ids = torch.randint(0, decoder.vocab_size, (2, _SAMPLE), generator=generator)
     with torch.inference_mode():
-        wanted, found = decoder.untouched(ids).logits, decoder(ids).logits
+        wanted, found = decoder.run_whole(ids).logits, decoder.run(ids).logits
     shapes = [list(logits.shape) for logits in (wanted, found)]
-    if any(len(shape) != 3 or shape[:2] != list(ids.shape) or shape[2] < vocab_size(decoder) for shape in shapes):
+    if any(len(shape) != 3 or shape[:2] != list(ids.shape) or shape[2] < decoder.vocab_size for shape in shapes):
         raise UnsupportedModelError(
             f"{path}: for tokens {list(ids.shape)} the graph's logits are {shapes[0]}, and {shapes[1]} with its FFNs computed "
-            f"apart; wanted is [batch, sequence, vocabulary], and the vocabulary has {vocab_size(decoder)} tokens"
+            f"apart; wanted is [batch, sequence, vocabulary], and the vocabulary has {decoder.vocab_size} tokens"
         )
     difference, largest = float((wanted - found).abs().max()), float(wanted.abs().max())
     if not difference <= SAME * max(largest, 1.0):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from torch import nn
-
 from clada_export.artifact.manifest import Manifest
-from clada_export.decoder.ffn import EagerFFNs
+from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.rounding import round_ffn_weights
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.native.library import LIBRARY_NAME, require_ort
 from clada_export.runtime import Engine, load_engine
@@ -36,14 +35,14 @@ def require_backend(settings: TensorRTOptions | None = None, verify: bool = True
     require_ort("--target ort")
 
 
-def round_weights(model: nn.Module, ffns: EagerFFNs, dtype: str) -> str:
+def round_weights(decoder: Decoder, dtype: str) -> str:
     """Round the FFNs' weights, and nothing else, in place."""
-    return round_ffn_weights(ffns.found, dtype)
+    return round_ffn_weights(decoder.ffns, dtype)
 
 
-def traceable(model: nn.Module, dtype: str) -> nn.Module:
-    """The model itself: activations are float32 whatever the weights' type is."""
-    return model
+def traceable(decoder: TorchDecoder, dtype: str) -> TorchDecoder:
+    """The decoder itself: activations are float32 whatever the weights' type is."""
+    return decoder
 
 
 def build(request: BuildRequest) -> BuiltModel:
@@ -88,4 +87,4 @@ def verify_deployed(subject: Subject) -> Verification:
 
 def _run_checks(subject: Subject, engine: Engine) -> Verification:
     options = VerifyOptions(limits=subject.limits)
-    return run_checks(engine, subject.model, subject.ffns.found, subject.text, options, subject.progress)
+    return run_checks(engine, subject.decoder, subject.text, options, subject.progress)

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from clada_export.artifact.manifest import Manifest, TensorSpec
 from clada_export.artifact.profiles import Profile, plan_profiles
-from clada_export.decoder.ffn import EagerFFNs
-from clada_export.decoder.model_config import vocab_size
-from clada_export.decoder.rounding import in_dtype, round_all_weights
+from clada_export.decoder.decoder import Decoder
+from clada_export.decoder.rounding import round_all_weights
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, UsageError
 from clada_export.native.library import TRT_LIBRARY_NAME, check_library, ort_library_path, trt_library_path
 from clada_export.native.tensorrt import PLUGIN_VERSION, Backend, find_backend, missing_gpu
@@ -74,14 +73,14 @@ def require_backend(settings: TensorRTOptions | None = None, verify: bool = True
     check_library(ort_library_path())
 
 
-def round_weights(model: nn.Module, ffns: EagerFFNs, dtype: str) -> str:
+def round_weights(decoder: Decoder, dtype: str) -> str:
     """Round every parameter in place: the engine computes in `dtype` throughout."""
-    return round_all_weights(model, dtype)
+    return round_all_weights(decoder.module, dtype)
 
 
-def traceable(model: nn.Module, dtype: str) -> nn.Module:
-    """The model in the engine's type; a copy unless that is float32."""
-    return model if dtype == "float32" else in_dtype(model, dtype)
+def traceable(decoder: TorchDecoder, dtype: str) -> TorchDecoder:
+    """The decoder in the engine's type; a copy unless that is float32."""
+    return decoder if dtype == "float32" else decoder.in_dtype(dtype)
 
 
 def build(request: BuildRequest) -> BuiltModel:
@@ -202,13 +201,13 @@ def verify(subject: Subject) -> Verification:
         # 16-bit values are widened, so only the rounding of the graph's constants is allowed for.
         dtype = subject.manifest.dtype
         options = VerifyOptions(limits=subject.limits, computes_in=dtype, rounding_share=CONSTANTS_SHARE)
-        result = run_checks(engine, subject.model, subject.ffns.found, subject.text, options, subject.progress)
+        result = run_checks(engine, subject.decoder, subject.text, options, subject.progress)
     result.checks = [replace(check, name=f"ONNX graph, {check.name}") for check in result.checks]
     result.checks += engine_checks(subject.folder, subject.manifest)
     subject.progress("inputs and outputs for a GPU")
     plan = subject.manifest.sparsity_plan(subject.folder)
     profiles = engine_profiles(subject.manifest)
-    save_cases(subject.folder, subject.manifest, subject.model, subject.ffns.found, plan, _tokens(subject), profiles)
+    save_cases(subject.folder, subject.manifest, subject.decoder, plan, _tokens(subject), profiles)
     result.checks += _saved_checks_by_cpu(subject.folder, subject.manifest)
     if (reason := missing_gpu()) is None:
         result.checks += _saved_checks(subject.folder, subject.manifest)
@@ -232,7 +231,7 @@ def verify_deployed(subject: Subject) -> Verification:
     """All checks on the engine itself, against the source model. Needs a GPU, and raises as `verify_saved`."""
     options = VerifyOptions(limits=subject.limits, computes_in=subject.manifest.dtype)
     engine = load_engine(subject.folder)
-    result = run_checks(engine, subject.model, subject.ffns.found, subject.text, options, subject.progress)
+    result = run_checks(engine, subject.decoder, subject.text, options, subject.progress)
     result.checks += engine_checks(subject.folder, subject.manifest)
     return result
 
@@ -331,4 +330,4 @@ def polygraphy_runner(backend: Backend) -> Any:
 def _tokens(subject: Subject) -> list[int]:
     if subject.text is not None:
         return [int(token) for token in subject.text[0]]
-    return [int(token) for token in np.random.default_rng(0).integers(0, vocab_size(subject.model), 64)]
+    return [int(token) for token in np.random.default_rng(0).integers(0, subject.decoder.vocab_size, 64)]

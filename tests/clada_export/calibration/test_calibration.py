@@ -28,6 +28,7 @@ from clada_export.calibration.statistics import collect_statistics
 from clada_export.calibration.text import default_text, make_windows, read_text, read_tokens
 from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
 from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.methods import POLICIES, PolicySettings, get_policy
 from clada_export.op.reference import sparse_ffn
@@ -152,7 +153,7 @@ def test_tables_equal_brute_force(kind: str, score: str) -> None:
     ffns = find_eager_ffns(model).found
     scorers = [make_scorer(ffn, score) for ffn in ffns]
     data = windows(3)
-    tables = collect_statistics(model, selectors_of(ffns, score), data).tables[0]
+    tables = collect_statistics(TorchDecoder(model), selectors_of(ffns, score), data).tables[0]
     scores: list[list[torch.Tensor]] = [[] for _ in ffns]
     errors: list[list[float]] = [[] for _ in ffns]
     middle = [float(table.coarse_level[len(table.coarse_level) // 2]) for table in tables]
@@ -185,7 +186,7 @@ def test_the_load_statistics_are_those_of_the_text() -> None:
     model = tiny_model("llama", 0)
     ffns = find_eager_ffns(model).found
     data = windows(2)
-    load = collect_statistics(model, selectors_of(ffns), data).load
+    load = collect_statistics(TorchDecoder(model), selectors_of(ffns), data).load
     surprisals = []
     with torch.no_grad():
         for window in data:
@@ -202,7 +203,7 @@ def test_nan_activations_name_the_layer() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj: the activations are not finite"):
-        collect_statistics(model, selectors, windows(1))
+        collect_statistics(TorchDecoder(model), selectors, windows(1))
 
 
 def test_sensitivity_predicts_kl() -> None:
@@ -210,7 +211,7 @@ def test_sensitivity_predicts_kl() -> None:
     model = tiny_model("llama", 0)
     ffns = find_eager_ffns(model).found
     data = windows(8)
-    price = layer_sensitivity(model, ffns, data)
+    price = layer_sensitivity(TorchDecoder(model), data)
     scale = 0.02
     assert all(parameter.grad is None for parameter in model.parameters())
     for layer in range(len(ffns)):
@@ -238,7 +239,7 @@ def test_sensitivity_of_a_model_that_adds_to_an_ffn_in_place() -> None:
     ffns = find_eager_ffns(model).found
     ids = torch.arange(64).reshape(2, 32) % model.config.vocab_size
     before = model(input_ids=ids, use_cache=False).logits.detach()
-    price = layer_sensitivity(model, ffns, list(ids))
+    price = layer_sensitivity(TorchDecoder(model), list(ids))
     assert len(price) == len(ffns) and all(np.isfinite(price)) and min(price) > 0
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
 
@@ -259,7 +260,7 @@ def _layers(score: str, rule: str, granule: int) -> Layers:
     model = tiny_model("llama", 0)
     ffns = find_eager_ffns(model).found
     method = Method("test", score, rule, draft_layers(ffns, granule=granule))
-    tables = collect_statistics(model, Selectors(ffns, (method,)), windows(2), prompt=8).tables[0]
+    tables = collect_statistics(TorchDecoder(model), Selectors(ffns, (method,)), windows(2), prompt=8).tables[0]
     return Layers(AXES[rule], tables, tuple(ffn.intermediate_size for ffn in ffns), (2.0, 0.5))
 
 
@@ -384,7 +385,7 @@ def test_masks_and_reference_modules_agree(policy: str) -> None:
     ffns = find_eager_ffns(model).found
     data = windows(1)
     result = calibrate(
-        model, ffns, get_policy(policy), load_calibration_data(None, 256, context=CONTEXT), {"weights_digest": "0"},
+        TorchDecoder(model), get_policy(policy), load_calibration_data(None, 256, context=CONTEXT), {"weights_digest": "0"},
         CalibrationOptions(sparsity=0.5, load_response=False, settings=PolicySettings(granule=8, rows=200)),
     )  # fmt: skip
     plan = result.plan
@@ -398,10 +399,10 @@ def test_masks_and_reference_modules_agree(policy: str) -> None:
         ]
     )
     assert axis is not None
-    drift = DriftMeter(model, ffns, data, prompt).measure(simulated(ffns, plan), levels)
+    drift = DriftMeter(TorchDecoder(model), data, prompt).measure(simulated(ffns, plan), levels)
     loads = np.zeros(CONTEXT, np.float32)
     loads[:prompt] = np.inf
-    run = ReferenceModel(model, ffns, plan).run(data[0].tolist(), loads)
+    run = ReferenceModel(TorchDecoder(model), plan).run(data[0].tolist(), loads)
     log_p = torch.from_numpy(run.logits).log_softmax(-1)[prompt:-1]
     nll = -log_p.gather(1, data[0, prompt + 1 :, None]).flatten()
     np.testing.assert_allclose(drift.nll, nll, rtol=1e-4, atol=1e-4)
@@ -414,11 +415,10 @@ def test_masks_and_reference_modules_agree(policy: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
 def test_a_plan_by_budget_keeps_it(kind: str) -> None:
     model = tiny_model(kind, 0)
-    ffns = find_eager_ffns(model).found
     data = load_calibration_data(None, 256, context=CONTEXT)
     seen: list[str] = []
     result = calibrate(
-        model, ffns, get_policy("clada"), data, {"weights_digest": "0"}, CalibrationOptions(budget=Budget("kl", 0.002)),
+        TorchDecoder(model), get_policy("clada"), data, {"weights_digest": "0"}, CalibrationOptions(budget=Budget("kl", 0.002)),
         lambda what, done, total: seen.append(what),
     )  # fmt: skip
     assert result.drift.kl_bound <= 0.002

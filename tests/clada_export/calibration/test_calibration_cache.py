@@ -26,6 +26,7 @@ from clada_export.calibration.cache import (
 )
 from clada_export.calibration.selector import Selectors
 from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.methods import Policy, PolicyContext, PolicySettings, get_policy
 from clada_export.methods.base import Dynamic
@@ -106,12 +107,11 @@ def run(
     context: int = 32,
     said: list[str] | None = None,
 ) -> CalibrationResult:
-    model = tiny_model("llama", 0) if model is None else model
+    decoder = TorchDecoder(tiny_model("llama", 0) if model is None else model)
     data = DATA if context == 32 else load_calibration_data(None, 256, context=context)
-    cache = CalibrationCache.of(folder, model, data.calibration, seed, [].append if said is None else said.append)
-    ffns = find_eager_ffns(model).found
+    cache = CalibrationCache.of(folder, decoder, data.calibration, seed, [].append if said is None else said.append)
     options = replace(options, seed=seed)
-    return calibrate(model, ffns, policy or get_policy("cats"), data, {"weights_digest": "0"}, options, cache=cache)
+    return calibrate(decoder, policy or get_policy("cats"), data, {"weights_digest": "0"}, options, cache=cache)
 
 
 def test_a_second_run_makes_no_pass_and_gives_the_same_plan(tmp_path: Path, passes: Passes) -> None:

@@ -19,7 +19,7 @@ from clada_export.calibration.choose import choose, plan_clock
 from clada_export.calibration.clock import read_clock
 from clada_export.calibration.cost import dense_bytes, read_bytes
 from clada_export.cli import main_export
-from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import POLICIES, PolicySettings
@@ -33,7 +33,7 @@ LOOSE = CalibrationOptions(budget=Budget("kl", 0.01), load_response=False)
 
 def calibrator(kind: str = "llama", context: int = 32, **overrides: Any) -> Calibrator:
     model = tiny_model(kind, 0, **overrides)
-    return Calibrator(model, find_eager_ffns(model).found, load_calibration_data(None, 256, context=context))
+    return Calibrator(TorchDecoder(model), load_calibration_data(None, 256, context=context))
 
 
 def rows_of(auto: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -98,20 +98,20 @@ def test_policies_that_train_take_part_only_when_asked() -> None:
 def test_pruned_zeros_are_still_read() -> None:
     policies = {name: POLICIES[name] for name in ("griffin", "wanda")}
     shared = calibrator()
-    before = shared.ffns[0].w_out().clone()
+    before = shared.decoder.ffns[0].w_out().clone()
     rows = rows_of(choose(shared, SOURCE, LOOSE, policies=policies).plan.calibration["auto"])
     assert "zeros are stored like other weights" in rows["wanda"]["why"]
-    assert bool((shared.ffns[0].w_out() == before).all())
+    assert bool((shared.decoder.ffns[0].w_out() == before).all())
 
 
 def test_the_weights_are_left_as_the_chosen_plan_says() -> None:
     shared = calibrator()
-    before = shared.ffns[0].w_out().clone()
+    before = shared.decoder.ffns[0].w_out().clone()
     options = replace(LOOSE, sparsity=0.3, settings=PolicySettings(pattern="neurons"))
     one = choose(shared, SOURCE, options, policies={"wanda": POLICIES["wanda"]})
-    assert one.plan.prune is not None and bool((shared.ffns[0].w_out() != before).any())
+    assert one.plan.prune is not None and bool((shared.decoder.ffns[0].w_out() != before).any())
     both = choose(shared, SOURCE, options, policies={"clada": POLICIES["clada"], "wanda": POLICIES["wanda"]})
-    changed = bool((shared.ffns[0].w_out() != before).any())
+    changed = bool((shared.decoder.ffns[0].w_out() != before).any())
     assert changed == (both.plan.prune is not None)
 
 
@@ -142,16 +142,16 @@ def test_the_clock_counts_the_neurons_that_the_op_runs() -> None:
     shared = calibrator(context=48)
     result = shared.calibrate(POLICIES["clada"], SOURCE, replace(LOOSE, sparsity=0.5))
     window, prompt = shared.data.heldout[0], shared.prompt
-    reading = read_clock(result.plan, shared.model, shared.ffns, window, prompt, rows=10**6, threads=1)
+    reading = read_clock(result.plan, shared.decoder, window, prompt, rows=10**6, threads=1)
     assert (reading.rows, reading.threads, len(reading.layers)) == (len(window) - prompt, 1, 2)
     assert reading.dense_ms > 0 and reading.sparse_ms > 0
     loads = np.zeros(len(window), np.float32)
     loads[:prompt] = np.inf
     # Layer 0 alone is run on the same input in both: later ones see what the sparse layers before them made.
     first = replace(result.plan, layers=result.plan.layers[:1])
-    active = ReferenceModel(shared.model, shared.ffns, first).run(window.tolist(), loads).active[0, prompt:]
+    active = ReferenceModel(shared.decoder, first).run(window.tolist(), loads).active[0, prompt:]
     layer = first.layers[0]
-    alone = read_clock(first, shared.model, shared.ffns, window, prompt, rows=10**6, threads=1)
+    alone = read_clock(first, shared.decoder, window, prompt, rows=10**6, threads=1)
     wanted = read_bytes(layer, first.score, float(active.mean()) / layer.width) / dense_bytes(layer)
     assert alone.bytes == pytest.approx(wanted, abs=1e-3)
     assert str(alone) == f"bytes say x{alone.bytes:.2f}, the clock says x{alone.clock:.2f} (1 layer, 1 thread)"
@@ -165,7 +165,7 @@ def test_the_clock_runs_every_kind_of_plan(kind: str, policy: str, dtype: str) -
     shared = calibrator(kind)
     options = replace(LOOSE, sparsity=0.5, settings=PolicySettings(rows=200, granule=8 if policy == "moefication" else None))
     plan = shared.calibrate(POLICIES[policy], SOURCE, options).plan
-    reading = read_clock(plan, shared.model, shared.ffns, shared.data.heldout[0], shared.prompt, dtype=dtype, layers=1)
+    reading = read_clock(plan, shared.decoder, shared.data.heldout[0], shared.prompt, dtype=dtype, layers=1)
     layer = next(layer for layer in plan.layers if layer.name == reading.layers[0])
     router = plan.tensors(layer).router
     parameters = 0 if router is None else router.parameters
@@ -178,7 +178,7 @@ def test_the_clock_runs_every_kind_of_plan(kind: str, policy: str, dtype: str) -
 def test_a_wide_layer_is_faster_when_most_of_it_is_skipped() -> None:
     shared = calibrator(hidden_size=256, intermediate_size=8192)
     plan = shared.calibrate(POLICIES["griffin"], SOURCE, replace(LOOSE, sparsity=0.95)).plan
-    reading = read_clock(plan, shared.model, shared.ffns, shared.data.heldout[0], shared.prompt, threads=1)
+    reading = read_clock(plan, shared.decoder, shared.data.heldout[0], shared.prompt, threads=1)
     assert reading.bytes < 0.1
     assert reading.clock < 0.7
 
@@ -188,13 +188,13 @@ def test_the_clock_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch, tm
     plan = shared.calibrate(POLICIES["griffin"], SOURCE, replace(LOOSE, sparsity=0.5)).plan
 
     def clock(target: str) -> Callable[..., dict[str, Any]]:
-        return plan_clock(shared.model, shared.ffns, shared.data.heldout, shared.prompt, target=target, dtype="float32")
+        return plan_clock(shared.decoder, shared.data.heldout, shared.prompt, target=target, dtype="float32")
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "target trt" in clock("trt")(plan)["left_out"] and "no GPU" in clock("trt")(plan)["left_out"]
     monkeypatch.setenv("CLADA_ORT_LIBRARY", str(tmp_path / "missing.so"))
     with pytest.raises(BackendError):
-        read_clock(plan, shared.model, shared.ffns, shared.data.heldout[0], shared.prompt)
+        read_clock(plan, shared.decoder, shared.data.heldout[0], shared.prompt)
     assert "missing.so" in clock("ort")(plan)["left_out"]
 
 

@@ -17,7 +17,8 @@ from clada_export.calibration import Budget, CalibrationData, CalibrationOptions
 from clada_export.calibration.allocation import ALLOCATIONS
 from clada_export.calibration.drift import compare, drift_of
 from clada_export.calibration.soundness import LARGEST_LOG, WORST, plain
-from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.decoder.digest import weights_digest
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import POLICIES, PolicySettings, get_policy
@@ -25,7 +26,6 @@ from clada_export.methods.pruning import PruneSpec
 from clada_export.pipeline import export
 from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import load_engine
-from clada_export.source.load import weights_digest
 from clada_export.verify.drift import drift_check
 from clada_export.verify.numbers import compare_logits
 from tests.tiny_models import tiny_model
@@ -121,10 +121,18 @@ def _data() -> CalibrationData:
     return load_calibration_data(None, 256, context=32)
 
 
-def _calibrate(model: nn.Module, policy: str, settings: PolicySettings | None = None, **goal: Any) -> SparsityPlan:
+class WithoutGradients(TorchDecoder):
+    """As an ONNX graph is."""
+
+    differentiable = False
+
+
+def _calibrate(
+    model: Any, policy: str, settings: PolicySettings | None = None, kind: type[TorchDecoder] = TorchDecoder, **goal: Any
+) -> SparsityPlan:
     options = CalibrationOptions(settings=settings or PolicySettings(rows=64), **goal)
     source = {"weights_digest": "0"}
-    plan = calibrate(model, find_eager_ffns(model).found, get_policy(policy), _data(), source, options).plan
+    plan = calibrate(kind(model), get_policy(policy), _data(), source, options).plan
     # What is not finite would be no JSON, and a plan that can't be read again is none.
     assert SparsityPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))).layers == plan.layers
     return plan
@@ -168,10 +176,8 @@ def test_broken_models_are_named(name: str, policy: str) -> None:
 @pytest.mark.parametrize("name", [name for name in BROKEN if name != "weights of 1e20"])
 def test_broken_models_without_gradients_are_named(name: str) -> None:
     change, said = BROKEN[name]
-    model = _model(change)
-    model.differentiable = False  # type: ignore[assignment]
     with pytest.raises(UnsupportedModelError, match=said):
-        _calibrate(model, "griffin", sparsity=0.5)
+        _calibrate(_model(change), "griffin", kind=WithoutGradients, sparsity=0.5)
 
 
 @pytest.mark.parametrize("name", ["FFNs that give 0", "one FFN that gives 0"])

@@ -223,6 +223,7 @@ def test_running_needs_neither_torch_nor_transformers(engine_folder: Path) -> No
 
 
 def test_the_fixture_model_is_the_one_on_disk(model_folder: Folder) -> None:
-    from clada_export.source.load import load_source, weights_digest
+    from clada_export.decoder.digest import weights_digest
+    from clada_export.source.load import load_source
 
     assert load_source(str(model_folder("llama"))).weights_digest == weights_digest(tiny_model("llama", 0))

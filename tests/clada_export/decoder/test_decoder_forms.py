@@ -8,9 +8,8 @@ import pytest
 
 from benchmarks.tiny_decoders import tiny_decoder
 from clada_export import load_engine
-from clada_export.decoder.model_config import text_config, vocab_size
+from clada_export.decoder.model_config import text_config
 from clada_export.pipeline import ExportResult, export
-from clada_export.planning import sequence_limit
 from clada_export.source.load import load_source
 
 
@@ -24,9 +23,9 @@ def test_a_model_of_text_and_images_keeps_the_settings_of_its_text_apart(model_t
     result = exported(model_type, tmp_path)
     assert result.verification is not None and result.verification.passed
     source = load_source(str(tmp_path / "model"))
-    assert not hasattr(source.model.config, "vocab_size")
-    assert vocab_size(source.model) == load_engine(tmp_path / "out").vocab_size == 256  # type: ignore[arg-type]
-    assert sequence_limit(source) == text_config(source.model).max_position_embeddings  # type: ignore[arg-type]
+    assert not hasattr(source.decoder.module.config, "vocab_size")
+    assert source.decoder.vocab_size == load_engine(tmp_path / "out").vocab_size == 256  # type: ignore[arg-type]
+    assert source.decoder.sequence_limit == text_config(source.decoder.module).max_position_embeddings  # type: ignore[arg-type]
 
 
 def test_an_ffn_that_a_token_runs_more_than_once(tmp_path: Path) -> None:
@@ -46,4 +45,4 @@ def test_the_decoder_of_a_model_of_text_and_images_may_come_alone(tmp_path: Path
     result = exported("emu3", tmp_path)
     assert result.verification is not None and result.verification.passed
     # No configuration of text alone is in the table of decoders; the class's name tells.
-    assert load_source(str(tmp_path / "model")).model.config.model_type == "emu3_text_model"
+    assert load_source(str(tmp_path / "model")).decoder.config.model_type == "emu3_text_model"

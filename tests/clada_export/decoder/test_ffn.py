@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clada_export.decoder.ffn import find_eager_ffns, require_ffns
+from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError
 from clada_export.op.reference import sparse_ffn
 from clada_export.op.scorer import layer_attributes, layer_tensors
@@ -64,4 +65,4 @@ def test_experts_stay_dense_and_are_named() -> None:
     assert {item.name for item in ffns.skipped} == {"model.layers.0.mlp", "model.layers.1.mlp"}
     assert all("experts" in item.reason for item in ffns.skipped)
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp: mixture of experts"):
-        require_ffns(tiny_model("mixtral", 0))
+        TorchDecoder(tiny_model("mixtral", 0)).require_ffns()

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clada_export.decoder.ffn import EagerFFN, EagerFFNs, find_eager_ffns, require_ffns
+from clada_export.decoder.ffn import EagerFFN, EagerFFNs, find_eager_ffns
 from clada_export.decoder.ffn.layer import PACKINGS
 from clada_export.decoder.ffn.probe import TOKENS
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError
 from clada_export.methods.pruning.projections import hidden, projections
 from clada_export.op.reference import activate, sparse_ffn
@@ -286,7 +287,7 @@ def test_models_that_need_more_than_tokens() -> None:
     with pytest.raises(UnsupportedModelError, match="NeedsMore does not run on token ids alone"):
         find_eager_ffns(NeedsMore(width=WIDTH))
     with pytest.raises(UnsupportedModelError, match="no feed-forward layer that could be compiled"):
-        require_ffns(TokenModel(width=WIDTH))
+        TorchDecoder(TokenModel(width=WIDTH)).require_ffns()
 
 
 def test_the_search_leaves_no_hooks() -> None:

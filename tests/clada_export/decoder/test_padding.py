@@ -12,7 +12,7 @@ import torch
 from benchmarks.tiny_decoders import tiny_decoder
 from clada_export import export, load_engine
 from clada_export.artifact.manifest import read_manifest
-from clada_export.decoder.padding import padding_of
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.verify.cases import make_cases
 from tests.tiny_models import KINDS, tiny_model
@@ -20,7 +20,7 @@ from tests.tiny_models import KINDS, tiny_model
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_with_positions_that_follow_the_mask(kind: str) -> None:
-    assert padding_of(tiny_model(kind)) == "left"
+    assert TorchDecoder(tiny_model(kind)).padding == "left"
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_models_with_positions_that_follow_the_mask(kind: str) -> None:
     ],
 )
 def test_a_model_that_does_not_take_padding(kind: str) -> None:
-    assert padding_of(tiny_decoder(kind)) == "none"
+    assert TorchDecoder(tiny_decoder(kind)).padding == "none"
 
 
 def test_such_a_model_is_exported_for_rows_of_one_length(tmp_path: Path) -> None:

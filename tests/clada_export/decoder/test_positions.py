@@ -11,24 +11,24 @@ import torch
 
 from benchmarks.tiny_decoders import tiny_decoder
 from clada_export import export, load_engine
-from clada_export.decoder.padding import padding_of
-from clada_export.decoder.positions import first_position, sample_tokens
+from clada_export.decoder.positions import sample_tokens
+from clada_export.decoder.torch_decoder import TorchDecoder
 from graph_passes.positions import ShiftPositions
 from tests.tiny_models import KINDS, export_tiny, tiny_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_most_models_count_from_0(kind: str) -> None:
-    assert first_position(tiny_model(kind)) == 0
+    assert TorchDecoder(tiny_model(kind)).first_position == 0
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta-xl", "data2vec-text"])
 def test_positions_after_that_of_padding(model_type: str) -> None:
     model = tiny_decoder(model_type)
     padding = model.config.pad_token_id  # type: ignore[union-attr]
-    assert first_position(model) == padding + 1  # type: ignore[operator]
-    assert padding not in sample_tokens(model, 4000)
-    assert padding_of(model) == "left"
+    assert TorchDecoder(model).first_position == padding + 1  # type: ignore[operator]
+    assert padding not in sample_tokens(TorchDecoder(model), 4000)
+    assert TorchDecoder(model).padding == "left"
 
 
 def test_such_a_model_is_exported(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_such_a_model_is_exported(tmp_path: Path) -> None:
         np.testing.assert_allclose(logits, wanted, atol=1e-4)
     # The embedding of positions has one for padding, which no text reaches.
     limit = model.config.max_position_embeddings  # type: ignore[union-attr]
-    assert engine.max_positions == limit - first_position(model)  # type: ignore[operator]
+    assert engine.max_positions == limit - TorchDecoder(model).first_position  # type: ignore[operator]
 
 
 def test_the_pass_adds_to_every_user_once() -> None:

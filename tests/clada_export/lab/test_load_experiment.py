@@ -21,6 +21,7 @@ from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import LayerTable, collect_statistics
 from clada_export.cli import main
 from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.lab.load_experiment import ExperimentOptions, run_experiment
 from clada_export.lab.load_experiment.arms import ARMS, MIDDLE, Scene, by_document, drawn, response, shuffled, still
@@ -32,7 +33,7 @@ from clada_export.lab.load_experiment.simulate import Run, document_signals, sim
 from clada_export.load.tracker import loads_along
 from clada_export.plan.method import Method, draft_layers
 from clada_export.plan.plan import LoadSignal, SparsityPlan
-from clada_export.verify.eager import ReferenceModel, dense_logits
+from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 
 CONTEXT, PROMPT = 32, 8
@@ -65,16 +66,16 @@ def test_documents_of_a_text() -> None:
 def test_a_model_writes_on() -> None:
     model = tiny_model("llama")
     prompts = documents(3, PROMPT)
-    greedy = generate(model, prompts, CONTEXT, temperature=0.0)
+    greedy = generate(TorchDecoder(model), prompts, CONTEXT, temperature=0.0)
     wanted = model.generate(
         prompts, max_new_tokens=CONTEXT - PROMPT, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
     )
     assert torch.equal(greedy, wanted)
-    sampled = [generate(model, prompts, CONTEXT, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    sampled = [generate(TorchDecoder(model), prompts, CONTEXT, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
     first = int(greedy[0, PROMPT])
-    assert int(generate(model, prompts, CONTEXT, temperature=0.0, forbidden=[first])[0, PROMPT]) != first
-    assert ending_tokens(model) == {2}
+    assert int(generate(TorchDecoder(model), prompts, CONTEXT, temperature=0.0, forbidden=[first])[0, PROMPT]) != first
+    assert ending_tokens(TorchDecoder(model)) == {2}
 
 
 # --- arms ---
@@ -127,7 +128,7 @@ def tiny() -> dict[str, Any]:
         Method("topk", "exact", "topk", draft_layers(ffns)),
     )
     selectors = Selectors(ffns, methods)
-    statistics = collect_statistics(model, selectors, documents(4, seed=9), PROMPT)
+    statistics = collect_statistics(TorchDecoder(model), selectors, documents(4, seed=9), PROMPT)
     allocations = [
         allocate("sparsity", Layers(AXES[method.rule], table, (96, 96), (1.0, 1.0)))
         for method, table in zip(methods, statistics.tables, strict=True)
@@ -141,9 +142,9 @@ def test_without_a_response_it_is_what_calibration_measures(tiny: dict[str, Any]
         layers, allocation = tiny["selectors"].layers[index], tiny["allocations"][index]
         levels = allocation.levels_for(0.5)
         multiplier = torch.rand(3, CONTEXT, generator=torch.Generator().manual_seed(1)) + 0.5
-        drift = DriftMeter(tiny["model"], tiny["ffns"], data, PROMPT).measure(layers, levels, multiplier)
+        drift = DriftMeter(TorchDecoder(tiny["model"]), data, PROMPT).measure(layers, levels, multiplier)
         run = Run(layers, levels, multiplier[:, PROMPT:])
-        (outcome,) = simulate(tiny["model"], tiny["ffns"], data, PROMPT, [run])
+        (outcome,) = simulate(TorchDecoder(tiny["model"]), data, PROMPT, [run])
         np.testing.assert_allclose(outcome.kl, drift.window_kl(), rtol=1e-4)
         assert outcome.sparsity.mean() == pytest.approx(drift.sparsity, abs=1e-6)
         assert np.expm1(outcome.nll_increase.mean()) == pytest.approx(drift.ppl_increase, rel=1e-3)
@@ -160,18 +161,18 @@ def test_dense_steps_and_refreshes_are_those_of_the_op(tiny: dict[str, Any], met
     loads[:, [3, 4, 11]] = np.inf
     multiplier = torch.from_numpy(np.where(np.isinf(loads), 0, np.exp(-0.25 * loads)))
     runs = [Run(layers, levels, multiplier, refresh=refresh) for refresh in (True, False)]
-    outcome, without = simulate(tiny["model"], tiny["ffns"], data, PROMPT, runs)
+    outcome, without = simulate(TorchDecoder(tiny["model"]), data, PROMPT, runs)
     planned = tuple(
         replace(layer, threshold=(float(np.float32(level)),), load_slope=0.25)
         for layer, level in zip(tiny["methods"][method].layers, levels, strict=True)
     )
     plan = SparsityPlan("clada", "exact", "threshold", planned, BASE, {"weights_digest": "0"})
-    reference = ReferenceModel(tiny["model"], tiny["ffns"], plan)
+    reference = ReferenceModel(TorchDecoder(tiny["model"]), plan)
     for place, row in enumerate(data.tolist()):
         found = reference.run(row, np.concatenate([np.full(PROMPT, np.inf, np.float32), loads[place]]))
         sparsity = 1 - found.active[:, PROMPT:].sum() / (2 * 96 * (CONTEXT - PROMPT))
         assert outcome.sparsity[place] == pytest.approx(sparsity, abs=2e-3)
-        dense = torch.from_numpy(dense_logits(tiny["model"], row))[PROMPT:-1].log_softmax(-1)
+        dense = torch.from_numpy(TorchDecoder(tiny["model"]).dense_logits(row))[PROMPT:-1].log_softmax(-1)
         sparse = torch.from_numpy(found.logits)[PROMPT:-1].log_softmax(-1)
         assert outcome.kl[place] == pytest.approx(float((dense.exp() * (dense - sparse)).sum(-1).mean()), rel=0.02)
     same = np.allclose(outcome.kl, without.kl, rtol=1e-6)
@@ -184,8 +185,7 @@ def test_exponents_move_layers_apart(tiny: dict[str, Any]) -> None:
     half = torch.full((2, CONTEXT - PROMPT), 0.5)
     ones = torch.ones(2, CONTEXT - PROMPT)
     powered, scaled = simulate(
-        tiny["model"],
-        tiny["ffns"],
+        TorchDecoder(tiny["model"]),
         data,
         PROMPT,
         [
@@ -342,8 +342,8 @@ def test_a_scene_follows_the_rule_from_the_last_prompt_token_on() -> None:
 def test_signals_are_those_of_the_dense_model() -> None:
     model = tiny_model("llama")
     data = documents(2)
-    surprisal, entropy = document_signals(model, data)
-    logits = dense_logits(model, data[1].tolist()).astype(np.float64)
+    surprisal, entropy = document_signals(TorchDecoder(model), data)
+    logits = TorchDecoder(model).dense_logits(data[1].tolist()).astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(surprisal[1], -log_p[np.arange(CONTEXT - 1), data[1, 1:]], rtol=1e-4)
     np.testing.assert_allclose(entropy[1], -(np.exp(log_p) * log_p).sum(-1)[:-1], rtol=1e-4)

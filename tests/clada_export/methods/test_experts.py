@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.methods.training import d2dmoe, dejavu, ds_moe, llama_moe, lte, moefication
 from clada_export.methods.training.cluster import cluster_neurons, within_distance
@@ -152,7 +153,7 @@ def test_samples_are_what_flows_through_the_model(kind: str) -> None:
     ffns = find_eager_ffns(model).found
     windows = torch.randint(3, 256, (3, 16), generator=torch.Generator().manual_seed(1))
     steps: list[tuple[int, int]] = []
-    samples = collect_samples(model, ffns, windows, 20, 0, lambda done, total: steps.append((done, total)))
+    samples = collect_samples(TorchDecoder(model), windows, 20, 0, lambda done, total: steps.append((done, total)))
     assert steps == [(1, 3), (2, 3), (3, 3)]
     down = dict(model.named_modules())[ffns[1].name]
     seen: list[Tensor] = []
@@ -174,20 +175,19 @@ def test_samples_are_what_flows_through_the_model(kind: str) -> None:
 
 def test_samples_depend_on_the_seed_only() -> None:
     model = tiny_model("llama")
-    ffns = find_eager_ffns(model).found
     windows = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
-    first, second, other = (collect_samples(model, ffns, windows, 8, seed).inputs[0] for seed in (1, 1, 2))
+    first, second, other = (collect_samples(TorchDecoder(model), windows, 8, seed).inputs[0] for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
-    assert len(collect_samples(model, ffns, windows, 1000, 0).inputs[0]) == 30
+    assert len(collect_samples(TorchDecoder(model), windows, 1000, 0).inputs[0]) == 30
 
 
 def test_sample_errors() -> None:
     model = tiny_model("llama")
     ffns = find_eager_ffns(model).found
     with pytest.raises(UsageError, match="at least one row"):
-        collect_samples(model, ffns, torch.zeros(2, 1, dtype=torch.int64), 8, 0)
+        collect_samples(TorchDecoder(model), torch.zeros(2, 1, dtype=torch.int64), 8, 0)
     windows = torch.randint(3, 256, (2, 16), generator=torch.Generator().manual_seed(1))
-    samples = collect_samples(model, ffns, windows, 8, 0)
+    samples = collect_samples(TorchDecoder(model), windows, 8, 0)
     with torch.no_grad():
         ffns[1].inputs[0].weight[0, 0] = float("inf")  # type: ignore[operator]
     with pytest.raises(UsageError, match=r"layers\.1\..*activations are not finite"):
@@ -195,7 +195,7 @@ def test_sample_errors() -> None:
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "layers.0.post_attention_layernorm" in n)[0] = float("nan")
     with pytest.raises(UsageError, match=r"layers\.0\..*inputs are not finite"):
-        collect_samples(model, ffns, windows, 8, 0)
+        collect_samples(TorchDecoder(model), windows, 8, 0)
 
 
 # the layer

@@ -17,6 +17,7 @@ from clada_export.calibration.drift import DriftMeter
 from clada_export.calibration.weights import FFNWeights
 from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
 from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import PolicySettings
@@ -78,7 +79,7 @@ def test_adapters_are_added_and_taken_away(kind: str) -> None:
     items = adapted_weights(ffns[0])
     old = [item.weight.detach().clone() for item in items]
     calls = []
-    weights = FFNWeights(model, ffns, WINDOWS, lambda: calls.append(1))
+    weights = FFNWeights(TorchDecoder(model), WINDOWS, lambda: calls.append(1))
     weights.adapt(arrays)
     assert weights.adapted and calls == [1]
     for item, was, (left, right) in zip(items, old, arrays[ffns[0].name].adapters, strict=True):
@@ -93,7 +94,7 @@ def test_weights_go_from_one_state_to_another() -> None:
     model = tiny_model("llama")
     ffns = find_eager_ffns(model).found
     before, arrays = state(model), adapters_for(ffns)
-    weights = FFNWeights(model, ffns, WINDOWS)
+    weights = FFNWeights(TorchDecoder(model), WINDOWS)
     weights.adapt(arrays)
     weights.use(PruneSpec.parse("wanda=0.5"))
     pruned = state(model)
@@ -129,7 +130,7 @@ def test_shared_weights_are_refused() -> None:
 def train(model: torch.nn.Module, windows: Tensor = WINDOWS, **settings: float) -> Finetuned:
     ffns = find_eager_ffns(model).found
     chosen = replace(FinetuneSettings(epochs=6, learning_rate=3e-3, router_rate=3e-3, patience=6), **settings)
-    return finetune(model, routed(ffns), windows, PROMPT, 0.5, chosen)
+    return finetune(TorchDecoder(model), routed(ffns), windows, PROMPT, 0.5, chosen)
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "opt", "gpt2"])
@@ -148,10 +149,10 @@ def test_training_brings_the_sparse_model_nearer(kind: str) -> None:
     assert equal(state(model), before) and [item.requires_grad for item in model.parameters()] == flags
 
     # What is reported is what the adapters and routers do, measured by other means.
-    meter = DriftMeter(model, ffns, windows[:1], PROMPT)
+    meter = DriftMeter(TorchDecoder(model), windows[:1], PROMPT)
     arrays = {ffn.name: LayerTensors(adapters=pairs) for ffn, pairs in zip(ffns, found.adapters, strict=True)}
     layers = routed(ffns)
-    weights = FFNWeights(model, ffns, windows)
+    weights = FFNWeights(TorchDecoder(model), windows)
     weights.adapt(arrays)
     shares: list[float] = []
 

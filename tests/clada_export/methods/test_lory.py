@@ -15,14 +15,15 @@ from clada_export.calibration.calibrate import CalibrationOptions, calibrate
 from clada_export.calibration.drift import DriftMeter
 from clada_export.calibration.merged import measure_merged
 from clada_export.calibration.text import load_calibration_data
-from clada_export.decoder.ffn import find_eager_ffns, require_ffns
+from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.methods import PolicySettings, get_policy
 from clada_export.pipeline import ExportOptions, ExportResult, export
 from clada_export.plan.method import Method
 from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import Engine, load_engine
-from clada_export.verify.eager import ReferenceModel, dense_logits
+from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 
 Folder = Callable[[str], Path]
@@ -63,7 +64,7 @@ def test_the_graph_is_the_reference(
     assert result.plan.expected_sparsity == pytest.approx(sparsity)
     assert result.plan.calibration["relative_bytes"] == pytest.approx(1 / experts)
     model = tiny_model(kind, 0)
-    reference = ReferenceModel(model, require_ffns(model).found, result.plan)
+    reference = ReferenceModel(TorchDecoder(model), result.plan)
     loads = [0.0, -1.0, INF, 0.5, 0.0, 2.0]
     logits, active = decode(engine, [PROMPT], loads)
     run = reference.run(PROMPT + DECODED, np.array([INF] * len(PROMPT) + loads, np.float32))
@@ -73,7 +74,7 @@ def test_the_graph_is_the_reference(
     # The dense step changed what runs after it.
     still = decode(engine, [PROMPT], [0.0, -1.0, 0.0, 0.5, 0.0, 2.0])[0]
     assert np.array_equal(still[:3], logits[:3]) and np.abs(still[-1] - logits[-1]).max() > 1e-3
-    dense = dense_logits(model, PROMPT + DECODED)
+    dense = TorchDecoder(model).dense_logits(PROMPT + DECODED)
     assert np.abs(logits[1, 0] - dense[len(PROMPT)]).max() > 1e-2
 
 
@@ -82,12 +83,12 @@ def test_calibration_measures_what_the_reference_runs() -> None:
     ffns = find_eager_ffns(model).found
     data = load_calibration_data(None, 256, context=48)
     options = CalibrationOptions(sparsity=0.5, settings=PolicySettings(rows=200))
-    plan = calibrate(model, ffns, get_policy("lory"), data, {"weights_digest": "0"}, options).plan
+    plan = calibrate(TorchDecoder(model), get_policy("lory"), data, {"weights_digest": "0"}, options).plan
     window, prompt = data.heldout[0], 8
-    meter = DriftMeter(model, ffns, window[None], prompt)
+    meter = DriftMeter(TorchDecoder(model), window[None], prompt)
     found = measure_merged(meter, ffns, Method("plan", plan.score, plan.rule, plan.layers, plan.arrays))
     loads = np.where(np.arange(len(window)) < prompt, INF, np.float32(0.0))
-    run = ReferenceModel(model, ffns, plan).run(window.tolist(), loads)
+    run = ReferenceModel(TorchDecoder(model), plan).run(window.tolist(), loads)
     log_p = torch.from_numpy(run.logits).log_softmax(-1)[prompt:-1]
     np.testing.assert_allclose(found.drift.nll, -log_p.gather(1, window[prompt + 1 :, None]).flatten(), rtol=1e-4, atol=1e-4)
     assert (run.active[:, :prompt] == 96).all() and (run.active[:, prompt:] == 48).all()

@@ -20,6 +20,7 @@ from clada_export.cli import main, main_export
 from clada_export.decoder.ffn import find_eager_ffns, plain_ffns
 from clada_export.decoder.rounding import in_dtype, round_ffn_weights
 from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import PolicySettings
@@ -29,7 +30,6 @@ from clada_export.runtime import load_engine
 from clada_export.source.load import load_source
 from clada_export.source.mixtures import RoutedMLP, import_blocks, routed_mlps
 from clada_export.source.mixtures.routed_mlp import Origin
-from clada_export.verify.eager import dense_logits
 from clada_export.verify.mixture import measure_mixture
 from clada_export.verify.parity import dense_check
 from clada_export.verify.precision import Rounding
@@ -123,12 +123,12 @@ def test_a_llama_moe_is_loaded_as_its_code_computes_it(gate_network: str, tmp_pa
     source = load_source(str(folder))
     wanted = llama_moe_logits(folder, gate_network, LLAMA_MOE["score_scale_factor"])
     with torch.inference_mode():
-        found = source.model(input_ids=TOKENS).logits
+        found = source.decoder.module(input_ids=TOKENS).logits
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        with plain_ffns(source.model):
-            assert (source.model(input_ids=TOKENS).logits - wanted).abs().max() > 0.1
-        torch.testing.assert_close(source.model(input_ids=TOKENS).logits, found, rtol=0, atol=0)
-    assert not source.model.training and not any(weight.requires_grad for weight in source.model.parameters())
+        with plain_ffns(source.decoder.module):
+            assert (source.decoder.module(input_ids=TOKENS).logits - wanted).abs().max() > 0.1
+        torch.testing.assert_close(source.decoder.module(input_ids=TOKENS).logits, found, rtol=0, atol=0)
+    assert not source.decoder.module.training and not any(weight.requires_grad for weight in source.decoder.module.parameters())
     assert (source.kind, source.source_dtype) == ("folder", "float32")
 
 
@@ -137,7 +137,7 @@ def test_other_ways_to_write_a_llama_moe(tmp_path: Path) -> None:
     plain = write_llama_moe(tmp_path / "plain", score_scale_factor=2.0)
     found = load_source(str(plain))
     with torch.inference_mode():
-        wanted = found.model(input_ids=TOKENS).logits
+        wanted = found.decoder.module(input_ids=TOKENS).logits
     torch.testing.assert_close(wanted, llama_moe_logits(plain, "mlp", [2.0] * LAYERS), rtol=1e-4, atol=1e-4)
 
     short = write_llama_moe(
@@ -173,21 +173,23 @@ def test_other_ways_to_write_a_llama_moe(tmp_path: Path) -> None:
     )
     source = load_source(str(half))
     assert source.source_dtype == "bfloat16"
-    assert {weight.dtype for weight in source.model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in source.decoder.module.parameters()} == {torch.float32}
 
     tied = write_llama_moe(
         tmp_path / "tied", change=lambda state: state.__delitem__("lm_head.weight"), tie_word_embeddings=True
     )
-    model = load_source(str(tied)).model
+    model = load_source(str(tied)).decoder.module
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_rotary_embeddings_follow_the_checkpoints_code(tmp_path: Path) -> None:
     """Base 10000 whatever the config says; linear scaling divides the positions."""
-    plain = load_source(str(write_llama_moe(tmp_path / "plain", rope_theta=5000.0))).model
+    plain = load_source(str(write_llama_moe(tmp_path / "plain", rope_theta=5000.0))).decoder.module
     frequencies = plain.model.rotary_emb.inv_freq
     torch.testing.assert_close(frequencies, 10000.0 ** (-torch.arange(0, 16, 2) / 16))
-    scaled = load_source(str(write_llama_moe(tmp_path / "scaled", rope_scaling={"type": "linear", "factor": 2.0}))).model
+    scaled = load_source(
+        str(write_llama_moe(tmp_path / "scaled", rope_scaling={"type": "linear", "factor": 2.0}))
+    ).decoder.module
     torch.testing.assert_close(scaled.model.rotary_emb.inv_freq, frequencies / 2)
 
 
@@ -197,13 +199,13 @@ def test_a_granite_moe_keeps_its_numbers(folder: Folder) -> None:
     original = AutoModelForCausalLM.from_pretrained(path).eval()
     with torch.inference_mode():
         wanted = original(input_ids=TOKENS).logits
-        torch.testing.assert_close(source.model(input_ids=TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert list(routed_mlps(source.model)) == [f"model.layers.{i}.block_sparse_moe.down_proj" for i in range(LAYERS)]
+        torch.testing.assert_close(source.decoder.module(input_ids=TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert list(routed_mlps(source.decoder.module)) == [f"model.layers.{i}.block_sparse_moe.down_proj" for i in range(LAYERS)]
 
 
 def test_a_granite_block_is_the_formula(folder: Folder) -> None:
     weights = load_file(folder("ds-moe") / "model.safetensors")
-    mixture = load_source(str(folder("ds-moe"))).model.get_submodule("model.layers.1.block_sparse_moe")
+    mixture = load_source(str(folder("ds-moe"))).decoder.module.get_submodule("model.layers.1.block_sparse_moe")
     router, inputs, down = (
         weights[f"model.layers.1.block_sparse_moe.{name}.weight"] for name in ("router.layer", "input_linear", "output_linear")
     )
@@ -220,7 +222,7 @@ def test_a_granite_block_is_the_formula(folder: Folder) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_mixtures_are_found_as_gated_ffns(policy: str, folder: Folder) -> None:
-    model = load_source(str(folder(policy))).model
+    model = load_source(str(folder(policy))).decoder.module
     ffns = find_eager_ffns(model)
     assert [ffn.name for ffn in ffns.found] == list(routed_mlps(model)) and ffns.skipped == ()
     sizes = {(ffn.gated, ffn.hidden_size, ffn.intermediate_size, ffn.activation) for ffn in ffns.found}
@@ -240,7 +242,7 @@ def test_no_code_of_the_checkpoint_runs(tmp_path: Path) -> None:
     for name in ("configuration_llama_moe", "modeling_llama_moe_hf"):
         (path / f"{name}.py").write_text("raise SystemExit('ran')\n")
     for trusted in (False, True):
-        assert routed_mlps(load_source(str(path), trust_remote_code=trusted).model)
+        assert routed_mlps(load_source(str(path), trust_remote_code=trusted).decoder.module)
 
 
 # --- what is no such mixture stays as it is ---
@@ -383,10 +385,10 @@ def test_the_engine_is_the_checkpoint(policy: str, folder: Folder, kept_traces: 
     assert drift["kl"] < 1e-6 and drift["top1"] == 1.0 and drift["mean_load"] == 0.0
     assert drift["sparsity"] == pytest.approx(1 - CHOSEN / EXPERTS)
 
-    model = load_source(str(folder(policy))).model
+    model = load_source(str(folder(policy))).decoder.module
     engine = load_engine(tmp_path / "out")
     row = TOKENS[0].tolist()
-    wanted = dense_logits(model, row)
+    wanted = TorchDecoder(model).dense_logits(row)
     for load in ("dense", 0.0, 3.0):
         np.testing.assert_allclose(engine.logits([row], load)[0], wanted, rtol=1e-4, atol=3e-4)
     # Fewer experts than the checkpoint chose are another model.
@@ -566,7 +568,7 @@ def test_bad_weights(change: Callable[[dict[str, Tensor]], None], said: str, tmp
 
 def test_an_activation_that_the_op_does_not_have(tmp_path: Path) -> None:
     path = write_granite_moe(tmp_path / "tiny", hidden_act="mish")
-    assert isinstance(load_source(str(path)).model, GraniteMoeForCausalLM)
+    assert isinstance(load_source(str(path)).decoder.module, GraniteMoeForCausalLM)
     with pytest.raises(UnsupportedModelError, match=r"neither act\(up\) nor act\(gate\) \* up .*with act one of silu"):
         export(path, tmp_path / "out", replace(OPTIONS, policy="ds-moe"))
 
@@ -575,14 +577,14 @@ def test_an_activation_that_the_op_does_not_have(tmp_path: Path) -> None:
 
 
 def test_rounding_of_a_mixture_is_measured(folder: Folder) -> None:
-    model = load_source(str(folder("llama-moe"))).model
+    decoder = load_source(str(folder("llama-moe"))).decoder
     row = TOKENS[0].tolist()
-    before = dense_logits(model, row)
-    found = measure_mixture(model, row)
+    before = decoder.dense_logits(row)
+    found = measure_mixture(decoder, row)
     assert found is not None and found.settled == len(row)
     assert 0.0 < found.logits < 1e-4
-    np.testing.assert_array_equal(dense_logits(model, row), before)
-    assert measure_mixture(tiny_model("llama"), row) is None
+    np.testing.assert_array_equal(decoder.dense_logits(row), before)
+    assert measure_mixture(TorchDecoder(tiny_model("llama")), row) is None
 
 
 @pytest.mark.parametrize("chosen", [CHOSEN, EXPERTS])
@@ -592,7 +594,7 @@ def test_experts_that_tie_are_found(chosen: int, tmp_path: Path) -> None:
         weight[:] = weight[0]
 
     path = write_llama_moe(tmp_path / "tiny", gate_network="linear", num_selects=chosen, change=same)
-    found = measure_mixture(load_source(str(path)).model, TOKENS[0].tolist())
+    found = measure_mixture(load_source(str(path)).decoder, TOKENS[0].tolist())
     assert found is not None
     assert found.settled == (0 if chosen < EXPERTS else TOKENS.shape[1])  # with all of them there is no choice
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
+from clada_export.decoder.ffn import EagerFFN, EagerFFNs, find_eager_ffns
 from clada_export.decoder.tap import FFNTap
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.methods.pruning import PruneSpec, prune, sparsegpt, wanda
 from clada_export.methods.pruning.projections import hidden, projections
@@ -345,7 +346,7 @@ def test_every_layout(kind: str, text: str) -> None:
     down_bias = [None if bias is None else bias.clone() for bias in down_bias]
     spec = PruneSpec.parse(text)
     steps: list[tuple[int, int]] = []
-    report = prune(model, ffns, tokens(), spec, lambda done, total: steps.append((done, total)))
+    report = prune(TorchDecoder(model), tokens(), spec, lambda done, total: steps.append((done, total)))
     assert steps == [(1, 2), (2, 2)]
     assert all(torch.equal(model.state_dict()[name], value) for name, value in others.items())
     assert [layer.name for layer in report.layers] == [ffn.name for ffn in ffns]
@@ -386,7 +387,7 @@ def _check_neurons(ffn: EagerFFN, kept: np.ndarray) -> None:
 def test_groups_in_a_whole_model() -> None:
     model = tiny_model("gpt2")
     ffns = find_eager_ffns(model).found
-    prune(model, ffns, tokens(), PruneSpec.parse("sparsegpt=2:4"))
+    prune(TorchDecoder(model), tokens(), PruneSpec.parse("sparsegpt=2:4"))
     for ffn in ffns:
         for part in projections(ffn):
             assert bool(((part.weight != 0).reshape(-1, 4).sum(-1) == 2).all())
@@ -402,7 +403,7 @@ def test_packed_weights_are_pruned_as_separate_ones(text: str) -> None:
         with torch.no_grad():
             mlp.gate_up_proj.weight.copy_(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
             mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight)
-    reports = [prune(item, find_eager_ffns(item).found, tokens(), PruneSpec.parse(text)) for item in (packed, separate)]
+    reports = [prune(TorchDecoder(item), tokens(), PruneSpec.parse(text)) for item in (packed, separate)]
     one, other = (find_eager_ffns(item).found for item in (packed, separate))
     assert torch.equal(one[0].w_in(), other[0].w_in())
     for first, second in ((one[0].w_out(), other[0].w_out()), (one[1].w_in(), other[1].w_in())):
@@ -416,7 +417,7 @@ def test_packed_weights_are_pruned_as_separate_ones(text: str) -> None:
 def test_equal_inputs_give_equal_weights(text: str) -> None:
     models = [tiny_model("llama"), tiny_model("llama")]
     for model in models:
-        prune(model, find_eager_ffns(model).found, tokens(), PruneSpec.parse(text))
+        prune(TorchDecoder(model), tokens(), PruneSpec.parse(text))
     assert same(models[0], models[1].state_dict())
 
 
@@ -426,7 +427,7 @@ def test_inputs_come_from_what_was_pruned_before(text: str) -> None:
     ffns = find_eager_ffns(model).found
     weights = [part.weight.clone() for part in projections(find_eager_ffns(dense).found[1])]
     spec = PruneSpec.parse(text)
-    report = prune(model, ffns, tokens(), spec)
+    report = prune(TorchDecoder(model), tokens(), spec)
     seen: list[Tensor] = []
 
     def inner(index: int, x: Tensor, h: Tensor) -> None:
@@ -446,7 +447,7 @@ def test_inputs_come_from_what_was_pruned_before(text: str) -> None:
 def test_what_is_left_is_what_the_model_computes() -> None:
     model = tiny_model("opt")
     ffns = find_eager_ffns(model).found
-    report = prune(model, ffns, tokens(), PruneSpec.parse("sparsegpt=neurons:0.25"))
+    report = prune(TorchDecoder(model), tokens(), PruneSpec.parse("sparsegpt=neurons:0.25"))
     x = torch.randn(9, D)
     for ffn in ffns:
         kept = torch.from_numpy(report.kept[ffn.name])
@@ -465,7 +466,7 @@ def test_layers_that_share_their_weights(text: str) -> None:
     ffns = find_eager_ffns(model).found
     spec = PruneSpec.parse(text)
     seen: list[Tensor] = []
-    report = prune(model, ffns, tokens(), spec)
+    report = prune(TorchDecoder(model), tokens(), spec)
     assert len(ffns) == len(report.layers) == 3
     assert report.layers[0].projections == report.layers[2].projections
     assert zeros_of(ffns[0]) == zeros_of(ffns[2])
@@ -486,7 +487,7 @@ def test_a_module_that_runs_twice() -> None:
     model.model.layers[1].mlp = model.model.layers[0].mlp
     ffns = find_eager_ffns(model).found
     assert len(ffns) == 1
-    report = prune(model, ffns, tokens(), PruneSpec.parse("sparsegpt=2:4"))
+    report = prune(TorchDecoder(model), tokens(), PruneSpec.parse("sparsegpt=2:4"))
     assert len(report.layers) == 1
     assert zeros_of(ffns[0]) == {"gate": 0.5, "up": 0.5, "down": 0.5}
 
@@ -495,7 +496,7 @@ def test_weights_shared_in_part_are_refused() -> None:
     model: Any = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.down_proj and model\.layers\.1\.mlp\.down_proj share"):
-        prune(model, find_eager_ffns(model).found, tokens(), PruneSpec.parse("wanda=0.5"))
+        prune(TorchDecoder(model), tokens(), PruneSpec.parse("wanda=0.5"))
 
 
 # --- errors ---
@@ -521,7 +522,7 @@ def test_bad_activations_name_the_layer_and_change_nothing(text: str, broken: Ca
         broken(model)
     before = snapshot(model)
     with pytest.raises(UsageError, match=r"layers\.1\.mlp\.down_proj: the activations are not finite"):
-        prune(model, find_eager_ffns(model).found, tokens(), PruneSpec.parse(text))
+        prune(TorchDecoder(model), tokens(), PruneSpec.parse(text))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
 
@@ -532,7 +533,7 @@ def test_an_interrupted_run_changes_nothing(kind: str, text: str) -> None:
     model = tiny_model(kind)
     before = snapshot(model)
     with pytest.raises(KeyboardInterrupt):
-        prune(model, find_eager_ffns(model).found, tokens(), PruneSpec.parse(text), _fail)
+        prune(TorchDecoder(model), tokens(), PruneSpec.parse(text), _fail)
     assert same(model, before)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -541,7 +542,7 @@ def test_a_width_that_groups_do_not_divide() -> None:
     model = tiny_model("llama")
     before = snapshot(model)
     with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj: its hidden_size 64 is not divisible by 6"):
-        prune(model, find_eager_ffns(model).found, tokens(), PruneSpec.parse("wanda=3:6"))
+        prune(TorchDecoder(model), tokens(), PruneSpec.parse("wanda=3:6"))
     assert same(model, before)
 
 
@@ -550,4 +551,4 @@ def test_an_ffn_that_does_not_run() -> None:
     spare: Any = tiny_model("llama", seed=1)
     idle = replace(find_eager_ffns(spare).found[0], name="spare.down_proj")
     with pytest.raises(UsageError, match=r"spare\.down_proj: did not run"):
-        prune(model, (*find_eager_ffns(model).found, idle), tokens(), PruneSpec.parse("wanda=0.5"))
+        prune(TorchDecoder(model, EagerFFNs((*find_eager_ffns(model).found, idle), ())), tokens(), PruneSpec.parse("wanda=0.5"))

@@ -18,12 +18,11 @@ from clada_export import export, load_engine, verify_folder
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.cli import main, main_export
 from clada_export.cli.inspection import inspect_onnx
-from clada_export.decoder.ffn import find_eager_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.source.load import load_source
 from clada_export.source.onnx.load import load_decoder
 from clada_export.source.onnx.stages import cut
-from clada_export.verify.eager import dense_logits
 from graph_passes import find_ffns
 from graph_passes.matchers.common import module_path
 from tests.tiny_models import export_tiny, tiny_model
@@ -60,11 +59,11 @@ def test_a_graph_in_parts_computes_what_the_model_does(kind: str, fusions: str |
     decoder, model, ids = load_decoder(graph(kind, fusions)), tiny_model(kind), _ids()
     with torch.inference_mode():
         wanted = model(input_ids=ids).logits
-        first = decoder(ids[:, :5], use_cache=True)
-        rest = decoder(ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
-        for found in (decoder(ids).logits, decoder.untouched(ids).logits, torch.cat((first.logits, rest.logits), 1)):
+        first = decoder.run(ids[:, :5], keep_cache=True)
+        rest = decoder.run(ids[:, 5:], cache=first.cache, keep_cache=True)
+        for found in (decoder.run(ids).logits, decoder.run_whole(ids).logits, torch.cat((first.logits, rest.logits), 1)):
             torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
-    assert decoder(ids).past_key_values is None
+    assert decoder.run(ids).cache is None
 
 
 def test_every_node_is_in_one_part_or_in_an_ffn(graph: Graph) -> None:
@@ -84,18 +83,18 @@ def test_every_node_is_in_one_part_or_in_an_ffn(graph: Graph) -> None:
 
 def test_changed_weights_are_seen(graph: Graph) -> None:
     decoder = load_decoder(graph("llama"))
-    before = dense_logits(decoder, [5, 6, 7])
+    before = decoder.dense_logits([5, 6, 7])
     with torch.no_grad():
-        decoder.known_ffns.found[0].down.weight.mul_(0.5)  # type: ignore[operator,union-attr]
-    assert np.abs(dense_logits(decoder, [5, 6, 7]) - before).max() > 1e-3
-    np.testing.assert_array_equal(dense_logits(decoder, [5, 6, 7]), decoder(torch.tensor([[5, 6, 7]])).logits[0].numpy())
+        decoder.ffns[0].down.weight.mul_(0.5)  # type: ignore[operator,union-attr]
+    assert np.abs(decoder.dense_logits([5, 6, 7]) - before).max() > 1e-3
+    np.testing.assert_array_equal(decoder.dense_logits([5, 6, 7]), decoder.run(torch.tensor([[5, 6, 7]])).logits[0].numpy())
 
 
 def test_sensitivity_without_gradients_is_the_same(graph: Graph) -> None:
     model, decoder = tiny_model("llama"), load_decoder(graph("llama"))
     windows = torch.randint(3, 250, (8, 64), generator=torch.Generator().manual_seed(1))
-    wanted = layer_sensitivity(model, find_eager_ffns(model).found, windows)
-    found = layer_sensitivity(decoder, find_eager_ffns(decoder).found, windows)
+    wanted = layer_sensitivity(TorchDecoder(model), windows)
+    found = layer_sensitivity(decoder, windows)
     np.testing.assert_allclose(found, wanted, rtol=0.1)
 
 

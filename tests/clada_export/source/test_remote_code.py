@@ -145,7 +145,7 @@ def test_the_command_line_does_not_ask(case: str, planted: dict[str, tuple[Path,
 @pytest.mark.parametrize("case", [case for case in _CASES if "unknown" not in case])
 def test_what_is_written_of_a_model_names_no_code(case: str, planted: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     source = load_source(str(planted[case][0]))
-    write_companions(source.model.config, source.model.generation_config, source.tokenizer, tmp_path, source.name)
+    write_companions(source.decoder, source.tokenizer, tmp_path, source.name)
     written = sorted(tmp_path.rglob("*"))
     assert "config.json" in {file.name for file in written}
     assert not [file for file in written if file.suffix == ".py"]
@@ -167,7 +167,7 @@ def test_code_runs_where_the_user_says_so(tmp_path: Path) -> None:
     (folder / "evil.py").write_text(_CODE.format(marker=str(tmp_path / "ran")))
     _PLANTS["unknown-type"](folder)
     source = load_source(str(folder), trust_remote_code=True)
-    assert type(source.model).__name__ == "Model"
+    assert type(source.decoder.module).__name__ == "Model"
     assert (tmp_path / "ran").exists()
 
 

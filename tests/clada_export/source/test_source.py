@@ -27,9 +27,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from clada_export.decoder.digest import weights_digest
 from clada_export.errors import CladaError, UnsupportedModelError, UsageError
 from clada_export.source.gguf_header import read_gguf_header
-from clada_export.source.load import load_source, weights_digest
+from clada_export.source.load import load_source
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -78,21 +79,21 @@ def test_a_folder(folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     source = load_source(str(folder))
     assert (source.name, source.kind, source.revision, source.license) == ("tiny", "folder", None, "apache-2.0")
-    assert not source.model.training
-    assert {parameter.dtype for parameter in source.model.parameters()} == {torch.float32}
+    assert not source.decoder.module.training
+    assert {parameter.dtype for parameter in source.decoder.module.parameters()} == {torch.float32}
     assert source.tokenizer("w3")["input_ids"] == [3]
     assert source.warnings == []
     assert source.source_dtype == "float32"
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(source.files)
     assert source.files["model.safetensors"].bytes == (folder / "model.safetensors").stat().st_size
-    assert source.weights_digest == load_source(str(folder)).weights_digest == weights_digest(source.model)
+    assert source.weights_digest == load_source(str(folder)).weights_digest == weights_digest(source.decoder.module)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_weights_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     source = load_source(str(save_model(tmp_path / "x", dtype=dtype)))
     assert source.source_dtype == str(dtype).removeprefix("torch.")
-    assert source.model.dtype == torch.float32
+    assert source.decoder.module.dtype == torch.float32
 
 
 def test_tied_and_sharded_and_other_architectures(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_tied_and_sharded_and_other_architectures(tmp_path: Path) -> None:
     assert sharded.weights_digest == load_source(str(save_model(tmp_path / "whole"))).weights_digest
     load_source(str(save_model(tmp_path / "gpt2", GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32))))
     experts = load_source(str(save_model(tmp_path / "moe", MixtralConfig(**SIZES, num_local_experts=2))))
-    assert experts.model.config.num_local_experts == 2
+    assert experts.decoder.module.config.num_local_experts == 2
 
 
 def test_the_digest_sees_every_weight(folder: Path) -> None:
@@ -408,9 +409,9 @@ class TestSmolLM2:
         assert source.kind == "gguf"
         assert source.source_dtype == "Q4_1"
         assert source.license == "apache-2.0"
-        assert source.model.dtype == torch.float32
-        assert not hasattr(source.model, "hf_quantizer")
-        assert not hasattr(source.model.config, "quantization_config")
+        assert source.decoder.module.dtype == torch.float32
+        assert not hasattr(source.decoder.module, "hf_quantizer")
+        assert not hasattr(source.decoder.module.config, "quantization_config")
         ids = source.tokenizer("The capital of France is", return_tensors="pt")
         with torch.no_grad():
-            assert source.tokenizer.decode(source.model(**ids).logits[0, -1].argmax()) == " Paris"
+            assert source.tokenizer.decode(source.decoder.module(**ids).logits[0, -1].argmax()) == " Paris"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import clada_export.trace.trace
-from clada_export.decoder.ffn import require_ffns
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError
 from clada_export.trace.trace import trace
 from graph_passes import find_ffns
@@ -43,12 +43,12 @@ def test_one_graph_with_named_free_axes_and_numbers_elsewhere(graph: ir.Graph) -
 
 def test_a_model_in_16_bits_gives_a_graph_in_16_bits() -> None:
     model = tiny_model("gemma3_text").to(torch.bfloat16)
-    graph = trace(model, fusions=None).graph
+    graph = trace(TorchDecoder(model), fusions=None).graph
     tokens = {"input_ids", "attention_mask", "position_ids"}
     for value in [*graph.graph.inputs, *graph.graph.outputs]:
         assert value.dtype == (ir.DataType.INT64 if value.name in tokens else ir.DataType.BFLOAT16), value.name
     matches = find_ffns(graph).matches
-    assert [match.name for match in matches] == [ffn.name for ffn in require_ffns(model).found]
+    assert [match.name for match in matches] == [ffn.name for ffn in TorchDecoder(model).require_ffns()]
     assert {(match.kind, match.dtype) for match in matches} == {("geglu_tanh", ir.DataType.BFLOAT16)}
 
 
@@ -72,4 +72,4 @@ def test_a_state_that_is_no_cache_of_keys_and_values() -> None:
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UnsupportedModelError, match="MambaForCausalLM: "):
-        trace(model)
+        trace(TorchDecoder(model))
