@@ -69,14 +69,15 @@ def _literal(text: str) -> Markdown:
     return Markdown(json.dumps(text))
 
 
-class _OneLineData(ModelCardData):  # type: ignore[misc]
+class _OneLineData(ModelCardData):
     """The header with each value quoted and on one line: a line of a multi-line text could be the end of the header."""
 
     def to_yaml(self, line_break: str | None = None, original_order: list[str] | None = None) -> str:
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, default_style='"', width=math.inf)).strip()
+        fields = self.to_dict()  # type: ignore[no-untyped-call]
+        return str(yaml.safe_dump(fields, sort_keys=False, default_style='"', width=math.inf)).strip()
 
 
-class _Card(ModelCard):  # type: ignore[misc]
+class _Card(ModelCard):
     card_data_class = _OneLineData
 
 
