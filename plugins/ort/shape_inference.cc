@@ -8,18 +8,33 @@
 namespace clada::ort {
 namespace {
 
-bool Flag(OrtShapeInferContext* context, const char* name) {
-  const OrtOpAttr* attribute = nullptr;
-  if (!Ort::Status(Ort::GetApi().ShapeInferContext_GetAttribute(context, name, &attribute)).IsOK()) return false;
-  int64_t value = 0;
-  size_t size = 0;
-  return Ort::Status(Ort::GetApi().ReadOpAttr(attribute, ORT_OP_ATTR_INT, &value, sizeof(value), &size)).IsOK() && value == 1;
-}
+// For VisitAttributes: the flags, which outputs depend on. What is wrong with attributes is said when the kernel is made.
+class FlagReader {
+ public:
+  explicit FlagReader(OrtShapeInferContext* context) : context_(context) {}
+
+  void Flag(const char* name, bool& value) const {
+    const OrtOpAttr* attribute = nullptr;
+    if (!Ort::Status(Ort::GetApi().ShapeInferContext_GetAttribute(context_, name, &attribute)).IsOK()) return;
+    int64_t found = 0;
+    size_t size = 0;
+    value = Ort::Status(Ort::GetApi().ReadOpAttr(attribute, ORT_OP_ATTR_INT, &found, sizeof(found), &size)).IsOK() && found == 1;
+  }
+  template <class Enum, size_t N>
+  void Choice(const char*, Enum&, const char* const (&)[N]) const {}
+  void Int(const char*, int64_t&) const {}
+  void Float(const char*, float&) const {}
+
+ private:
+  OrtShapeInferContext* context_;
+};
 
 struct TypeAndShape {
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   std::vector<int64_t> sizes;        // -1: not known
   std::vector<std::string> symbols;  // a name where the size is not known, else empty
+
+  void Add(int64_t size, const std::string& symbol) { sizes.push_back(size), symbols.push_back(symbol); }
 };
 
 // The runtime takes a size of -1 without a name for a real size, so every open size needs a name; a new one each time, since
@@ -65,6 +80,41 @@ OrtStatusPtr Write(OrtShapeInferContext* context, size_t output, const TypeAndSh
   return status;
 }
 
+ONNXTensorElementDataType FromElementType(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat32: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    case ElementType::kFloat16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    case ElementType::kBFloat16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+    case ElementType::kInt8: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    case ElementType::kInt32: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+    default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  }
+}
+
+// What is known of the inputs that outputs follow; one of unknown rank reads like a scalar, which none of them can be.
+struct Known {
+  TypeAndShape x, load, w_in;
+};
+
+// An output that is not like x.
+TypeAndShape Follow(const TensorInfo& info, const Known& known) {
+  TypeAndShape made;
+  made.type = FromElementType(info.type);
+  const TensorShape& shape = info.shapes[0];
+  for (int i = 0; i < shape.rank; ++i) {
+    const Size size = shape.axes[i].size;
+    if (size == Size::kRows) {
+      made.sizes.insert(made.sizes.end(), known.load.sizes.begin(), known.load.sizes.end());
+      made.symbols.insert(made.symbols.end(), known.load.symbols.begin(), known.load.symbols.end());
+      continue;
+    }
+    const TypeAndShape& from = size == Size::kF ? known.w_in : known.x;
+    const size_t axis = size == Size::kD ? from.sizes.size() - 1 : 0;
+    from.sizes.empty() ? made.Add(-1, NewSymbol()) : made.Add(from.sizes[axis], from.symbols[axis]);
+  }
+  return made;
+}
+
 }  // namespace
 
 ElementType ToElementType(ONNXTensorElementDataType type) {
@@ -80,34 +130,30 @@ ElementType ToElementType(ONNXTensorElementDataType type) {
 
 OrtStatusPtr ORT_API_CALL InferShapes(const OrtCustomOp*, OrtShapeInferContext* context) {
   return Guard([&]() -> OrtStatusPtr {
-    TypeAndShape x, load, weights;
-    if (!Read(context, 0, &x)) return nullptr;
-    // An x of unknown rank reads like a scalar, which x can't be; the load has the same rows.
-    if (x.sizes.empty() && Read(context, 1, &load) && !load.sizes.empty()) {
+    Known known;
+    TypeAndShape &x = known.x, &load = known.load;
+    const auto read = [&](Input input, TypeAndShape* shape) { return Read(context, static_cast<size_t>(input), shape); };
+    if (!read(Input::kX, &x)) return nullptr;
+    const bool has_load = read(Input::kLoad, &load);
+    if (!read(Input::kWIn, &known.w_in)) known.w_in.sizes.clear();
+    // An x of unknown rank has the rows that load has, and the other way round.
+    if (x.sizes.empty() && !load.sizes.empty()) {
       x.sizes = load.sizes, x.symbols = load.symbols;
-      x.sizes.push_back(-1), x.symbols.push_back(NewSymbol());
+      x.Add(-1, NewSymbol());
+    } else if (load.sizes.size() + 1 != x.sizes.size()) {
+      load = x;
+      if (!load.sizes.empty()) load.sizes.pop_back(), load.symbols.pop_back();
     }
-    if (!x.sizes.empty())
-      if (OrtStatusPtr status = Write(context, 0, x)) return status;
-    size_t output = 1;
-    if (Flag(context, "emit_stat")) {
-      TypeAndShape stat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {-1, -1}, {NewSymbol(), NewSymbol()}};
-      const auto copy = [&stat](size_t axis, const TypeAndShape& from) {
-        stat.sizes[axis] = from.sizes[0];
-        stat.symbols[axis] = from.symbols[0];
-      };
-      if (!x.sizes.empty()) copy(0, x);
-      if (Read(context, 2, &weights) && !weights.sizes.empty()) copy(1, weights);
-      if (OrtStatusPtr status = Write(context, output++, stat)) return status;
-    }
-    if (Flag(context, "emit_active")) {
-      if (!Read(context, 1, &load)) return nullptr;
-      if (load.sizes.size() + 1 != x.sizes.size()) {  // unknown rank: as x without its last axis
-        load = x;
-        if (!load.sizes.empty()) load.sizes.pop_back(), load.symbols.pop_back();
-      }
-      load.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-      return Write(context, output, load);
+    Attributes attributes;
+    FlagReader reader(context);
+    VisitAttributes(attributes, reader);
+    size_t index = 0;
+    for (const Output output : Outputs(attributes)) {
+      const TensorInfo& info = Info(output);
+      const bool like_x = info.rule != TypeRule::kFixed, by_row = info.shapes[0].axes[0].size == Size::kRows;
+      const size_t at = index++;
+      if (like_x ? x.sizes.empty() : by_row && !has_load) continue;
+      if (OrtStatusPtr status = Write(context, at, like_x ? x : Follow(info, known))) return status;
     }
     return nullptr;
   });

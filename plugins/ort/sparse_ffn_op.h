@@ -32,24 +32,24 @@ class SparseFFNKernel {
   Ort::MemoryInfo memory_;
 };
 
-// The inputs after `threshold`, and the outputs after `y`, depend on the attributes, so both lists end in a variadic part.
+// Which inputs and outputs follow the required ones depends on the attributes, so both lists end in a variadic part.
 struct SparseFFNOp : Ort::CustomOpBase<SparseFFNOp, SparseFFNKernel, true> {
   SparseFFNOp();
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept;
 
-  const char* GetName() const { return "SparseFFN"; }
+  const char* GetName() const { return kOpName; }
   const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
-  size_t GetInputTypeCount() const { return 6; }
+  size_t GetInputTypeCount() const { return kRequiredInputs + 1; }
   ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
-    return index == 5 ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
+    return index == kRequiredInputs ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
   }
   int GetVariadicInputMinArity() const { return 0; }
   bool GetVariadicInputHomogeneity() const { return false; }
-  size_t GetOutputTypeCount() const { return 2; }
+  size_t GetOutputTypeCount() const { return kRequiredOutputs + 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
-    return index == 1 ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
+    return index == kRequiredOutputs ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
   }
   int GetVariadicOutputMinArity() const { return 0; }
   bool GetVariadicOutputHomogeneity() const { return false; }

@@ -6,8 +6,6 @@
 namespace clada::trt {
 namespace {
 
-static_assert(kOpVersion == 1 && sizeof(kVersion) == 2 && kVersion[0] == '1', "the plugin's version is the op's");
-
 // TensorRT has chosen this creator by these two already; a caller of createPlugin may still pass others on.
 void WantText(const std::string& node, const FieldReader& reader, const char* field, const char* wanted) {
   std::string found = wanted;
@@ -38,8 +36,8 @@ nvinfer1::IPluginV3* SparseFFNCreator::createPlugin(const char* name, const nvin
                             "; this library is of clada " + CLADA_VERSION + ": load the engine's own, or build it again");
       known.insert(known.end(), {kNodeField, kVersionField});
     } else {
-      WantText(node, reader, "plugin_version", kVersion);
-      WantText(node, reader, "plugin_namespace", kNamespace);
+      WantText(node, reader, "plugin_version", kOpVersionText);
+      WantText(node, reader, "plugin_namespace", kDomain);
       known.insert(known.end(), {"plugin_version", "plugin_namespace"});
     }
     reader.RefuseOthers(known);

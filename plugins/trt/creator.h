@@ -14,9 +14,9 @@ class SparseFFNCreator final : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override;
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return fields_.Collection(); }
-  const char* getPluginName() const noexcept override { return kName; }
-  const char* getPluginVersion() const noexcept override { return kVersion; }
-  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+  const char* getPluginName() const noexcept override { return kOpName; }
+  const char* getPluginVersion() const noexcept override { return kOpVersionText; }
+  const char* getPluginNamespace() const noexcept override { return kDomain; }
 
  private:
   Fields fields_;

@@ -18,8 +18,6 @@ constexpr size_t kAlignment = 256;  // of the kernels' workspace
 // For the library's GEMM, whichever version of it is found at run time. Layers share the workspace, so an engine has it once.
 constexpr size_t kGemmWorkspaceBytes = size_t{32} << 20;
 
-constexpr DataType kTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8, DataType::kINT32};
-
 ElementType ToElementType(DataType type) {
   switch (type) {
     case DataType::kFLOAT: return ElementType::kFloat32;
@@ -45,18 +43,24 @@ std::string TypeName(DataType type) {
   }
 }
 
-bool IsFloat(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16; }
-
-// Whether the input may have the type, given those of x and w_in (of inputs before it only).
-bool Allowed(Input input, DataType type, DataType x, DataType w_in) {
-  switch (input) {
-    case Input::kX: return IsFloat(type);
-    case Input::kWIn: return IsFloat(type) && (x == DataType::kFLOAT || x == type);
-    case Input::kWOut: return type == w_in;
-    case Input::kShadow: return type == DataType::kINT8;
-    case Input::kShadowScale: return type == DataType::kHALF;
-    default: return type == DataType::kFLOAT;
+// The type of an output that has always the same.
+DataType ToDataType(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat16: return DataType::kHALF;
+    case ElementType::kBFloat16: return DataType::kBF16;
+    case ElementType::kInt8: return DataType::kINT8;
+    case ElementType::kInt32: return DataType::kINT32;
+    default: return DataType::kFLOAT;
   }
+}
+
+DataType OutputType(Output output, DataType x) {
+  const TensorInfo& info = Info(output);
+  return info.rule == TypeRule::kFixed ? ToDataType(info.type) : x;
+}
+
+std::string InputText(const std::string& node, Input input) {
+  return "SparseFFN node '" + node + "': input '" + Info(input).name + "'";
 }
 
 TensorView View(DataType type, const Dims& dims, const void* data = nullptr) {
@@ -79,8 +83,9 @@ std::vector<TensorView> Largest(const std::vector<Input>& inputs, const DynamicP
   }
   const std::vector<int64_t>& x = views[0].shape;
   for (size_t i = 1; i < inputs.size(); ++i) {
-    const bool by_row = inputs[i] == Input::kLoad || inputs[i] == Input::kScore;
-    if (!by_row && inputs[i] != Input::kPastStat) continue;
+    const Size first = Info(inputs[i]).shapes[0].axes[0].size;
+    const bool by_row = first == Size::kRows;
+    if (!by_row && first != Size::kB) continue;
     std::vector<int64_t>& shape = views[i].shape;
     const size_t shared = std::min({shape.size(), x.size() - !x.empty(), by_row ? x.size() : 1});
     for (size_t axis = 0; axis < shared; ++axis)
@@ -123,29 +128,10 @@ Result Guard(Result failure, Body body) noexcept {
 
 constexpr int32_t kOk = 0, kFailed = 1;
 
-void SetInput(Problem& p, Input input, const void* data) {
-  const auto floats = static_cast<const float*>(data);
-  switch (input) {
-    case Input::kX: p.x = data; break;
-    case Input::kLoad: p.load = floats; break;
-    case Input::kWIn: p.w_in = data; break;
-    case Input::kWOut: p.w_out = data; break;
-    case Input::kThreshold: p.threshold = floats; break;
-    case Input::kNeuronScale: p.neuron_scale = floats; break;
-    case Input::kShadow: p.shadow = static_cast<const uint8_t*>(data); break;
-    case Input::kShadowScale: p.shadow_scale = static_cast<const uint16_t*>(data); break;
-    case Input::kScore: p.score = floats; break;
-    case Input::kPastStat: p.past_stat = floats; break;
-    case Input::kGateBias: p.gate_bias = floats; break;
-    case Input::kUpBias: p.up_bias = floats; break;
-    case Input::kDownBias: p.down_bias = floats; break;
-  }
-}
-
 }  // namespace
 
 SparseFFNPlugin::SparseFFNPlugin(const std::string& node, const Attributes& attributes)
-    : node_(node), attributes_(attributes), inputs_(Inputs(attributes)) {
+    : node_(node), attributes_(attributes), inputs_(Inputs(attributes)), outputs_(Outputs(attributes)) {
   WriteAttributes(attributes_, fields_);
   text_ = fields_.Text();
   fields_.String(kNodeField, node_.c_str());
@@ -168,38 +154,26 @@ nvinfer1::IPluginV3* SparseFFNPlugin::clone() noexcept {
 // The kernels keep no state between calls and the workspace comes with each, so a context has nothing to lend.
 nvinfer1::IPluginV3* SparseFFNPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
 
-int32_t SparseFFNPlugin::getNbOutputs() const noexcept { return 1 + attributes_.emit_stat + attributes_.emit_active; }
+int32_t SparseFFNPlugin::getNbOutputs() const noexcept { return static_cast<int32_t>(outputs_.size()); }
 
-void SparseFFNPlugin::CheckCounts(int32_t inputs, int32_t outputs) const {
-  const std::string node = "SparseFFN node '" + node_ + "': ";
-  if (inputs != static_cast<int32_t>(inputs_.size())) {
-    std::string names;
-    for (const Input input : inputs_) names += (names.empty() ? "" : ", ") + std::string(InputName(input));
-    throw ContractError(node + "has " + std::to_string(inputs) + " inputs; its attributes want " +
-                        std::to_string(inputs_.size()) + ": " + names);
-  }
-  if (outputs != getNbOutputs())
-    throw ContractError(node + "has " + std::to_string(outputs) + " outputs; its attributes want " +
-                        std::to_string(getNbOutputs()));
+void SparseFFNPlugin::WantCounts(int32_t inputs, int32_t outputs) const {
+  CheckCounts(node_, attributes_, static_cast<size_t>(inputs), static_cast<size_t>(outputs));
 }
 
 int32_t SparseFFNPlugin::getOutputDataTypes(DataType* output_types, int32_t outputs, const DataType* input_types,
                                             int32_t inputs) const noexcept {
   return Guard(kFailed, [&] {
-    CheckCounts(inputs, outputs);
-    const DataType x = input_types[0], w_in = input_types[2];
+    WantCounts(inputs, outputs);
+    const ElementType x = ToElementType(input_types[0]), w_in = ToElementType(input_types[2]);
     for (int32_t i = 0; i < inputs; ++i) {
-      if (Allowed(inputs_[i], input_types[i], x, w_in)) continue;
+      if (Allowed(inputs_[i], ToElementType(input_types[i]), x, w_in)) continue;
       std::string wanted;
-      for (const DataType type : kTypes)
-        if (Allowed(inputs_[i], type, x, w_in)) wanted += (wanted.empty() ? "" : " or ") + TypeName(type);
-      throw ContractError("SparseFFN node '" + node_ + "': input '" + InputName(inputs_[i]) + "' has type " +
-                          TypeName(input_types[i]) + "; wanted " + wanted);
+      for (int type = 0; type < static_cast<int>(ElementType::kOther); ++type)
+        if (Allowed(inputs_[i], static_cast<ElementType>(type), x, w_in))
+          wanted += (wanted.empty() ? "" : " or ") + std::string(kElementTypeNames[type]);
+      throw ContractError(InputText(node_, inputs_[i]) + " has type " + TypeName(input_types[i]) + "; wanted " + wanted);
     }
-    int32_t output = 0;
-    output_types[output++] = x;
-    if (attributes_.emit_stat) output_types[output++] = DataType::kFLOAT;
-    if (attributes_.emit_active) output_types[output++] = DataType::kINT32;
+    for (int32_t i = 0; i < outputs; ++i) output_types[i] = OutputType(outputs_[i], input_types[0]);
     return kOk;
   });
 }
@@ -208,26 +182,26 @@ int32_t SparseFFNPlugin::getOutputShapes(const nvinfer1::DimsExprs* input_shapes
                                          int32_t, nvinfer1::DimsExprs* output_shapes, int32_t outputs,
                                          nvinfer1::IExprBuilder&) noexcept {
   return Guard(kFailed, [&] {
-    CheckCounts(inputs, outputs);
+    WantCounts(inputs, outputs);
     const nvinfer1::DimsExprs &x = input_shapes[0], &w_in = input_shapes[2];
     const auto wrong_rank = [&](Input input, const nvinfer1::DimsExprs& shape, const char* wanted) {
-      throw ContractError("SparseFFN node '" + node_ + "': input '" + InputName(input) + "' has rank " +
-                          std::to_string(shape.nbDims) + "; wanted " + wanted);
+      throw ContractError(InputText(node_, input) + " has rank " + std::to_string(shape.nbDims) + "; wanted " + wanted);
     };
     if (x.nbDims < 1) wrong_rank(Input::kX, x, "at least 1");
     if (w_in.nbDims != 3) wrong_rank(Input::kWIn, w_in, "3: [f, n, d]");
-    int32_t output = 0;
-    output_shapes[output++] = x;
-    if (attributes_.emit_stat) {
-      if (x.nbDims != 3) wrong_rank(Input::kX, x, "3 for the prompt statistic: [B, S, d]");
-      nvinfer1::DimsExprs& stat = output_shapes[output++];
-      stat.nbDims = 2;
-      stat.d[0] = x.d[0];
-      stat.d[1] = w_in.d[0];
-    }
-    if (attributes_.emit_active) {
-      nvinfer1::DimsExprs& active = output_shapes[output++] = x;
-      --active.nbDims;
+    for (int32_t i = 0; i < outputs; ++i) {
+      nvinfer1::DimsExprs& made = output_shapes[i];
+      made.nbDims = 0;
+      const auto add = [&](const nvinfer1::IDimensionExpr* size) { made.d[made.nbDims++] = size; };
+      const TensorShape& shape = Info(outputs_[i]).shapes[0];
+      for (int axis = 0; axis < shape.rank; ++axis) {
+        const Size size = shape.axes[axis].size;
+        if (size == Size::kB && x.nbDims != 3) wrong_rank(Input::kX, x, "3 for the prompt statistic: [B, S, d]");
+        if (size == Size::kRows)
+          for (int32_t k = 0; k + 1 < x.nbDims; ++k) add(x.d[k]);
+        else
+          add(size == Size::kB ? x.d[0] : size == Size::kF ? w_in.d[0] : x.d[x.nbDims - 1]);
+      }
     }
     return kOk;
   });
@@ -236,18 +210,14 @@ int32_t SparseFFNPlugin::getOutputShapes(const nvinfer1::DimsExprs* input_shapes
 bool SparseFFNPlugin::supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t inputs,
                                                 int32_t outputs) noexcept {
   return Guard(false, [&] {
-    CheckCounts(inputs, outputs);
+    WantCounts(inputs, outputs);
     const PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
     const DataType x = tensors[0].desc.type;
-    if (position < inputs) {
-      // Only tensors up to `position` may be looked at.
-      const DataType w_in = position > 2 ? tensors[2].desc.type : DataType::kFLOAT;
-      return Allowed(inputs_[position], tensor.type, x, w_in);
-    }
-    if (position == inputs) return tensor.type == x;
-    const bool stat = attributes_.emit_stat && position == inputs + 1;
-    return tensor.type == (stat ? DataType::kFLOAT : DataType::kINT32);
+    if (position >= inputs) return tensor.type == OutputType(outputs_[position - inputs], x);
+    // Only tensors up to `position` may be looked at.
+    const DataType w_in = position > 2 ? tensors[2].desc.type : DataType::kFLOAT;
+    return Allowed(inputs_[position], ToElementType(tensor.type), ToElementType(x), ToElementType(w_in));
   });
 }
 
@@ -257,7 +227,7 @@ int32_t SparseFFNPlugin::getFormatCombinationLimit() noexcept { return 5; }
 int32_t SparseFFNPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
                                          int32_t outputs) noexcept {
   return Guard(kFailed, [&] {
-    CheckCounts(inputs, outputs);
+    WantCounts(inputs, outputs);
     CheckSizes(node_, MakeProblem(node_, attributes_, Largest(inputs_, in), false));
     return kOk;
   });
@@ -266,7 +236,7 @@ int32_t SparseFFNPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int3
 size_t SparseFFNPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs, const DynamicPluginTensorDesc*,
                                          int32_t outputs) const noexcept {
   return Guard(size_t{0}, [&] {
-    CheckCounts(inputs, outputs);
+    WantCounts(inputs, outputs);
     return WorkspaceFor(MakeProblem(node_, attributes_, Largest(inputs_, in), false));
   });
 }
@@ -291,7 +261,7 @@ void SparseFFNPlugin::Prepare(const PluginTensorDesc* in) {
 int32_t SparseFFNPlugin::onShapeChange(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc*,
                                        int32_t outputs) noexcept {
   return Guard(kFailed, [&] {
-    CheckCounts(inputs, outputs);
+    WantCounts(inputs, outputs);
     Prepare(in);
     return kOk;
   });
@@ -302,10 +272,7 @@ int32_t SparseFFNPlugin::enqueue(const PluginTensorDesc* in, const PluginTensorD
   return Guard(kFailed, [&] {
     if (!Prepared(in)) Prepare(in);
     for (size_t i = 0; i < inputs_.size(); ++i) SetInput(problem_, inputs_[i], inputs[i]);
-    int32_t output = 0;
-    problem_.y = outputs[output++];
-    problem_.stat = attributes_.emit_stat ? static_cast<float*>(outputs[output++]) : nullptr;
-    problem_.active = attributes_.emit_active ? static_cast<int32_t*>(outputs[output++]) : nullptr;
+    for (size_t i = 0; i < outputs_.size(); ++i) SetOutput(problem_, outputs_[i], outputs[i]);
     if (workspace == nullptr && workspace_bytes_ > 0)
       throw ContractError("SparseFFN node '" + node_ + "': needs a workspace of " + std::to_string(workspace_bytes_) +
                           " bytes and was given none");

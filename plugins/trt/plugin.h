@@ -17,10 +17,6 @@
 
 namespace clada::trt {
 
-constexpr char kName[] = "SparseFFN";
-constexpr char kVersion[] = "1";
-constexpr char kNamespace[] = "com.clada";
-
 // An execution context has a clone of its own and calls it from one thread at a time.
 class SparseFFNPlugin final : public nvinfer1::IPluginV3,
                               public nvinfer1::IPluginV3OneCore,
@@ -32,9 +28,9 @@ class SparseFFNPlugin final : public nvinfer1::IPluginV3,
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
   nvinfer1::IPluginV3* clone() noexcept override;
 
-  const char* getPluginName() const noexcept override { return kName; }
-  const char* getPluginVersion() const noexcept override { return kVersion; }
-  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+  const char* getPluginName() const noexcept override { return kOpName; }
+  const char* getPluginVersion() const noexcept override { return kOpVersionText; }
+  const char* getPluginNamespace() const noexcept override { return kDomain; }
 
   int32_t getNbOutputs() const noexcept override;
   int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t outputs, const nvinfer1::DataType* input_types,
@@ -61,13 +57,14 @@ class SparseFFNPlugin final : public nvinfer1::IPluginV3,
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override { return fields_.Collection(); }
 
  private:
-  void CheckCounts(int32_t inputs, int32_t outputs) const;
+  void WantCounts(int32_t inputs, int32_t outputs) const;
   void Prepare(const nvinfer1::PluginTensorDesc* in);
   bool Prepared(const nvinfer1::PluginTensorDesc* in) const;
 
   const std::string node_;
   const Attributes attributes_;
   const std::vector<Input> inputs_;
+  const std::vector<Output> outputs_;
   std::string text_;
   Fields fields_;
 

@@ -22,8 +22,6 @@ class ContractError : public std::runtime_error {
   explicit ContractError(const std::string& text) : std::runtime_error(Printable(text)) {}
 };
 
-enum class ElementType { kFloat32, kFloat16, kBFloat16, kInt8, kInt32, kOther };
-
 struct TensorView {
   ElementType type = ElementType::kOther;
   std::string type_name;  // for messages, when type is kOther
@@ -56,18 +54,23 @@ class AttributeWriter {
 // Writes all attributes, also those that have their default, in the contract's order.
 void WriteAttributes(const Attributes& attributes, AttributeWriter& writer);
 
-enum class Input {
-  kX, kLoad, kWIn, kWOut, kThreshold, kNeuronScale, kShadow, kShadowScale, kScore, kPastStat, kGateBias, kUpBias, kDownBias
-};
-const char* InputName(Input input);
-
 // The inputs of a node in their order; every one of them is connected.
 std::vector<Input> Inputs(const Attributes& attributes);
+std::vector<Output> Outputs(const Attributes& attributes);
+
+// Throws ContractError when a node has other numbers of inputs or outputs than its attributes want.
+void CheckCounts(const std::string& node, const Attributes& attributes, size_t inputs, size_t outputs);
+
+// The types that an input may have, by those of x and w_in; the latter is not looked at before w_in itself.
+bool Allowed(Input input, ElementType type, ElementType x, ElementType w_in);
 
 // Checks types and shapes and fills a problem's sizes and input pointers. `inputs` follow Inputs(attributes). The threshold's
 // values are read unless `check_threshold` is false (a constant that was checked before).
 Problem MakeProblem(const std::string& node, const Attributes& attributes, const std::vector<TensorView>& inputs,
                     bool check_threshold);
+
+// The shape of an output; `x` is that of the input x.
+std::vector<int64_t> OutputShape(const Problem& problem, const std::vector<int64_t>& x, Output output);
 
 // No value may be negative or NaN.
 void CheckThreshold(const std::string& node, const float* values, int64_t count);

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "clada/contract_tables.h"
+
 // Device code calls the few functions of this header too.
 #ifdef __CUDACC__
 #define CLADA_ANYWHERE __host__ __device__
@@ -17,38 +19,11 @@
 
 namespace clada {
 
-constexpr int kOpVersion = 1;
-constexpr int kShadowBlock = 32;  // weights that share one (scale, offset) pair
-
-enum class FloatType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 CLADA_ANYWHERE constexpr int64_t SizeOf(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
-enum class Activation { kSilu = 0, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity };
-enum class Score { kGate = 0, kExact, kShadow, kPrefix, kExternal };
-enum class Rule { kThreshold = 0, kRelative, kTopk };
-enum class Combine { kSum = 0, kWeighted };
-enum class StatNorm { kRow = 0, kNone };
 
-struct Attributes {
-  Activation activation = Activation::kSilu;
-  bool gated = true;
-  Score score = Score::kGate;
-  Rule rule = Rule::kThreshold;
-  int64_t granule = 1;
-  Combine combine = Combine::kSum;
-  float load_slope = 0.0f;
-  float load_min = 0.25f;
-  float load_max = 4.0f;
-  bool use_stat = false;
-  float backbone_min = 0.0f;
-  float prior_gamma = 0.0f;
-  bool emit_stat = false;
-  StatNorm stat_norm = StatNorm::kRow;
-  bool emit_active = false;
-  bool has_bias = false;
-};
-
-// One call. Rows are batch x sequence; a shape without batch is one batch. Inputs need no alignment beyond their element's.
-struct Problem {
+// One call, with pointers to its inputs and outputs. Rows are batch x sequence; a shape without batch is one batch. Inputs need no
+// alignment beyond their element's.
+struct Problem : InputPointers, OutputPointers {
   Attributes attributes;
   int64_t batch = 0;
   int64_t sequence = 0;
@@ -56,26 +31,8 @@ struct Problem {
   int64_t intermediate_size = 0;  // f
   FloatType weight_type = FloatType::kFloat32;  // of w_in and w_out
   FloatType x_type = FloatType::kFloat32;       // of x and y: float32, or weight_type
-
-  const void* x = nullptr;                // [batch, sequence, d]
-  const float* load = nullptr;            // [batch, sequence]
-  const void* w_in = nullptr;             // [f, n, d]
-  const void* w_out = nullptr;            // [f, d]
-  const float* threshold = nullptr;       // [1] or [E]
   int64_t threshold_count = 1;
-  const float* neuron_scale = nullptr;    // [f], scores exact and shadow
-  const uint8_t* shadow = nullptr;        // [f, n, d / 2]
-  const uint16_t* shadow_scale = nullptr; // float16 [f, n, d / 32, 2]
-  const float* score = nullptr;           // [batch, sequence, E] or, per sequence, [batch, E]
-  bool score_per_sequence = false;
-  const float* past_stat = nullptr;       // [batch, f]
-  const float* gate_bias = nullptr;       // [f]
-  const float* up_bias = nullptr;         // [f]
-  const float* down_bias = nullptr;       // [d]
-
-  void* y = nullptr;                      // [batch, sequence, d]
-  float* stat = nullptr;                  // [batch, f], with emit_stat
-  int32_t* active = nullptr;              // [batch, sequence], with emit_active
+  bool score_per_sequence = false;  // score is [batch, E]
 
   CLADA_ANYWHERE int64_t rows() const { return batch * sequence; }
   CLADA_ANYWHERE int64_t granules() const { return intermediate_size / attributes.granule; }

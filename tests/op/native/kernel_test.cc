@@ -24,6 +24,11 @@ using namespace clada;
 std::mt19937 random_engine(7);
 
 int64_t Pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_engine); }
+// One of the contract's names of an attribute.
+template <class Enum, size_t N>
+Enum PickOf(const char* const (&)[N]) {
+  return static_cast<Enum>(Pick(0, N - 1));
+}
 float Normal() { return std::normal_distribution<float>()(random_engine); }
 
 // Exactly `count` elements, the first of them at an address that is aligned to the element only.
@@ -110,17 +115,17 @@ std::vector<float> Alone(const Problem& p, const Host& host, int64_t row) {
 int Run(int number) {
   Problem p;
   Attributes& a = p.attributes;
-  a.activation = static_cast<Activation>(Pick(0, 5));
+  a.activation = PickOf<Activation>(kActivationNames);
   a.gated = Pick(0, 1) == 1;
-  a.score = static_cast<Score>(Pick(0, 4));
-  a.rule = static_cast<Rule>(Pick(0, 2));
+  a.score = PickOf<Score>(kScoreNames);
+  a.rule = PickOf<Rule>(kRuleNames);
   a.granule = Pick(0, 3) == 0 ? Pick(1, 70) : 1;
-  a.combine = a.score == Score::kExternal ? static_cast<Combine>(Pick(0, 1)) : Combine::kSum;
+  a.combine = a.score == Score::kExternal ? PickOf<Combine>(kCombineNames) : Combine::kSum;
   a.load_slope = 0.3f;
   a.use_stat = a.score == Score::kPrefix || Pick(0, 3) == 0;
   if (a.use_stat && Pick(0, 1)) a.backbone_min = 0.3f, a.prior_gamma = 0.2f;
   a.emit_stat = Pick(0, 1) == 1;
-  a.stat_norm = static_cast<StatNorm>(Pick(0, 1));
+  a.stat_norm = PickOf<StatNorm>(kStatNormNames);
   a.emit_active = Pick(0, 1) == 1;
   a.has_bias = Pick(0, 1) == 1;
   p.batch = Pick(1, 3);
@@ -273,7 +278,7 @@ int ChangingInputs(Host host) {
     const int64_t rows = Pick(1, 40), f = Pick(1, 300);
     Layer layer(rows, f);
     Attributes& a = layer.p.attributes;
-    a.rule = static_cast<Rule>(Pick(0, 2));
+    a.rule = PickOf<Rule>(kRuleNames);
     a.score = Pick(0, 1) ? Score::kPrefix : Score::kExternal;
     a.load_slope = 0.3f, a.use_stat = a.emit_stat = true, a.prior_gamma = 0.5f, a.backbone_min = 0.2f;
     Buffer<float> score(rows * f), past(f), stat(f), threshold(1);

@@ -1,0 +1,118 @@
+"""What the op's contract is stated with. The statements are `graph_passes.contract`, which is made from
+`plugins/sparse_ffn.yaml`; the generator (`plugins/contract/`) reads that file into these types too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+Scalar = str | int | float
+When = Mapping[str, tuple[Scalar, ...]]
+"""Attributes by name, and the values that each may have for something to be there."""
+
+_COMPARE: Mapping[str, Callable[[object, object], bool]] = {
+    "==": operator.eq,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+
+
+def holds(when: When, attributes: object) -> bool:
+    """Whether all attributes in `when` have one of their values; True of none."""
+    return all(getattr(attributes, name) in values for name, values in when.items())
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute of the op.
+
+    Attributes:
+        type: `string`, `int` or `float`.
+        allowed: the values it may have; empty for numbers that a `Constraint` bounds.
+        by_reference: the function body reads the node's value; otherwise it is baked into a variant of the body.
+        read_when: where it means anything.
+        limits: its range in words, such as "at least 0".
+        meaning, note: for the documentation.
+    """
+
+    name: str
+    type: str
+    default: Scalar
+    allowed: tuple[Scalar, ...] = ()
+    by_reference: bool = False
+    read_when: When = field(default_factory=dict)
+    limits: str = ""
+    meaning: str = ""
+    note: str = ""
+
+    @property
+    def is_flag(self) -> bool:
+        """0 or 1: a bool in Python and C++."""
+        return self.type == "int" and self.allowed == (0, 1)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or an output.
+
+    Attributes:
+        type: an element type, W (the weights') or X (of x and y).
+        shapes: those it may have. An axis is a number, or a size: `rows` (several axes), B, d, f, n, E, or one divided, `d/2`.
+        when: it is there iff these hold.
+        only_first_when: where the first shape is the only one.
+        meaning: for the documentation.
+    """
+
+    name: str
+    type: str
+    shapes: tuple[tuple[str | int, ...], ...]
+    when: When = field(default_factory=dict)
+    only_first_when: When = field(default_factory=dict)
+    meaning: str = ""
+
+    @property
+    def is_constant(self) -> bool:
+        """No size is the call's: a weight, or what is made from weights."""
+        return not any(axis in ("rows", "B") for shape in self.shapes for axis in shape)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`left compare right`: an attribute against a value, or against the attribute of the name `right`."""
+
+    left: str
+    compare: str
+    right: Scalar
+    right_is_attribute: bool = False
+
+    def holds(self, attributes: object) -> bool:
+        right = getattr(attributes, str(self.right)) if self.right_is_attribute else self.right
+        return _COMPARE[self.compare](getattr(attributes, self.left), right)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """If any of `if_any` holds, or there is none, all of `want` must; `message` has attributes in braces."""
+
+    if_any: tuple[Condition, ...]
+    want: tuple[Condition, ...]
+    message: str
+
+    def broken(self, attributes: object) -> bool:
+        """Whether the attributes break it."""
+        asked = not self.if_any or any(condition.holds(attributes) for condition in self.if_any)
+        return asked and not all(condition.holds(attributes) for condition in self.want)
+
+
+def shape_of(axes: tuple[str | int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The axes of a `Tensor` as numbers; `sizes` has those that occur."""
+    return tuple(axis if isinstance(axis, int) else _size(axis, sizes) for axis in axes)
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    name, _, divisor = axis.partition("/")
+    return sizes[name] // int(divisor or 1)
