@@ -3,7 +3,7 @@
 A case may succeed, or end with an error of `clada_export.errors`. It must not raise anything else (that would be exit code 1, a
 fault of ours), take longer than `HANG_S`, or want more memory than `MEMORY_BYTES` above what the process has.
 
-`FUZZ_SECONDS` is the time of each fuzzer (5 by default; `make test-long` gives 60), `FUZZ_SEED` where it starts: the same seed
+`FUZZ_SECONDS` is the time of each fuzzer (3 by default; `make test-long` gives 60), `FUZZ_SEED` where it starts: the same seed
 gives the same cases, so that a plain test run does not depend on luck. `FUZZ_REPORT` is a file that gets a JSON line a fuzzer.
 """
 
@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from clada_export.errors import CladaError
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 HANG_S = 10.0
 MEMORY_BYTES = 2 << 30

@@ -1,18 +1,24 @@
-"""The CUDA libraries built for the CPU: the same kernels and shells, on an emulated CUDA runtime."""
+"""Native builds for tests, which stay in `build/`: above all the CUDA libraries built for the CPU, on an emulated CUDA runtime.
+
+Each is made once a run, by whichever process comes first; in a later run what has not changed is not compiled again.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.kept import locked
+
 ROOT = Path(__file__).parents[2]
 HEADER = Path("include") / "cuda_runtime_api.h"
+SANITIZED = ("-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCLADA_SANITIZE=ON")
 
 
 def missing_tools() -> str | None:
@@ -35,18 +41,27 @@ def emulation_folder(sanitize: bool = False) -> Path:
     """
     if (reason := missing_tools()) is not None:
         pytest.skip(reason)
-    folder = ROOT / "build" / ("emulation-sanitized" if sanitize else "emulation")
-    folder.mkdir(parents=True, exist_ok=True)
-    options = ["-DCLADA_CUDA_EMULATION=ON", "-DCLADA_TESTS=ON", "-DCLADA_BENCHMARKS=ON", "-DCLADA_WERROR=ON"]
-    options += ["-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCLADA_SANITIZE=ON"] if sanitize else ["-DCMAKE_BUILD_TYPE=Release"]
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    options = ["-DCLADA_CUDA_EMULATION=ON", "-DCLADA_TESTS=ON", "-DCLADA_BENCHMARKS=ON"]
+    options += SANITIZED if sanitize else ["-DCMAKE_BUILD_TYPE=Release"]
     targets = ["plugin_conformance", "clada_trt", *([] if sanitize else ["clada_ort_cuda", "clada_cuda_kernels"])]
+    return native_build("emulation-sanitized" if sanitize else "emulation", options, targets)
+
+
+def native_build(name: str, options: Sequence[str], targets: Sequence[str]) -> Path:
+    """A folder of `build/` in which these targets are up to date, with warnings as errors.
+
+    Args:
+        name: of the folder.
+        options: CMake's.
+        targets: what to build.
+    """
+    folder = ROOT / "build" / name
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     # Headers that were fetched stay in the user's cache: the one that tests have goes away with them.
     environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
-    with folder.with_suffix(".lock").open("w") as lock:  # tests run in several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder.with_suffix(".lock")):
         for command in (
-            ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options],
+            ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, "-DCLADA_WERROR=ON", *options],
             ["cmake", "--build", str(folder), "--parallel", "2", "--target", *targets],
         ):
             done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, env=environment)
