@@ -57,7 +57,7 @@ class Profile:
         return cls(value["name"], *((tuple(value[key])) for key in ("batch", "sequence", "past")))
 
 
-def plan_profiles(max_batch: int, max_sequence: int | None, max_past: int | None, limit: int | None) -> tuple[Profile, Profile]:
+def make_profiles(max_batch: int, max_sequence: int | None, max_past: int | None, limit: int | None) -> tuple[Profile, Profile]:
     """The profiles of an engine: `decode` (one new token) and `prompt` (up to `max_sequence`, after any past).
 
     Args:

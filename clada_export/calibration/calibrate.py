@@ -78,7 +78,7 @@ class _Ready:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class AllocatedMethod:
     """A method with its layers' shares settled by an allocation, and its drift at the sparsity of comparison."""
 
     method: Method
@@ -309,9 +309,9 @@ class Calibrator:
 
     def _candidates(
         self, selectors: Selectors, tables: tuple[tuple[LayerTable, ...], ...], aimed: float, options: CalibrationOptions
-    ) -> list[Candidate]:
+    ) -> list[AllocatedMethod]:
         """The plainest method under each of its allocations, then its variants under the best of these."""
-        found: list[Candidate] = []
+        found: list[AllocatedMethod] = []
         wanted = options.settings.allocation
         for index, method in enumerate(selectors.methods):
             layers = Layers(
@@ -326,11 +326,11 @@ class Calibrator:
             for name in names:
                 allocation = allocate(name, layers)
                 drift = self.meter.measure(selectors.layers[index], allocation.levels_for(aimed), step=self.step)
-                found.append(Candidate(method, selectors.layers[index], allocation, drift))
+                found.append(AllocatedMethod(method, selectors.layers[index], allocation, drift))
         return found
 
     def _settle(
-        self, best: Candidate, aimed: float, options: CalibrationOptions
+        self, best: AllocatedMethod, aimed: float, options: CalibrationOptions
     ) -> tuple[float, np.ndarray, Drift, list[dict[str, float]]]:
         """(sparsity, levels, drift, the search's history) that the user's goal asks for."""
         allocation = best.allocation
@@ -382,7 +382,7 @@ def calibrate(
     )
 
 
-def _best(candidates: Sequence[Candidate]) -> Candidate:
+def _best(candidates: Sequence[AllocatedMethod]) -> AllocatedMethod:
     """The candidate with the lowest mean KL; a variant has to beat the plainest method clearly.
 
     A variant costs state or time of its own, so it is taken only if its mean KL is lower by more than one standard error of the
@@ -422,7 +422,7 @@ def _short_windows(data: CalibrationData) -> Tensor:
     return data.calibration[:, :length][: max(1, SENSITIVITY_TOKENS // length)]
 
 
-def _settled(best: Candidate, levels: np.ndarray) -> tuple[LayerPlan, ...]:
+def _settled(best: AllocatedMethod, levels: np.ndarray) -> tuple[LayerPlan, ...]:
     """The layers with their thresholds."""
     layers, axis = [], best.allocation.layers.axis
     for layer, table, level in zip(best.method.layers, best.allocation.layers.tables, levels, strict=True):

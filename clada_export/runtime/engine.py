@@ -208,7 +208,7 @@ class Engine:
         Args:
             prompts: a text, texts, or lists of token ids.
             max_new_tokens: at most this many new tokens a row.
-            load: `auto` follows the text (surprisal and entropy of the raw logits at temperature 1) by the rule in the
+            load: `auto` follows the text (surprisal and entropy of the raw logits at temperature 1) by the controller in the
                 manifest, `dense` computes everything, a number holds the load there, and a function (surprisal [B], entropy
                 [B]) -> load [B], in nats and standard deviations, is a signal from outside; +inf is a dense step.
             temperature: 0 is greedy.

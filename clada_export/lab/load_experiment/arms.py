@@ -148,15 +148,15 @@ def _controls() -> list[Arm]:
     return found
 
 
-def _rules() -> list[Arm]:
-    def rule(name: str, **changes: Any) -> Arm:
+def _controllers() -> list[Arm]:
+    def controller(name: str, **changes: Any) -> Arm:
         return Arm(name, "other rules", PLAIN, response("surprisal", MIDDLE, **changes))
 
     return [
-        rule("M1 affine", rule="affine"),
-        rule("M3 sigmoid", rule="sigmoid"),
-        rule("M5 rank", rule="rank"),
-        rule("M2 exp, running statistics", momentum=0.02),
+        controller("M1 affine", rule="affine"),
+        controller("M3 sigmoid", rule="sigmoid"),
+        controller("M5 rank", rule="rank"),
+        controller("M2 exp, running statistics", momentum=0.02),
         Arm("M6 error target", "other rules", PLAIN, response("surprisal", MIDDLE), per_layer=True),
         Arm("M7 k of the best", "other rules", TOPK, response("surprisal", MIDDLE)),
     ]
@@ -196,6 +196,6 @@ def _refreshes() -> list[Arm]:
     ]
 
 
-ARMS: tuple[Arm, ...] = (*_responses(), *_controls(), *_rules(), *_dense_steps(), *_documents(), *_refreshes())
+ARMS: tuple[Arm, ...] = (*_responses(), *_controls(), *_controllers(), *_dense_steps(), *_documents(), *_refreshes())
 """All arms but the still ones, which every method has."""
 GROUPS: tuple[str, ...] = tuple(dict.fromkeys(arm.group for arm in ARMS))

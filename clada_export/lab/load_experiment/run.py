@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
@@ -27,13 +26,14 @@ from clada_export.lab.load_experiment.arms import ARMS, GROUPS, METHODS, PLAIN, 
 from clada_export.lab.load_experiment.balance import balanced_levels
 from clada_export.lab.load_experiment.documents import Documents, cut, ending_tokens, from_file, generate
 from clada_export.lab.load_experiment.intervals import paired_interval
-from clada_export.lab.load_experiment.simulate import Outcome, Run, document_signals, simulate
+from clada_export.lab.load_experiment.simulate import DocumentDrift, Run, document_signals, simulate
+from clada_export.load.signal import LoadSignal
+from clada_export.op.reference import load_multiplier
 from clada_export.plan.method import Method, draft_layers
-from clada_export.plan.plan import LoadSignal
 from clada_export.plan.ranges import CONTEXT, SEED, require_between
 from clada_export.progress import Progress, Stages
 from clada_export.source.load import load_source
-from graph_passes.op import SHADOW_BLOCK
+from graph_passes.op import SHADOW_BLOCK, SparseFFNAttributes
 
 ALLOCATION = "fisher"
 CALIBRATION_WINDOWS = 16
@@ -101,7 +101,7 @@ class ExperimentOptions:
 
 
 @dataclass(frozen=True)
-class Subject:
+class CalibratedModel:
     """The model, calibrated: for each method its selectors and how its layers share a sparsity."""
 
     decoder: Decoder
@@ -143,7 +143,7 @@ def run_experiment(
         seed=options.seed,
     )
     with stages("calibrate"):
-        subject = calibrate_subject(source.decoder, data, options, stages.inner)
+        subject = calibrate_model(source.decoder, data, options, stages.inner)
     with stages("texts") as note:
         texts = _texts(source.decoder, source.tokenizer, data, options, subject.prompt, stages.inner)
         note(", ".join(text.name for text in texts))
@@ -177,7 +177,7 @@ def run_experiment(
     }
 
 
-def calibrate_subject(decoder: Decoder, data: CalibrationData, options: ExperimentOptions, progress: Step) -> Subject:
+def calibrate_model(decoder: Decoder, data: CalibrationData, options: ExperimentOptions, progress: Step) -> CalibratedModel:
     """Tables, prices and signal statistics of the methods that the arms need."""
     prompt, ffns = prompt_length(options.context), decoder.ffns
     fits = all(ffn.hidden_size % SHADOW_BLOCK == 0 for ffn in ffns)
@@ -205,7 +205,7 @@ def calibrate_subject(decoder: Decoder, data: CalibrationData, options: Experime
     surprisal, _ = document_signals(decoder, data.calibration[:, :prompt])
     means = surprisal.mean(axis=1)
     deviation = float(means.std(ddof=1)) if len(means) > 1 else statistics.load.surprisal_std
-    return Subject(
+    return CalibratedModel(
         decoder,
         {method.label: selectors.of(method) for method in methods},
         allocations,
@@ -216,7 +216,7 @@ def calibrate_subject(decoder: Decoder, data: CalibrationData, options: Experime
     )
 
 
-def measure_text(subject: Subject, text: Documents, options: ExperimentOptions, progress: Step) -> dict[str, Any]:
+def measure_text(subject: CalibratedModel, text: Documents, options: ExperimentOptions, progress: Step) -> dict[str, Any]:
     """All arms on one text: the entry of `texts` in the result."""
     done = 0
 
@@ -259,19 +259,24 @@ def measure_text(subject: Subject, text: Documents, options: ExperimentOptions, 
     }
 
 
-def _run(subject: Subject, arm: Arm, load: np.ndarray, sparsity: float) -> Run:
-    # The op's own arithmetic: +inf is dense, whatever load_min is.
-    multiplier = np.where(np.isposinf(load), 0.0, np.clip(np.exp(-LOAD_SLOPE * load), LOAD_MIN, LOAD_MAX))
+def _run(subject: CalibratedModel, arm: Arm, load: np.ndarray, sparsity: float) -> Run:
+    multiplier = _multiplier(load)
     allocation = subject.allocations[arm.method]
     exponents = None
     if arm.per_layer:
         exponents = error_slopes(allocation.layers.tables, allocation.levels_for(sparsity))
     levels = balanced_levels(allocation, sparsity, multiplier, exponents)
-    tensor: Tensor = torch.from_numpy(multiplier.astype(np.float32))
-    return Run(subject.layers[arm.method], levels, tensor, exponents, arm.refresh)
+    return Run(subject.layers[arm.method], levels, torch.from_numpy(multiplier), exponents, arm.refresh)
 
 
-def _entry(arm: Arm, outcome: Outcome, baseline: Outcome, run: Run, seed: int) -> dict[str, Any]:
+def _multiplier(load: np.ndarray) -> np.ndarray:
+    """m(load) as the op has it, float32; 0 is a dense step, whatever `load_min` is."""
+    attributes = SparseFFNAttributes(load_slope=LOAD_SLOPE, load_min=LOAD_MIN, load_max=LOAD_MAX)
+    loads = torch.from_numpy(load)
+    return torch.where(loads.isposinf(), 0.0, load_multiplier(loads, attributes)).numpy()
+
+
+def _entry(arm: Arm, outcome: DocumentDrift, baseline: DocumentDrift, run: Run, seed: int) -> dict[str, Any]:
     gap = float(outcome.sparsity.mean() - baseline.sparsity.mean())
     return {
         "name": arm.name,

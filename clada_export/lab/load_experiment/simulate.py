@@ -36,7 +36,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DocumentDrift:
     """By document: mean KL(dense || sparse) and mean rise of the negative log likelihood, nats a token, share of tokens with
     the same best guess, share of skipped neurons; all [documents]."""
 
@@ -65,7 +65,7 @@ def simulate(
     prompt: int,
     runs: Sequence[Run],
     step: Callable[[], None] = lambda: None,
-) -> list[Outcome]:
+) -> list[DocumentDrift]:
     """Run every document dense once, and once for each of `runs`: its first `prompt` tokens dense, the others as the run says.
 
     The text is given, so every run sees the same tokens. Scored are the predictions of the tokens after the prompt.
@@ -89,7 +89,7 @@ def simulate(
                 same = (dense.argmax(-1) == sparse.argmax(-1)).float()
                 numbers[index, :, place] = [float(kl.mean()), float(rise.mean()), float(same.mean()), pass_.sparsity]
                 step()
-    return [Outcome(*rows) for rows in numbers]
+    return [DocumentDrift(*rows) for rows in numbers]
 
 
 @dataclass(frozen=True)

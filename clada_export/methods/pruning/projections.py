@@ -14,7 +14,7 @@ from clada_export.op.reference import activate
 
 
 @dataclass(frozen=True)
-class Projection:
+class FFNProjection:
     """One of gate, up and down. `weight` [out, in] and `bias` [out] (or None) share memory with the model."""
 
     name: str
@@ -26,7 +26,7 @@ class Projection:
         self.weight.copy_(weight)
 
 
-def projections(ffn: EagerFFN) -> tuple[Projection, ...]:
+def projections(ffn: EagerFFN) -> tuple[FFNProjection, ...]:
     """Gate (if there is one), up and down, in this order; a packed gate_up is given as its two halves."""
     return (*_inputs(ffn), _whole("down", ffn.down))
 
@@ -65,19 +65,19 @@ def hidden(ffn: EagerFFN, x: Tensor) -> Tensor:
     return activate(ffn.activation, gate) * up
 
 
-def _inputs(ffn: EagerFFN) -> tuple[Projection, ...]:
+def _inputs(ffn: EagerFFN) -> tuple[FFNProjection, ...]:
     names = ("gate", "up") if ffn.gated else ("up",)
     whole = [_whole(name, module) for name, module in zip(names, ffn.inputs, strict=False)]
     if ffn.packing is None:
         return tuple(whole)
     weights = unpack(whole[0].weight, ffn.packing, 0)
     biases: tuple[Tensor | None, ...] = (None, None) if whole[0].bias is None else unpack(whole[0].bias, ffn.packing, 0)
-    return tuple(Projection(name, weight, bias) for name, weight, bias in zip(names, weights, biases, strict=True))
+    return tuple(FFNProjection(name, weight, bias) for name, weight, bias in zip(names, weights, biases, strict=True))
 
 
-def _whole(name: str, module: nn.Module) -> Projection:
+def _whole(name: str, module: nn.Module) -> FFNProjection:
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     # An FFN that is no nn.Linear is GPT-2's Conv1D, which keeps its weight as [in, out].
     rows = weight if isinstance(module, nn.Linear) else weight.t()
-    return Projection(name, rows.detach(), bias.detach() if isinstance(bias, torch.Tensor) else None)
+    return FFNProjection(name, rows.detach(), bias.detach() if isinstance(bias, torch.Tensor) else None)

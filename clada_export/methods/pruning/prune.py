@@ -16,7 +16,7 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.methods.pruning import sparsegpt, wanda
-from clada_export.methods.pruning.projections import Projection, Snapshot, hidden, projections
+from clada_export.methods.pruning.projections import FFNProjection, Snapshot, hidden, projections
 from clada_export.methods.pruning.spec import NEURONS, PruneSpec
 from clada_export.methods.pruning.statistics import product_error, relative_error, require_finite
 
@@ -234,13 +234,13 @@ class _Run:
             self.reports[index] = LayerReport(self._ffns[index].name, reports, error, seconds)
         self._done += len(group.members)
 
-    def _prune_weights(self, ffn: EagerFFN, parts: Sequence[Projection], before: Sequence[Tensor], x: Tensor) -> None:
+    def _prune_weights(self, ffn: EagerFFN, parts: Sequence[FFNProjection], before: Sequence[Tensor], x: Tensor) -> None:
         pruner = _PRUNERS[self._spec.method](x, self._spec, ffn.name)
         for part, weight in zip(parts[:-1], before, strict=True):
             part.write(pruner(weight))
 
     def _remove_neurons(
-        self, group: _Shared, parts: Sequence[Projection], before: Sequence[Tensor], x: Tensor, h: Tensor
+        self, group: _Shared, parts: Sequence[FFNProjection], before: Sequence[Tensor], x: Tensor, h: Tensor
     ) -> np.ndarray:
         ffn = self._ffns[group.members[0]]
         count = self._spec.removed(ffn.intermediate_size)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from clada_export.artifact.manifest import Manifest, TensorSpec
-from clada_export.artifact.profiles import Profile, plan_profiles
+from clada_export.artifact.profiles import Profile, make_profiles
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.rounding import round_all_weights
 from clada_export.decoder.torch_decoder import TorchDecoder
@@ -96,7 +96,7 @@ def build(request: BuildRequest) -> BuiltModel:
     settings = request.settings or TensorRTOptions()
     backend = find_backend()
     warnings = check_settings(backend, settings)
-    profiles = plan_profiles(settings.max_batch, settings.max_sequence, settings.max_past, request.limit)
+    profiles = make_profiles(settings.max_batch, settings.max_sequence, settings.max_past, request.limit)
     report = rewrite(request)
     graph = request.traced.graph
     ExactAttentionScale(request.scales)(graph)
