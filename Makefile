@@ -4,14 +4,9 @@
 #   make setup        the environment: pinned packages, this package (editable), the sample models
 #   make quickstart   compile the sample model, verify it, generate text, print dense against sparse
 #   make test         all tests (JOBS=n processes)
-<<<<<<< HEAD
-#   make test-long    what takes too long for that: every fuzzer for a minute (FUZZ_SECONDS=n, FUZZ_SEED=n)
+#   make test-long    what takes too long for that: tests marked long, every fuzzer for a minute (FUZZ_SECONDS=n, FUZZ_SEED=n)
 #   make lint         ruff and mypy, and whether all that is made from plugins/sparse_ffn.yaml is up to date
 #   make contract     make that again: the op's tables for Python, C++ and the documentation
-=======
-#   make test-long    what takes too long for that: tests marked long, every fuzzer for a minute (FUZZ_SECONDS=n, FUZZ_SEED=n)
-#   make lint         ruff and mypy
->>>>>>> 0fec075 (wip)
 #   make sanitize     the kernels under the address and undefined-behaviour sanitizers
 #   make bench        time the kernel against ONNX Runtime's own operators
 #   make clean        remove what was built; `make distclean` removes .venv too
