@@ -20,8 +20,8 @@ PYTHON ?= python3
 JOBS ?= 2
 SANITIZE_CASES ?= 2000
 FUZZ_SECONDS ?= 60
-# GPUs that `make setup` compiles for: one, and PTX that newer ones translate. Seven times the work makes what users get: set it to
-# nothing (make setup CLADA_CUDA_ARCHITECTURES=). What a release builds knows nothing of this file.
+# What `make setup` compiles the CUDA kernels for: one GPU architecture, and PTX, which newer GPUs translate when they load it.
+# Nothing (make setup CLADA_CUDA_ARCHITECTURES=) means all that a wheel has, which takes several times as long.
 export CLADA_CUDA_ARCHITECTURES ?= 80
 # Another start every day, and the same one for a day; a run prints it.
 FUZZ_SEED ?= $(shell date +%Y%m%d)
