@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from benchmarks.child import ChildFailedError, run_child
 from clada_export.artifact.manifest import TensorSpec, read_manifest
-from clada_export.artifact.profiles import plan_profiles
+from clada_export.artifact.profiles import make_profiles
 from clada_export.cli import main_export
 from clada_export.decoder.torch_decoder import require_torch
 from clada_export.native.tensorrt import find_backend
@@ -60,7 +60,7 @@ def build_traced(arguments: Sequence[str]) -> int:
         target.round_weights(source.decoder, dtype)
     graph = trace(target.traceable(require_torch(source.decoder, "TensorRT"), dtype), fusions=target.FUSIONS).graph
     inputs = tuple(tensor_spec(value) for value in graph.graph.inputs)
-    profiles = plan_profiles(1, None, None, source.decoder.sequence_limit)
+    profiles = make_profiles(1, None, None, source.decoder.sequence_limit)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         model = Path(scratch) / "model.onnx"
         ir.save(graph, model, external_data="model.onnx.data")

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from clada_export.artifact.manifest import TensorSpec
-from clada_export.artifact.profiles import plan_profiles
+from clada_export.artifact.profiles import make_profiles
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError
 from clada_export.native import tensorrt as module
 from clada_export.native.library import ort_library_path
@@ -45,7 +45,7 @@ def write_graph(path: Path, op_type: str = "Cast", domain: str = "", **attribute
 
 def build(backend: Backend, model: Path, out: Path, **changes: Any) -> Any:
     settings = TensorRTOptions(compute_capabilities=("8.9",), **changes)
-    profiles = plan_profiles(1, None, None, 64)
+    profiles = make_profiles(1, None, None, 64)
     return build_engines(backend, model, INPUTS, profiles, settings, None, out, lambda what, done, total: None)
 
 
@@ -146,7 +146,7 @@ def test_ctrl_c_cancels_a_build(rtx: Backend, tmp_path: Path) -> None:
     model = write_graph(tmp_path / "m.onnx", to=1)
     settings = TensorRTOptions(compute_capabilities=("8.9",))
     with pytest.raises(KeyboardInterrupt):
-        build_engines(rtx, model, INPUTS, plan_profiles(1, None, None, 64), settings, None, tmp_path, interrupt)
+        build_engines(rtx, model, INPUTS, make_profiles(1, None, None, 64), settings, None, tmp_path, interrupt)
     assert not (tmp_path / "model.engine").exists()
 
 
@@ -161,7 +161,7 @@ def test_a_small_engine(rtx: Backend, tmp_path: Path) -> None:
         rtx,
         model,
         INPUTS,
-        plan_profiles(1, None, None, 64),
+        make_profiles(1, None, None, 64),
         settings,
         None,
         tmp_path,
@@ -306,7 +306,7 @@ def test_commands_load_the_plugin() -> None:
         "files": [{"file": "model.engine"}],
         "plugin": {"file": "libclada_trt.so", "embedded": False},
     }
-    profiles = plan_profiles(1, None, None, 64)
+    profiles = make_profiles(1, None, None, 64)
     made = commands(record, INPUTS, profiles)
     assert made["tensorrt_rtx"].startswith("tensorrt_rtx --loadEngine=model.engine --dynamicPlugins=./libclada_trt.so")
     assert "--shapes=input_ids:1x1" in made["tensorrt_rtx"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clada_export.artifact.manifest import TensorSpec, read_manifest
-from clada_export.artifact.profiles import Profile, choose_profile, plan_profiles
+from clada_export.artifact.profiles import Profile, choose_profile, make_profiles
 from clada_export.errors import BackendError, UsageError
 from clada_export.native.library import check_content, ort_library_path
 from clada_export.native.tensorrt import missing_gpu
@@ -30,7 +30,7 @@ RECORD: dict[str, Any] = {
     "version": "1.7.1.116",
     "package": "tensorrt-rtx-cu13",
     "files": [{"file": "model.onnx", "compute_capabilities": ["8.6", "8.9"]}],
-    "profiles": [profile.to_dict() for profile in plan_profiles(BATCH, SEQUENCE, PAST, None)],
+    "profiles": [profile.to_dict() for profile in make_profiles(BATCH, SEQUENCE, PAST, None)],
     "plugin": None,
     "refit": False,
     "weight_streaming": False,
@@ -332,15 +332,15 @@ def test_the_file_for_a_gpu() -> None:
 
 
 def test_profiles_fit_the_model() -> None:
-    decode, prompt = plan_profiles(1, None, None, 512)
+    decode, prompt = make_profiles(1, None, None, 512)
     assert (decode.sequence, decode.past) == ((1, 1, 1), (0, 255, 511))
     assert (prompt.sequence, prompt.past) == ((1, 256, 512), (0, 0, 511))
-    assert plan_profiles(4, None, None, None)[0].past[2] == 2048
-    assert plan_profiles(1, None, None, 2)[0].past == (0, 0, 1)
+    assert make_profiles(4, None, None, None)[0].past[2] == 2048
+    assert make_profiles(1, None, None, 2)[0].past == (0, 0, 1)
     with pytest.raises(UsageError, match="--max-sequence 600 is more than the model takes: 512"):
-        plan_profiles(1, 600, None, 512)
+        make_profiles(1, 600, None, 512)
     with pytest.raises(UsageError, match="--max-past 512 leaves no place"):
-        plan_profiles(1, None, 512, 512)
+        make_profiles(1, None, 512, 512)
 
 
 def test_profiles_as_shapes_and_back() -> None:
@@ -356,7 +356,7 @@ def test_profiles_as_shapes_and_back() -> None:
 
 @pytest.mark.parametrize(("sizes", "said"), [((1, 9, 0), "--max-sequence 9"), ((1, 1, 99), "--max-past 99")])
 def test_no_profile_says_which_option(sizes: tuple[int, int, int], said: str) -> None:
-    profiles = plan_profiles(2, 8, 16, None)
+    profiles = make_profiles(2, 8, 16, None)
     assert choose_profile(profiles, 2, 1, 16) == 0
     assert choose_profile(profiles, 2, 8, 16) == 1
     with pytest.raises(UsageError, match=said):
