@@ -138,7 +138,8 @@ def read_clock(
         dense_ms, sparse_ms, idle_ms = dense_ms + with_all - idle, sparse_ms + with_some - idle, idle_ms + idle
         router = plan.tensors(layer).router
         share = active / (timed * layer.width)
-        read += read_bytes(layer, plan.score, share, item, 0 if router is None else router.parameters)
+        parameters = 0 if router is None else router.parameters
+        read += read_bytes(layer, plan.score, share, item, parameters, plan.attributes(layer).weight_format)
         total += dense_bytes(layer, item)
     return ClockReading(tuple(layer.name for _, layer in chosen), timed, threads, dense_ms, sparse_ms, idle_ms, read / total)
 

@@ -6,11 +6,15 @@ All formulas are our own count of what the op's kernels read, relative to the de
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from clada_export.plan.plan import LayerPlan, SparsityPlan
 from graph_passes.op import SHADOW_BLOCK
 
 SHADOW_BYTES = 0.5 + 4 / SHADOW_BLOCK
 """Bytes of one shadow weight: four bits, and its share of a block's float16 scale and offset."""
+WEIGHT_BYTES: Mapping[str, Callable[[int], float]] = {"plain": float}
+"""Bytes of one weight of w_in or w_out by the op's `weight_format`, from the bytes of one number of the weights' type."""
 ROUTER_ITEM = 4
 MERGED_ITEM = 4
 """Bytes of one weight of a merged FFN, which is float32 whatever the engine's weights are."""
@@ -25,7 +29,14 @@ def dense_bytes(layer: LayerPlan, item: int = 4) -> float:
     return float(layer.intermediate_size * _rows(layer) * layer.hidden_size * item)
 
 
-def read_bytes(layer: LayerPlan, score: str, active: float, item: int = 4, router_parameters: int = 0) -> float:
+def read_bytes(
+    layer: LayerPlan,
+    score: str,
+    active: float,
+    item: int = 4,
+    router_parameters: int = 0,
+    weight_format: str = "plain",
+) -> float:
     """Bytes read for one token when the share `active` of the layer's neurons runs.
 
     `gate` reads the gate row of every neuron (a plain FFN's only input row), `exact` all input rows, `shadow` the 4-bit copies
@@ -37,7 +48,7 @@ def read_bytes(layer: LayerPlan, score: str, active: float, item: int = 4, route
         return layer.width / layer.merge * rows * layer.hidden_size * MERGED_ITEM
     inputs = rows - 1
     scored = {"gate": 1, "exact": inputs}.get(score, 0)
-    neuron = (scored + (rows - scored) * active) * layer.hidden_size * item
+    neuron = (scored + (rows - scored) * active) * layer.hidden_size * WEIGHT_BYTES[weight_format](item)
     if score == "shadow":
         neuron += inputs * layer.hidden_size * SHADOW_BYTES
     return layer.width * neuron + router_parameters * ROUTER_ITEM
@@ -49,7 +60,8 @@ def relative_bytes(plan: SparsityPlan, item: int = 4) -> float:
     for layer in plan.layers:
         router = plan.tensors(layer).router
         parameters = 0 if router is None else router.parameters
-        read += read_bytes(layer, plan.score, 1.0 - layer.expected_sparsity, item, parameters)
+        weight_format = plan.attributes(layer).weight_format
+        read += read_bytes(layer, plan.score, 1.0 - layer.expected_sparsity, item, parameters, weight_format)
         total += dense_bytes(layer, item)
     return read / total if total else 1.0
 
