@@ -47,7 +47,8 @@ def check_tokenizer(data: bytes, path: Path) -> None:
         path: for messages.
 
     Raises:
-        UsageError: it is no JSON object, or its rules make a text many times as long; says which.
+        UsageError: it is no JSON object, its rules make a text many times as long, or a table says that it is larger than it is;
+            says which.
     """
     with reading(TOKENIZER, path):
         value = json.loads(data)
@@ -55,6 +56,7 @@ def check_tokenizer(data: bytes, path: Path) -> None:
         raise UsageError(f"{path}: {TOKENIZER.fault}: a JSON object is wanted, and this is {type(value).__name__}")
     for part in ("normalizer", "pre_tokenizer"):
         objects = list(_objects(value.get(part)))
+        _check_tables(objects, part, path)
         check_times([times for rule in objects if (times := _times(rule)) > 1 or not _is_sequence(rule)], part, path)
         if len(objects) > MOST_RULES:
             raise UsageError(f"{path}: {part}: {len(objects)} objects inside each other; at most {MOST_RULES} are sane")
@@ -129,6 +131,24 @@ def _times(rule: dict[str, Any]) -> float:
     if isinstance(table, str):
         return _longest(table)
     return BYTE_LEVEL if rule.get("type") == "ByteLevel" else 1.0
+
+
+def _check_tables(objects: Sequence[dict[str, Any]], part: str, path: Path) -> None:
+    """Compare the size that a table of SentencePiece says its trie has with what is there: the library makes memory for it first.
+
+    Raises:
+        UsageError: there is less.
+    """
+    for table in (rule.get("precompiled_charsmap") for rule in objects):
+        try:
+            data = base64.b64decode(table, validate=True) if isinstance(table, str) else b""
+        except ValueError:
+            continue  # the library refuses it
+        size = int.from_bytes(data[:4], "little")
+        if size > max(0, len(data) - 4):
+            raise UsageError(
+                f"{path}: {part}: precompiled_charsmap says that its trie has {size} bytes, and {max(0, len(data) - 4)} are there"
+            )
 
 
 def _longest(table: str) -> float:

@@ -429,6 +429,13 @@ def test_a_tokenizer_that_panics_when_it_is_read(tmp_path: Path) -> None:
     _held(lambda: TextTokenizer(_write(tmp_path, tokenizer)), UsageError, "tokenizer.json", "not a tokenizer")
 
 
+@pytest.mark.parametrize("table", ["Sequence", "////fw==", "////fwAAAAA="])
+def test_a_table_that_says_it_is_larger_than_it_is(table: str, tmp_path: Path) -> None:
+    """The library makes memory for what it says: gigabytes, or the end of the process."""
+    tokenizer = _of(normalizer={"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": table}]})
+    _held(lambda: TextTokenizer(_write(tmp_path, tokenizer)), UsageError, "tokenizer.json", "normalizer", "bytes", "are there")
+
+
 # --- Generated
 
 
