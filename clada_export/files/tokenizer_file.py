@@ -47,8 +47,8 @@ def check_tokenizer(data: bytes, path: Path) -> None:
         path: for messages.
 
     Raises:
-        UsageError: it is no JSON object, its rules make a text many times as long, or a table says that it is larger than it is;
-            says which.
+        UsageError: it is no JSON object, its rules make a text many times as long, or a table is smaller than it says; says
+            which.
     """
     with reading(TOKENIZER, path):
         value = json.loads(data)
@@ -134,7 +134,7 @@ def _times(rule: dict[str, Any]) -> float:
 
 
 def _check_tables(objects: Sequence[dict[str, Any]], part: str, path: Path) -> None:
-    """Compare the size that a table of SentencePiece says its trie has with what is there: the library makes memory for it first.
+    """Compare what tables of SentencePiece say of their size with what is there: the library makes memory for it first.
 
     Raises:
         UsageError: there is less.
@@ -145,10 +145,9 @@ def _check_tables(objects: Sequence[dict[str, Any]], part: str, path: Path) -> N
         except ValueError:
             continue  # the library refuses it
         size = int.from_bytes(data[:4], "little")
-        if size > max(0, len(data) - 4):
-            raise UsageError(
-                f"{path}: {part}: precompiled_charsmap says that its trie has {size} bytes, and {max(0, len(data) - 4)} are there"
-            )
+        there = max(0, len(data) - 4)
+        if size > there:
+            raise UsageError(f"{path}: {part}: precompiled_charsmap says that its trie has {size} bytes, and {there} are there")
 
 
 def _longest(table: str) -> float:
