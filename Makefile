@@ -82,6 +82,7 @@ test-long: $(SETUP) $(VENV)/.cmake
 
 lint: $(SETUP)
 	$(BIN)/python -m plugins.contract --check
+	$(BIN)/python -m clada_export.artifact.schema_files --check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
