@@ -135,8 +135,8 @@ class Bench:
         cell = {
             "score": plan.score,
             "rule": plan.rule,
-            "variant": plan.calibration.get("variant"),
-            "allocation": plan.calibration.get("allocation"),
+            "variant": plan.calibration.variant,
+            "allocation": plan.calibration.allocation,
             "prune": plan.prune,
             "plan_sha256": _sha256(path),
             "load_weights": [plan.load.surprisal_weight, plan.load.entropy_weight],

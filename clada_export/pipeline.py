@@ -24,14 +24,14 @@ from clada_export.decoder.padding_kinds import NONE
 from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
-from clada_export.plan.fit import check_goals, drift_limits, require_fit
+from clada_export.plan.fit import check_goals, require_fit
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.tensors import save_plan_tensors
 from clada_export.planning import calibration_context, make_plan, read_data, round_weights, weights_again
 from clada_export.progress import Progress, Stages
 from clada_export.source.companions import write_companions
 from clada_export.source.load import SourceModel, load_source
-from clada_export.source.mixtures import IMPORTED, check_import, ignored_options, require_dense, require_whole, takes_experts
+from clada_export.source.mixtures import check_import, ignored_options, require_dense, require_whole, takes_experts
 from clada_export.source.onnx.graph import load_graph
 from clada_export.targets.common import BuildRequest, BuiltModel, Subject, Target
 from clada_export.targets.registry import TARGETS
@@ -189,7 +189,7 @@ def verify_folder(
         require_fit(plan, loaded.decoder.require_ffns(), recorded["weights_digest"], str(folder))
         if manifest.dtype != "float32":
             target.round_weights(loaded.decoder, manifest.dtype)
-    context = calibration_context(loaded, plan.calibration.get("context", ExportOptions.calibration_context))
+    context = calibration_context(loaded, plan.calibration.context or ExportOptions.calibration_context)
     data = load_calibration_data(loaded.tokenizer, loaded.decoder.vocab_size, text_file=calibration_data, context=context)
     weights_again(plan, loaded.decoder, data, partial(round_weights, target, loaded.decoder, manifest.dtype), str(folder))
     with stages("verify"):
@@ -296,7 +296,10 @@ def _limits(plan: SparsityPlan) -> dict[str, float]:
     # dense side, which fine-tuning was free to move.
     if any(layer.adapter_rank is not None for layer in plan.layers):
         return {}
-    if plan.calibration.get("budget") == IMPORTED:
+    goal = plan.calibration.goal
+    if goal is None:
+        return {}
+    if goal.imported:
         # In 16 bits a router's two best can change places, which is no small change of a token.
         return {"kl": IMPORTED_KL} if plan.source.get("dtype") == "float32" else {}
-    return drift_limits(plan)
+    return goal.drift_limits

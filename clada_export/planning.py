@@ -20,6 +20,7 @@ from clada_export.methods import get_policy
 from clada_export.methods.pruning import PruneSpec
 from clada_export.plan.fit import require_finite_weights, require_fit
 from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.schema import SHORTEST_CONTEXT
 from clada_export.source.load import SourceModel
 from clada_export.source.mixtures import import_plan, is_imported
@@ -81,12 +82,12 @@ def make_plan(
         require_fit(given, decoder.ffns, source.weights_digest, str(options.plan))
         weights_again(given, decoder, data, rounded, str(options.plan))
         require_finite_weights(given, decoder.ffns)
-        return given, given.calibration
+        return given, given.calibration.to_dict()
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
     if is_imported(decoder):
-        details = {"text": data.origin, "digest": data.digest, "context": int(data.calibration.shape[1])}
-        plan = import_plan(decoder, origin, details, getattr(torch, options.dtype).itemsize)
-        return plan, plan.calibration
+        record = CalibrationRecord(text=data.origin, digest=data.digest, context=int(data.calibration.shape[1]))
+        plan = import_plan(decoder, origin, record, getattr(torch, options.dtype).itemsize)
+        return plan, plan.calibration.to_dict()
     calibration = CalibrationOptions(
         budget=Budget.parse(options.budget),
         sparsity=options.sparsity,
@@ -104,7 +105,8 @@ def make_plan(
     calibrator = Calibrator(decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
     clock = plan_clock(decoder, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
     result = choose(calibrator, origin, calibration, train=options.train, clock=clock)
-    note(result.plan.calibration["auto"]["text"])
+    assert result.plan.calibration.auto is not None
+    note(str(result.plan.calibration.auto.text))
     return result.plan, result.details
 
 
@@ -122,10 +124,10 @@ def weights_again(
     Raises:
         UsageError: the text is another one, or adapters that do not fit the model.
     """
-    made_with = plan.calibration.get("pruning", {}).get("text_digest")
+    made_with = (plan.calibration.pruning or {}).get("text_digest")
     if plan.prune is not None and made_with != data.digest:
         raise UsageError(
-            f"{origin}: its weights were pruned ({plan.prune}) with the text {plan.calibration.get('text')!r} in windows of "
+            f"{origin}: its weights were pruned ({plan.prune}) with the text {plan.calibration.text!r} in windows of "
             f"{data.calibration.shape[1]} tokens or others, and the text here is another one; give the same --calibration-data "
             "and --calibration-context"
         )

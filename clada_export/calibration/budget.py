@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from clada_export.calibration.drift import Drift
 from clada_export.errors import UsageError
+from clada_export.plan.goal import Budget
 
 LOWEST, HIGHEST = 0.02, 0.95
-_FORMS = "ppl=2% (perplexity rises by at most 2%), kl=0.05 (nats a token) or cett=0.2 (relative error of every FFN)"
-
-_EXAMPLES = {"kl": "kl=0.05 (nats)", "cett": "cett=0.2"}
-_RANGES = {"ppl": "above 0% and below 100%", "kl": "above 0 and below 2 nats", "cett": "above 0 and below 1"}
 
 
 class BudgetUnmetError(UsageError):
@@ -26,47 +22,6 @@ class BudgetUnmetError(UsageError):
 
     def __reduce__(self) -> tuple[type[BudgetUnmetError], tuple[str, float, float]]:
         return type(self), (str(self), self.cost, self.sparsity)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much error is allowed: `metric` is `ppl` (limit: relative rise of perplexity), `kl` (limit: nats a token) or `cett`
-    (limit: the mean relative error of every FFN's output; arXiv 2402.03804)."""
-
-    metric: str
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Read `ppl=2%`, `kl=0.05` or `cett=0.2`.
-
-        Raises:
-            UsageError: another form, or a limit out of range: 0 to 100% (both excluded), KL 0 to 2 nats, CETT 0 to 1.
-        """
-        match = re.fullmatch(r"\s*(ppl|kl|cett)\s*=\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(%?)\s*", text)
-        if match is None:
-            raise UsageError(f"--budget {text!r} is not understood; give {_FORMS}")
-        metric, number, percent = match[1], float(match[2]), match[3]
-        if metric == "ppl" and not percent:
-            raise UsageError(f"--budget {text!r}: a perplexity budget is given in percent, like ppl=2%")
-        if metric != "ppl" and percent:
-            raise UsageError(f"--budget {text!r}: {metric} is given as a plain number, like {_EXAMPLES[metric]}")
-        limit = number / 100 if percent else number
-        highest = 2.0 if metric == "kl" else 1.0
-        if not 0.0 < limit < highest:
-            wanted = _RANGES[metric]
-            raise UsageError(f"--budget {text!r} is out of range: it must be {wanted}")
-        return cls(metric, limit)
-
-    def __str__(self) -> str:
-        if self.metric != "ppl":
-            return f"{self.metric}={self.limit:.6g}"
-        # Four places are none of a very small limit, and what a plan says is read again.
-        return f"ppl={self.limit:.4%}" if self.limit >= 1e-4 else f"ppl={self.limit * 100:.6g}%"
-
-    def cost(self, drift: Drift) -> float:
-        """The measured error, one standard error on the safe side, in the budget's unit; a CETT is not a drift."""
-        return drift.ppl_increase_bound if self.metric == "ppl" else drift.kl_bound
 
 
 def parse_sparsity(value: float) -> float:
@@ -156,3 +111,6 @@ def _power_law(history: list[SearchStep], limit: float) -> float:
             exponent = math.log(last.cost / before.cost) / math.log(last.sparsity / before.sparsity)
             exponent = min(max(exponent, 1.0), 8.0)
     return last.sparsity * float((limit / last.cost) ** (1 / exponent)) if last.cost > 0 else HIGHEST
+
+
+__all__ = ["HIGHEST", "LOWEST", "Budget", "BudgetUnmetError", "SearchStep", "parse_sparsity", "search_sparsity"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
-from clada_export.calibration.budget import Budget, BudgetUnmetError, search_sparsity
+from clada_export.calibration.budget import Budget, BudgetUnmetError, SearchStep, search_sparsity
 from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.drift import Drift, DriftMeter
@@ -28,8 +28,10 @@ from clada_export.errors import UsageError
 from clada_export.methods import Policy, PolicyContext, PolicySettings
 from clada_export.methods.base import check_finetune
 from clada_export.methods.pruning import PruneReport, PruneSpec
+from clada_export.plan.goal import Goal
 from clada_export.plan.method import Method
 from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
+from clada_export.plan.record import CalibrationRecord, ComparedVariant, SearchedSparsity, TriedResponse
 from clada_export.plan.tensors import LayerTensors
 
 SENSITIVITY_TOKENS = 1024
@@ -60,11 +62,16 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The plan, and what was measured on the way to it."""
+    """The plan, and what was measured on the way to it; `sensitivity` is that of every layer."""
 
     plan: SparsityPlan
     drift: Drift
-    details: dict[str, Any]
+    sensitivity: tuple[float, ...]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a report shows, plain JSON values."""
+        return {**self.plan.calibration.to_dict(), "sensitivity": list(self.sensitivity)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,10 @@ class AllocatedMethod:
     layers: tuple[LayerSelector, ...]
     allocation: Allocation
     drift: Drift
+
+    def compared(self) -> ComparedVariant:
+        """What a plan tells of it."""
+        return ComparedVariant(self.method.label, self.allocation.name, self.drift.mean_kl, self.drift.sparsity)
 
 
 def prompt_length(context: int) -> int:
@@ -173,10 +184,9 @@ class Calibrator:
 
         found, steps = search_sparsity(options.budget, measure, first=COMPARE_AT)
         self.weights.use(policy.prune_at(found.sparsity, settings))
-        history = [{"sparsity": item.sparsity, "cost": item.cost, "kl": item.drift.mean_kl} for item in steps]
         result = results[found.sparsity]
-        details = {**result.plan.calibration, "search": history, "budget": str(options.budget)}
-        return replace(result, plan=replace(result.plan, calibration=details), details={**result.details, **details})
+        made = replace(result.plan.calibration, search=_history(steps), goal=Goal.of(options.budget, None))
+        return replace(result, plan=replace(result.plan, calibration=made))
 
     def _merged(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
         """A plan that merges experts: two of them where a budget is given, since more cost more."""
@@ -200,7 +210,8 @@ class Calibrator:
                     drift.sparsity,
                 )
         plan = _plan(policy, method, layers, self._load_signal(), source)
-        return self._finish(plan, drift, ready, options, {"variant": method.label, "allocation": "sparsity", **method.details})
+        record = replace(self._record(options, method), allocation="sparsity")
+        return self._finish(plan, drift, ready, options, record)
 
     def _prepare(self, policy: Policy, options: CalibrationOptions, prune: PruneSpec | None, sparsity: float) -> _Ready:
         """Bring the weights into their state, and let the policy make its methods for them."""
@@ -226,16 +237,14 @@ class Calibrator:
         return _Ready(methods, cache, report)
 
     def _finish(
-        self, plan: SparsityPlan, drift: Drift, ready: _Ready, options: CalibrationOptions, details: dict[str, Any]
+        self, plan: SparsityPlan, drift: Drift, ready: _Ready, options: CalibrationOptions, record: CalibrationRecord
     ) -> CalibrationResult:
-        """The plan with what is told of it; `details` are those of the way it was found."""
-        details = {**self._origin(options), **details, "drift": drift.summary()}
+        """The plan with what is told of it; `record` is that of the way it was found."""
+        record = replace(record, drift=plain(drift.summary()), relative_bytes=relative_bytes(plan, options.item))
         if ready.pruning is not None:
-            details["pruning"] = {**ready.pruning.to_dict(), "text_digest": self.data.digest}
+            record = replace(record, pruning=plain({**ready.pruning.to_dict(), "text_digest": self.data.digest}))
             plan = replace(plan, prune=str(ready.pruning.spec))
-        details = plain(details)
-        plan = replace(plan, calibration={**details, "relative_bytes": relative_bytes(plan, options.item)})
-        return CalibrationResult(plan, drift, {**plan.calibration, "sensitivity": list(self.sensitivity)})
+        return CalibrationResult(replace(plan, calibration=record), drift, tuple(self.sensitivity))
 
     def _load_signal(self) -> LoadSignal:
         """Mean and deviation of surprisal and entropy on the held-out text, where no statistics were collected."""
@@ -246,17 +255,19 @@ class Calibrator:
 
         return LoadSignal(float(surprisal.mean()), deviation(surprisal), float(entropy.mean()), deviation(entropy), 0.0, 0.0)
 
-    def _origin(self, options: CalibrationOptions) -> dict[str, Any]:
-        """What a plan says about the text and the goal."""
-        return {
-            "text": self.data.origin,
-            "digest": self.data.digest,
-            "calibration_tokens": int(self.data.calibration.numel()),
-            "context": int(self.data.calibration.shape[1]),
-            "heldout_tokens": int(self.data.heldout.numel()),
-            "prompt_tokens": self.prompt,
-            "budget": str(options.budget) if options.sparsity is None else f"sparsity={options.sparsity:.4g}",
-        }
+    def _record(self, options: CalibrationOptions, method: Method) -> CalibrationRecord:
+        """What a plan says about the text, the goal and the method."""
+        return CalibrationRecord(
+            text=self.data.origin,
+            digest=self.data.digest,
+            calibration_tokens=int(self.data.calibration.numel()),
+            context=int(self.data.calibration.shape[1]),
+            heldout_tokens=int(self.data.heldout.numel()),
+            prompt_tokens=self.prompt,
+            goal=Goal.of(options.budget, options.sparsity),
+            variant=method.label,
+            details=plain(method.details),
+        )
 
     def _dynamic(
         self, policy: Policy, source: dict[str, Any], options: CalibrationOptions, prune: PruneSpec | None
@@ -280,7 +291,7 @@ class Calibrator:
 
         sparsity, levels, drift, history = self._settle(best, aimed, options)
         signal = statistics.load
-        tried: tuple[dict[str, float | str | bool], ...] = ()
+        tried: tuple[TriedResponse, ...] = ()
         if options.load_response and policy.responds:
             response = fit_load_response(
                 self.meter, best.layers, best.allocation, sparsity, statistics.load, drift, levels, self.step
@@ -289,23 +300,15 @@ class Calibrator:
             if _keeps(response.drift, options):
                 signal, levels, drift = response.signal, response.levels, response.drift
             tried = response.tried
-        details = {
-            "allocation": best.allocation.name,
-            "compared": [
-                {
-                    "variant": candidate.method.label,
-                    "allocation": candidate.allocation.name,
-                    "kl": candidate.drift.mean_kl,
-                    "sparsity": candidate.drift.sparsity,
-                }
-                for candidate in candidates
-            ],
-            "search": history,
-            "load_response": list(tried),
-            **best.method.details,
-        }
+        record = replace(
+            self._record(options, best.method),
+            allocation=best.allocation.name,
+            compared=tuple(candidate.compared() for candidate in candidates),
+            search=history,
+            load_response=tried,
+        )
         plan = _plan(policy, best.method, _settled(best, levels), signal, source)
-        return self._finish(plan, drift, ready, options, {"variant": best.method.label, **details})
+        return self._finish(plan, drift, ready, options, record)
 
     def _candidates(
         self, selectors: Selectors, tables: tuple[tuple[LayerTable, ...], ...], aimed: float, options: CalibrationOptions
@@ -331,14 +334,14 @@ class Calibrator:
 
     def _settle(
         self, best: AllocatedMethod, aimed: float, options: CalibrationOptions
-    ) -> tuple[float, np.ndarray, Drift, list[dict[str, float]]]:
+    ) -> tuple[float, np.ndarray, Drift, tuple[SearchedSparsity, ...]]:
         """(sparsity, levels, drift, the search's history) that the user's goal asks for."""
         allocation = best.allocation
         if options.sparsity is not None:
-            return aimed, allocation.levels_for(aimed), best.drift, []
+            return aimed, allocation.levels_for(aimed), best.drift, ()
         if options.budget.metric == "cett":
             levels = allocation.levels_at(options.budget.limit)
-            return allocation.mean_sparsity(levels), levels, self.meter.measure(best.layers, levels, step=self.step), []
+            return allocation.mean_sparsity(levels), levels, self.meter.measure(best.layers, levels, step=self.step), ()
 
         def measure(wanted: float) -> Drift:
             if wanted == aimed:
@@ -346,8 +349,7 @@ class Calibrator:
             return self.meter.measure(best.layers, allocation.levels_for(wanted), step=self.step)
 
         found, steps = search_sparsity(options.budget, measure, first=aimed)
-        history = [{"sparsity": item.sparsity, "cost": item.cost, "kl": item.drift.mean_kl} for item in steps]
-        return found.sparsity, allocation.levels_for(found.sparsity), found.drift, history
+        return found.sparsity, allocation.levels_for(found.sparsity), found.drift, _history(steps)
 
 
 def calibrate(
@@ -403,6 +405,10 @@ def _keeps(drift: Drift, options: CalibrationOptions) -> bool:
     if options.sparsity is not None or options.budget.metric == "cett":
         return True
     return options.budget.cost(drift) <= options.budget.limit
+
+
+def _history(steps: Sequence[SearchStep]) -> tuple[SearchedSparsity, ...]:
+    return tuple(SearchedSparsity(item.sparsity, item.cost, item.drift.mean_kl) for item in steps)
 
 
 def _without_pruned(method: Method, kept: dict[str, np.ndarray]) -> Method:

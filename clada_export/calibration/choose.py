@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from clada_export.calibration.clock import read_clock
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import BackendError, UsageError
 from clada_export.methods import POLICIES, Policy
+from clada_export.plan.goal import Goal
 from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.record import PolicyChoice, PolicyRow
 
 AUTO = "auto"
 """What `--policy` takes to have the policy chosen."""
@@ -25,27 +27,6 @@ NEURONS = "neurons"
 
 _SKIPPED = "skipped: "
 Clock = Callable[[SparsityPlan], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One policy in the table of a choice; numbers that were not measured are None.
-
-    `kl` in nats a token, `ppl_increase` relative, `relative_bytes` as in `cost`, `seconds` what calibrating it took beside what
-    all policies share, `cost` the error in the budget's unit, one standard error on the safe side.
-    """
-
-    policy: str
-    why: str
-    variant: str | None = None
-    allocation: str | None = None
-    sparsity: float | None = None
-    kl: float | None = None
-    ppl_increase: float | None = None
-    cost: float | None = None
-    relative_bytes: float | None = None
-    seconds: float | None = None
-    chosen: bool = False
 
 
 def choose(
@@ -68,18 +49,17 @@ def choose(
         clock: times the chosen plan; what it returns is kept beside the table.
 
     Returns:
-        The chosen policy's result. Its plan's `calibration["auto"]` holds `goal`, `rule`, `chosen`, `text`, `candidates` (the
-        fields of `Row`), and `clock` if there is one.
+        The chosen policy's result. Its plan's `calibration.auto` is the choice.
 
     Raises:
         UsageError: no policy keeps the budget (names the nearest, and its cost), or none can be used at all (says why).
     """
-    rows: list[Row] = []
-    best: tuple[Row, CalibrationResult] | None = None
+    rows: list[PolicyRow] = []
+    best: tuple[PolicyRow, CalibrationResult] | None = None
     for name, policy in policies.items():
         reason = _excluded(policy, calibrator, options, train)
         if reason is not None:
-            rows.append(Row(name, f"{_SKIPPED}{reason}"))
+            rows.append(PolicyRow(name, f"{_SKIPPED}{reason}"))
             continue
         calibrator.progress(f"policy {name}", 0, 0)
         start = time.perf_counter()
@@ -88,10 +68,10 @@ def choose(
         except BudgetUnmetError as error:
             seconds = time.perf_counter() - start
             why = f"does not keep the budget: {_price(error.cost, options.budget)} at {error.sparsity:.0%} already"
-            rows.append(Row(name, why, sparsity=error.sparsity, cost=error.cost, seconds=seconds))
+            rows.append(PolicyRow(name, why, sparsity=error.sparsity, cost=error.cost, seconds=seconds))
             continue
         except UsageError as error:
-            rows.append(Row(name, f"{_SKIPPED}{error}", seconds=time.perf_counter() - start))
+            rows.append(PolicyRow(name, f"{_SKIPPED}{error}", seconds=time.perf_counter() - start))
             continue
         row = _measured(name, result, options, time.perf_counter() - start)
         rows.append(row)
@@ -101,31 +81,23 @@ def choose(
         raise UsageError(_nothing(rows, options))
     chosen, result = best
     calibrator.weights.follow(result.plan)
-    explained = [_explained(row, chosen, options) for row in rows]
-    auto: dict[str, Any] = {
-        "goal": str(options.budget) if options.sparsity is None else f"sparsity={options.sparsity:.4g}",
-        "rule": _rule(options),
-        "chosen": chosen.policy,
-        "candidates": [asdict(row) for row in explained],
-    }
+    explained = tuple(_explained(row, chosen, options) for row in rows)
+    timed: Mapping[str, Any] | None = None
     if clock is not None:
         calibrator.progress("clock", 0, 0)
-        auto["clock"] = clock(result.plan)
-    auto["text"] = explain(auto)
-    plan = replace(result.plan, calibration={**result.plan.calibration, "auto": auto})
-    return replace(result, plan=plan, details={**result.details, "auto": auto})
+        timed = clock(result.plan)
+    goal = str(Goal.of(options.budget, options.sparsity))
+    text = _sentence(chosen, sum(not row.why.startswith(_SKIPPED) for row in explained), goal, timed or {})
+    auto = PolicyChoice(goal, _rule(options), chosen.policy, explained, timed, text)
+    return replace(result, plan=replace(result.plan, calibration=replace(result.plan.calibration, auto=auto)))
 
 
-def explain(auto: Mapping[str, Any]) -> str:
-    """One sentence about a choice, from `plan.calibration["auto"]`."""
-    candidates = auto["candidates"]
-    chosen = next(row for row in candidates if row["chosen"])
-    measured = sum(not row["why"].startswith(_SKIPPED) for row in candidates)
-    numbers = f"x{chosen['relative_bytes']:.2f} bytes, KL {chosen['kl']:.4f}"
-    text = f"{chosen['policy']} of {measured} policies for {auto['goal']}: {numbers}"
-    if chosen["relative_bytes"] >= 1.0:
+def _sentence(chosen: PolicyRow, measured: int, goal: str, clock: Mapping[str, Any]) -> str:
+    """One sentence about a choice."""
+    assert chosen.relative_bytes is not None and chosen.kl is not None
+    text = f"{chosen.policy} of {measured} policies for {goal}: x{chosen.relative_bytes:.2f} bytes, KL {chosen.kl:.4f}"
+    if chosen.relative_bytes >= 1.0:
         text += " (no policy reads fewer bytes than the dense model)"
-    clock = auto.get("clock") or {}
     return f"{text}; {clock['text']}" if "text" in clock else text
 
 
@@ -163,27 +135,27 @@ def _excluded(policy: Policy, calibrator: Calibrator, options: CalibrationOption
     return None
 
 
-def _measured(name: str, result: CalibrationResult, options: CalibrationOptions, seconds: float) -> Row:
+def _measured(name: str, result: CalibrationResult, options: CalibrationOptions, seconds: float) -> PolicyRow:
     calibration = result.plan.calibration
     cost = None
     if options.sparsity is None:
         cett = max(layer.expected_cett for layer in result.plan.layers)
         cost = cett if options.budget.metric == "cett" else options.budget.cost(result.drift)
-    return Row(
+    return PolicyRow(
         name,
         "",
-        calibration["variant"],
-        calibration["allocation"],
+        calibration.variant,
+        calibration.allocation,
         result.plan.expected_sparsity,
         result.drift.mean_kl,
         result.drift.ppl_increase,
         cost,
-        calibration["relative_bytes"],
+        calibration.relative_bytes,
         seconds,
     )
 
 
-def _rank(row: Row, options: CalibrationOptions) -> tuple[bool, float]:
+def _rank(row: PolicyRow, options: CalibrationOptions) -> tuple[bool, float]:
     assert row.relative_bytes is not None and row.kl is not None
     if options.sparsity is None:
         return False, row.relative_bytes
@@ -199,7 +171,7 @@ def _rule(options: CalibrationOptions) -> str:
     )
 
 
-def _explained(row: Row, chosen: Row, options: CalibrationOptions) -> Row:
+def _explained(row: PolicyRow, chosen: PolicyRow, options: CalibrationOptions) -> PolicyRow:
     if row is chosen:
         return replace(row, chosen=True, why="chosen")
     if row.why:
@@ -212,7 +184,7 @@ def _explained(row: Row, chosen: Row, options: CalibrationOptions) -> Row:
     return replace(row, why=f"KL {row.kl:.4f}, not below {chosen.kl:.4f}")
 
 
-def _nothing(rows: list[Row], options: CalibrationOptions) -> str:
+def _nothing(rows: list[PolicyRow], options: CalibrationOptions) -> str:
     reached = [row for row in rows if row.cost is not None]
     if not reached:
         reasons = "; ".join(f"{row.policy}: {row.why.removeprefix(_SKIPPED)}" for row in rows)

@@ -16,6 +16,7 @@ from clada_export.calibration.selector import LayerSelector
 from clada_export.calibration.statistics import LayerTable
 from clada_export.load.signal import LoadSignal
 from clada_export.op.reference import load_multiplier
+from clada_export.plan.record import TriedResponse
 from graph_passes.op import SparseFFNAttributes
 
 LOAD_SLOPE = 0.25
@@ -35,7 +36,7 @@ class LoadResponse:
     signal: LoadSignal
     levels: np.ndarray
     drift: Drift
-    tried: tuple[dict[str, float | str | bool], ...]
+    tried: tuple[TriedResponse, ...]
 
 
 def multiplier_of(signal: LoadSignal, signals: Tensor, context: int) -> Tensor:
@@ -82,7 +83,7 @@ def fit_load_response(
     Args:
         still: the drift without a response, at `levels`.
     """
-    tried: list[dict[str, float | str | bool]] = []
+    tried: list[TriedResponse] = []
     best = LoadResponse(base, levels, still, ())
     for name, weights in (("surprisal", (1.0, 0.0)), ("entropy", (0.0, 1.0))):
         for slope in EFFECTIVE_SLOPES:
@@ -97,16 +98,16 @@ def fit_load_response(
             fair = drift.sparsity >= still.sparsity - 0.002
             taken = bool(gain > error and fair and drift.mean_kl < best.drift.mean_kl)
             tried.append(
-                {
-                    "signal": name,
-                    "slope": slope,
-                    "kl": drift.mean_kl,
-                    "kl_without": still.mean_kl,
-                    "gain": gain,
-                    "standard_error": error if math.isfinite(error) else -1.0,
-                    "sparsity": drift.sparsity,
-                    "better": taken,
-                }
+                TriedResponse(
+                    signal=name,
+                    slope=slope,
+                    kl=drift.mean_kl,
+                    kl_without=still.mean_kl,
+                    gain=gain,
+                    standard_error=error if math.isfinite(error) else -1.0,
+                    sparsity=drift.sparsity,
+                    better=taken,
+                )
             )
             if taken:
                 best = LoadResponse(signal, rescaled, drift, ())

@@ -83,17 +83,17 @@ def _show_engine(folder: Path, as_json: bool) -> int:
         print(json.dumps(manifest.to_dict(), indent=2))
         return 0
     plan, source, op, drift = manifest.sparsity_plan(), manifest.source, manifest.op, manifest.drift
-    signal, budget = plan.load, plan.calibration.get("budget", "given")
+    signal, goal = plan.load, plan.calibration.goal
     revision = f", {source['revision']}" if source["revision"] else ""
     say(f"model     {source['name']} ({source['kind']}{revision})")
     stored = "FFN weights" if manifest.engine is None else "model"
     say(f"target    {manifest.target}, {stored} {manifest.dtype}, {op['domain']}::{op['name']} version {op['version']}")
     if manifest.engine is not None:
         _inspect_engine(manifest.engine)
-    say(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {budget}")
+    say(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {goal or 'given'}")
     if plan.prune is not None:
         say(f"pruned    {plan.prune}")
-    if (read := plan.calibration.get("relative_bytes")) is not None:
+    if (read := plan.calibration.relative_bytes) is not None:
         say(f"reads     {read:.2f} of the dense FFNs' bytes for a token at load 0")
     say(
         f"load      {signal.surprisal_weight:g} * (S - {signal.surprisal_mean:.3f}) / {signal.surprisal_std:.3f}"

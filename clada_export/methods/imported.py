@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from clada_export.calibration.choose import AUTO
@@ -13,14 +13,14 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.methods.base import PolicySettings
+from clada_export.plan.goal import Goal
 from clada_export.plan.plan import LayerPlan, LoadSignal, RouterForm, SparsityPlan
+from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.tensors import LayerTensors
 from clada_export.source.mixtures.ds_moe import ORIGIN as DS_MOE
 from clada_export.source.mixtures.ds_moe import import_blocks
 from clada_export.source.mixtures.routed_mlp import RoutedMLP, routed_mlps
 
-IMPORTED = "imported"
-"""What the plan says instead of a budget."""
 LOAD_MIN, LOAD_MAX = 1.0, 4.0
 """Bounds of m(load). More experts than the checkpoint's k have weight 0, so no load asks for them; fewer are a load below 0."""
 
@@ -91,13 +91,13 @@ def ignored_options(
     return [f"{', '.join(sorted(given))}: without effect, because the checkpoint's experts and router are taken as they are"]
 
 
-def import_plan(decoder: Decoder, source: dict[str, Any], details: dict[str, Any], item: int = 4) -> SparsityPlan:
+def import_plan(decoder: Decoder, source: dict[str, Any], record: CalibrationRecord, item: int = 4) -> SparsityPlan:
     """Score external, rule topk, combine weighted: at load 0 the chosen experts run, and the numbers are the model's.
 
     Args:
         decoder: its FFNs that are no mixture get no plan.
         source: goes into the plan; holds at least `weights_digest`.
-        details: goes into the plan's `calibration` (text, context).
+        record: of the text and its windows; the plan's own goes on from it.
         item: bytes of one weight in the engine.
 
     Raises:
@@ -109,20 +109,16 @@ def import_plan(decoder: Decoder, source: dict[str, Any], details: dict[str, Any
     layers = tuple(_layer(ffn, mixture) for ffn, mixture in chosen)
     arrays = {ffn.name: LayerTensors(mixture.router) for ffn, mixture in chosen}
     first = chosen[0][1]
-    calibration = {
-        **details,
-        "budget": IMPORTED,
-        "imported": {
-            "layout": first.origin.layout,
-            "experts": sorted({mixture.router.granules for _, mixture in chosen}),
-            "chosen": sorted({mixture.router.k for _, mixture in chosen if mixture.router.k is not None}),
-        },
+    told = {
+        "layout": first.origin.layout,
+        "experts": sorted({mixture.router.granules for _, mixture in chosen}),
+        "chosen": sorted({mixture.router.k for _, mixture in chosen if mixture.router.k is not None}),
     }
     # Weights of zero: the load is 0 on any text, unless the user sets it.
     signal = LoadSignal(surprisal_weight=0.0, entropy_weight=0.0)
-    plan = SparsityPlan(first.origin.policy, "external", "topk", layers, signal, source, calibration, arrays=arrays)
-    calibration["relative_bytes"] = relative_bytes(plan, item)
-    return plan
+    plan = SparsityPlan(first.origin.policy, "external", "topk", layers, signal, source, arrays=arrays)
+    record = replace(record, goal=Goal.of_import(), details={"imported": told}, relative_bytes=relative_bytes(plan, item))
+    return replace(plan, calibration=record)
 
 
 def require_whole(decoder: Decoder, rewritten: Collection[str]) -> None:

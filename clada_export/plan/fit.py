@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from clada_export.calibration import Budget
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.methods.pruning import PruneSpec
@@ -16,7 +15,7 @@ from clada_export.targets.options import merging_refused
 
 
 def check_goals(plan: SparsityPlan, origin: str, target: str) -> None:
-    """Refuse what can be refused without the model: pruning and a budget that are none, and what the target does not have.
+    """Refuse what can be refused without the model: pruning that is none, and what the target does not have.
 
     Raises:
         UsageError: names the plan and the field.
@@ -24,23 +23,10 @@ def check_goals(plan: SparsityPlan, origin: str, target: str) -> None:
     try:
         if plan.prune is not None:
             PruneSpec.parse(plan.prune)
-        drift_limits(plan)
     except UsageError as error:
         raise UsageError(f"{origin}: {error}") from error
     if target == "trt" and any(layer.merge is not None for layer in plan.layers):
         raise UsageError(f"{origin}: {merging_refused(plan.policy)}")
-
-
-def drift_limits(plan: SparsityPlan) -> dict[str, float]:
-    """The drift that the plan's budget allows, by what it is measured in; none for a plan by sparsity, CETT or an import.
-
-    Raises:
-        UsageError: a budget that is none.
-    """
-    text = str(plan.calibration.get("budget", ""))
-    if text.startswith("ppl="):
-        return {"ppl_increase": Budget.parse(text).limit}
-    return {"kl": Budget.parse(text).limit} if text.startswith("kl=") else {}
 
 
 def require_fit(plan: SparsityPlan, ffns: Sequence[EagerFFN], weights_digest: str, origin: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from clada_export.errors import UsageError
 from clada_export.files.json_files import read_json, validate_json
 from clada_export.load.signal import LoadSignal
+from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.schema import PLAN_SCHEMA, PLAN_VERSION
 from clada_export.plan.tensors import PLAN_TENSORS, LayerTensors, load_tensors, save_plan_tensors, tensors_digest
 from graph_passes.op import ContractError, SparseFFNAttributes, weight_shapes
@@ -133,7 +134,7 @@ class SparsityPlan:
     layers: tuple[LayerPlan, ...]
     load: LoadSignal
     source: dict[str, Any]
-    calibration: dict[str, Any] = field(default_factory=dict)
+    calibration: CalibrationRecord = field(default_factory=CalibrationRecord)
     prune: str | None = None
     arrays: dict[str, LayerTensors] = field(default_factory=dict, compare=False)
     version: int = PLAN_VERSION
@@ -165,6 +166,7 @@ class SparsityPlan:
         """Plain JSON values; `arrays` are stood for by the digest of the file that `save_tensors` writes."""
         value = asdict(replace(self, arrays={}))
         del value["arrays"]
+        value["calibration"] = self.calibration.to_dict()
         value["layers"] = [{**layer, "threshold": list(layer["threshold"])} for layer in value["layers"]]
         value["tensors"] = {"file": PLAN_TENSORS, "sha256": tensors_digest(self.arrays)} if self.arrays else None
         return value
@@ -194,8 +196,13 @@ class SparsityPlan:
             if fault is not None:
                 raise UsageError(f"{origin}: layer {layer.name!r} {fault}")
         tensors = value.get("tensors")
+        try:
+            calibration = CalibrationRecord.from_dict(value.get("calibration", {}))
+        except UsageError as error:
+            raise UsageError(f"{origin}: {error}") from error
         known = {key: item for key, item in value.items() if key != "tensors"}
-        plan = cls(**{**known, "layers": layers, "load": LoadSignal.from_dict(value["load"], f"{origin}: load")})
+        load = LoadSignal.from_dict(value["load"], f"{origin}: load")
+        plan = cls(**{**known, "layers": layers, "load": load, "calibration": calibration})
         if tensors is None or folder is None:
             return plan
         return replace(plan, arrays=load_tensors(folder / tensors["file"], layers, tensors["sha256"]))

@@ -28,6 +28,7 @@ _POSITIVE = {"type": "number", "minimum": SMALLEST_FLOAT, "maximum": LARGEST_FLO
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIZE}
 _SIZE_OR_NULL = {"type": ["integer", "null"], "minimum": 1, "maximum": LARGEST_SIZE}
+_COUNT = {"type": "integer", "minimum": 0}
 _ANY_NUMBER = {"type": "number"}
 _ANY_NUMBER_OR_NULL = {"type": ["number", "null"]}
 
@@ -115,6 +116,7 @@ _CALIBRATION = {
     "properties": {
         **dict.fromkeys(("text", "digest", "budget", "allocation", "variant"), _STRING),
         "context": {"type": "integer", "minimum": 1, "maximum": LONGEST_CONTEXT},
+        **dict.fromkeys(("calibration_tokens", "heldout_tokens", "prompt_tokens"), _COUNT),
         "relative_bytes": _ANY_NUMBER,
         "pruning": {"type": "object", "properties": {"text_digest": _STRING}},
         "drift": {"type": "object", "additionalProperties": _ANY_NUMBER_OR_NULL},

@@ -49,7 +49,7 @@ def test_every_check_passes(exported: ExportResult) -> None:
 
 def test_the_budget_buys_sparsity(exported: ExportResult) -> None:
     assert 0.3 < exported.plan.expected_sparsity < 0.7
-    drift = exported.plan.calibration["drift"]
+    drift = exported.plan.calibration.to_dict()["drift"]
     assert drift["ppl_increase_bound"] <= 0.02
     assert exported.manifest.drift["sparsity"] == pytest.approx(exported.plan.expected_sparsity, abs=0.05)
 

@@ -364,7 +364,7 @@ def _tell(plan: SparsityPlan, folder: Path, text: str = "tiny") -> None:
     """Write the report and the model card of a plan, and look for what got into their markup."""
     value = plan.to_dict()
     assert SparsityPlan.from_dict(json.loads(json.dumps(value, allow_nan=False))) == replace(plan, arrays={})
-    write_report(folder, {"model": text, "plan": value, "calibration": plan.calibration, "warnings": [text]})
+    write_report(folder, {"model": text, "plan": value, "calibration": plan.calibration.to_dict(), "warnings": [text]})
     json.loads((folder / "report.json").read_text(encoding="utf-8"))
     parser = Page()
     parser.feed((folder / "report.html").read_text(encoding="utf-8"))

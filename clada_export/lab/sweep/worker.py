@@ -87,7 +87,7 @@ class SweepWorker:
             result = calibrator.calibrate(get_policy(cell.policy), described["identity"], options)
         except CladaError as error:
             return Outcome.failed(cell, error)
-        found = {**result.plan.calibration, **result.drift.summary(), "seconds": time.perf_counter() - start}
+        found = {**result.plan.calibration.to_dict(), **result.drift.summary(), "seconds": time.perf_counter() - start}
         return Outcome(cell, {name: found[name] for name in VALUES})
 
     def _open(self) -> tuple[Calibrator, dict[str, Any]]:

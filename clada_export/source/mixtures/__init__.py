@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from clada_export.methods.imported import (
-    IMPORTED,
     check_import,
     ignored_options,
     import_plan,
@@ -17,7 +16,6 @@ from clada_export.source.mixtures.llama_moe import is_llama_moe, load_llama_moe
 from clada_export.source.mixtures.routed_mlp import RoutedMLP, routed_mlps
 
 __all__ = [
-    "IMPORTED",
     "RoutedMLP",
     "check_import",
     "ignored_options",

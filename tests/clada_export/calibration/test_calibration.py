@@ -425,7 +425,7 @@ def test_a_plan_by_budget_keeps_it(kind: str) -> None:
     assert 0.0 < result.plan.expected_sparsity < 1.0
     assert set(seen) >= {"statistics", "sensitivity", "held-out windows"}
     assert 2 <= len(result.details["load_response"]) <= 4
-    assert 0.0 < result.plan.calibration["relative_bytes"] < 1.2
+    assert 0.0 < result.plan.calibration.to_dict()["relative_bytes"] < 1.2
     signal = result.plan.load
     better = [row for row in result.details["load_response"] if row["better"]]
     assert (signal.surprisal_weight != 0 or signal.entropy_weight != 0) == bool(better)

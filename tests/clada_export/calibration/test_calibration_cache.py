@@ -175,7 +175,7 @@ def test_trained_routers_are_found_again(tmp_path: Path) -> None:
     first, second = run(tmp_path, policy=policy), run(tmp_path, policy=policy)
     assert len(policy.calls) == 1
     assert first.plan.to_dict() == second.plan.to_dict()
-    assert second.plan.calibration["trained on"] == {"rows": 3}
+    assert second.plan.calibration.details["trained on"] == {"rows": 3}
     for name, tensors in first.plan.arrays.items():
         found = second.plan.arrays[name]
         assert tensors.router is not None and found.router is not None

@@ -43,14 +43,14 @@ def rows_of(auto: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_the_fewest_bytes_within_the_budget_are_taken() -> None:
     shared = calibrator()
     result = choose(shared, SOURCE, LOOSE, policies=TRAINING_FREE)
-    auto = result.plan.calibration["auto"]
+    auto = result.plan.calibration.to_dict()["auto"]
     rows = rows_of(auto)
     alone = {name: shared.calibrate(policy, SOURCE, LOOSE) for name, policy in TRAINING_FREE.items()}
     for name, found in alone.items():
-        assert rows[name]["relative_bytes"] == found.plan.calibration["relative_bytes"], name
+        assert rows[name]["relative_bytes"] == found.plan.calibration.to_dict()["relative_bytes"], name
         assert rows[name]["kl"] == found.drift.mean_kl
         assert rows[name]["cost"] <= 0.01
-    cheapest = min(alone, key=lambda name: alone[name].plan.calibration["relative_bytes"])
+    cheapest = min(alone, key=lambda name: alone[name].plan.calibration.to_dict()["relative_bytes"])
     assert result.plan.policy == auto["chosen"] == cheapest
     assert result.plan.layers == alone[cheapest].plan.layers
     assert rows[cheapest]["chosen"] and sum(row["chosen"] for row in rows.values()) == 1
@@ -61,7 +61,7 @@ def test_the_fewest_bytes_within_the_budget_are_taken() -> None:
 
 def test_a_sparsity_takes_the_lowest_divergence_and_says_so() -> None:
     result = choose(calibrator(), SOURCE, replace(LOOSE, sparsity=0.5), policies=TRAINING_FREE)
-    auto = result.plan.calibration["auto"]
+    auto = result.plan.calibration.to_dict()["auto"]
     rows = rows_of(auto)
     fewer = [name for name, row in rows.items() if row["relative_bytes"] < 1]
     assert auto["chosen"] == min(fewer, key=lambda name: rows[name]["kl"])
@@ -73,12 +73,12 @@ def test_a_sparsity_takes_the_lowest_divergence_and_says_so() -> None:
 def test_other_budgets(budget: Budget) -> None:
     policies = {name: POLICIES[name] for name in ("tt", "cats")}
     result = choose(calibrator(), SOURCE, replace(LOOSE, budget=budget), policies=policies)
-    assert all(row["cost"] <= budget.limit * 1.0001 for row in result.plan.calibration["auto"]["candidates"])
+    assert all(row["cost"] <= budget.limit * 1.0001 for row in result.plan.calibration.to_dict()["auto"]["candidates"])
 
 
 def test_what_an_architecture_cannot_carry_is_skipped_with_the_reason() -> None:
     result = choose(calibrator("gpt2"), SOURCE, LOOSE, policies=TRAINING_FREE)
-    rows = rows_of(result.plan.calibration["auto"])
+    rows = rows_of(result.plan.calibration.to_dict()["auto"])
     assert rows["cats"]["why"].startswith("skipped: policy 'cats' reads the gate")
     assert rows["cats"]["relative_bytes"] is None and not rows["cats"]["chosen"]
 
@@ -89,9 +89,9 @@ def test_policies_that_train_take_part_only_when_asked() -> None:
     settings = PolicySettings(rows=100, granule=8)
     options = replace(LOOSE, settings=settings)
     shared = calibrator()
-    without = rows_of(choose(shared, SOURCE, options, policies=policies).plan.calibration["auto"])
+    without = rows_of(choose(shared, SOURCE, options, policies=policies).plan.calibration.to_dict()["auto"])
     assert without[trained]["why"] == "skipped: it trains routers; --train lets it take part"
-    with_it = rows_of(choose(shared, SOURCE, options, policies=policies, train=True).plan.calibration["auto"])
+    with_it = rows_of(choose(shared, SOURCE, options, policies=policies, train=True).plan.calibration.to_dict()["auto"])
     assert not with_it[trained]["why"].startswith("skipped")
 
 
@@ -99,7 +99,7 @@ def test_pruned_zeros_are_still_read() -> None:
     policies = {name: POLICIES[name] for name in ("griffin", "wanda")}
     shared = calibrator()
     before = shared.decoder.ffns[0].w_out().clone()
-    rows = rows_of(choose(shared, SOURCE, LOOSE, policies=policies).plan.calibration["auto"])
+    rows = rows_of(choose(shared, SOURCE, LOOSE, policies=policies).plan.calibration.to_dict()["auto"])
     assert "zeros are stored like other weights" in rows["wanda"]["why"]
     assert bool((shared.decoder.ffns[0].w_out() == before).all())
 

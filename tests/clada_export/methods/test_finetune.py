@@ -203,7 +203,7 @@ def test_a_finetuned_engine(model_folder: Folder, tmp_path: Path) -> None:
     plan = result.plan
     assert result.verification is not None and result.verification.passed
     assert {layer.adapter_rank for layer in plan.layers} == {8}
-    assert plan.calibration["training"]["finetuning"]["epochs"] >= 1
+    assert plan.calibration.details["training"]["finetuning"]["epochs"] >= 1
     names = set(load_file(tmp_path / "a" / PLAN_TENSORS))
     assert {f"{layer.name}.adapter.{index}.left" for layer in plan.layers for index in range(3)} <= names
     assert SparsityPlan.from_dict(read_manifest(tmp_path / "a").plan, folder=tmp_path / "a").to_dict() == plan.to_dict()

@@ -62,7 +62,7 @@ def test_the_graph_is_the_reference(
     experts = round(1 / (1 - sparsity))
     assert {layer.merge for layer in result.plan.layers} == {experts}
     assert result.plan.expected_sparsity == pytest.approx(sparsity)
-    assert result.plan.calibration["relative_bytes"] == pytest.approx(1 / experts)
+    assert result.plan.calibration.relative_bytes == pytest.approx(1 / experts)
     model = tiny_model(kind, 0)
     reference = ReferenceModel(TorchDecoder(model), result.plan)
     loads = [0.0, -1.0, INF, 0.5, 0.0, 2.0]
@@ -195,5 +195,5 @@ def test_the_policy_is_trained_and_seeded(model_folder: Folder, kept_traces: Non
     assert get_policy("lory").merges and not get_policy("griffin").merges
     first, second = (made(model_folder, "llama", tmp_path / name)[0] for name in ("a", "b"))
     assert first.plan.to_dict()["tensors"] == second.plan.to_dict()["tensors"]
-    training = first.plan.calibration["training"]
+    training = first.plan.calibration.details["training"]
     assert all(torch.tensor(report["metrics"]["error"]).isfinite() for report in training["layers"].values())

@@ -375,7 +375,7 @@ def test_the_engine_is_the_checkpoint(policy: str, folder: Folder, kept_traces: 
     result = exported(policy, folder, tmp_path / "out")
     assert result.verification is not None and result.verification.passed
     plan = result.plan
-    assert (plan.policy, plan.score, plan.rule, plan.calibration["budget"]) == (policy, "external", "topk", "imported")
+    assert (plan.policy, plan.score, plan.rule, str(plan.calibration.goal)) == (policy, "external", "topk", "imported")
     for layer in plan.layers:
         assert (layer.granule, layer.threshold, layer.combine) == (SIZE, (float(CHOSEN),), "weighted")
         assert layer.router is not None and (layer.router.output, layer.router.k) == ("topk_softmax", CHOSEN)

@@ -78,7 +78,7 @@ def test_pruning_composes_with_a_dynamic_policy(prune: str, model_folder: Folder
     assert plan.prune == prune and plan.policy == "clada"
     width = 72 if "neurons" in prune else 96
     assert [layer.width for layer in plan.layers] == [width] * len(ffn_names("llama"))
-    assert plan.calibration["pruning"]["spec"] == prune
+    assert plan.calibration.to_dict()["pruning"]["spec"] == prune
     weights = {item.name: list(item.dims) for item in onnx.load(out / "model.onnx", load_external_data=False).graph.initializer}
     assert all(shape[0] == width for name, shape in weights.items() if name.endswith(("w_in", "w_out")))
     # The same text prunes the same weights again; another one is refused.
@@ -101,7 +101,7 @@ def test_a_static_policy_keeps_a_budget(model_folder: Folder, kept_traces: None,
         tmp_path / "out",
         replace(OPTIONS, policy="wanda", sparsity=None, budget="kl=0.001", verify=False),
     )
-    drift = result.plan.calibration["drift"]
+    drift = result.plan.calibration.to_dict()["drift"]
     assert 0.0 < drift["kl_bound"] <= 0.001
     assert result.plan.prune is not None and result.plan.prune.startswith("wanda=0.")
 
