@@ -13,7 +13,7 @@ import graph_passes
 def test_public_class_names_are_unique() -> None:
     found: dict[str, list[str]] = defaultdict(list)
     for package in (clada_export, graph_passes):
-        root = Path(package.__path__[0])
+        root = Path(str(package.__file__)).parent
         for path in sorted(root.rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
