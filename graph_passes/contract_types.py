@@ -108,11 +108,15 @@ class Constraint:
         return asked and not all(condition.holds(attributes) for condition in self.want)
 
 
-def shape_of(axes: tuple[str | int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The axes of a `Tensor` as numbers; `sizes` has those that occur."""
-    return tuple(axis if isinstance(axis, int) else _size(axis, sizes) for axis in axes)
+def shape_of(axes: tuple[str | int, ...], sizes: Mapping[str, int], rows: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The axes of a `Tensor` as numbers; `sizes` has those that occur, but `rows`."""
+    return tuple(number for axis in axes for number in _numbers(axis, sizes, rows))
 
 
-def _size(axis: str, sizes: Mapping[str, int]) -> int:
+def _numbers(axis: str | int, sizes: Mapping[str, int], rows: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(axis, int):
+        return (axis,)
+    if axis == "rows":
+        return rows
     name, _, divisor = axis.partition("/")
-    return sizes[name] // int(divisor or 1)
+    return (sizes[name] // int(divisor or 1),)

@@ -30,7 +30,7 @@ from graph_passes.contract import (
     WEIGHT_TYPES,
     AttributeValues,
 )
-from graph_passes.contract_types import Attribute, holds, shape_of
+from graph_passes.contract_types import Attribute, Tensor, holds, shape_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -47,6 +47,7 @@ __all__ = [
     "ContractError",
     "SparseFFNAttributes",
     "input_names",
+    "input_shapes",
     "output_names",
     "weight_shapes",
     "x_types",
@@ -142,13 +143,40 @@ def weight_shapes(attributes: SparseFFNAttributes, hidden_size: int, intermediat
     Raises:
         ContractError: the sizes do not fit the granule or the shadow's block.
     """
-    d, f, n = hidden_size, intermediate_size, 2 if attributes.gated else 1
+    d, f = hidden_size, intermediate_size
     if d < 1 or f < 1:
         raise ContractError(f"{OP_TYPE}: hidden_size is {d} and intermediate_size is {f}; both must be at least 1")
     if f % attributes.granule:
         raise ContractError(f"{OP_TYPE}: intermediate_size {f} is not divisible by granule {attributes.granule}")
     if attributes.score == "shadow" and d % SHADOW_BLOCK:
         raise ContractError(f"{OP_TYPE}: score 'shadow' needs hidden_size divisible by {SHADOW_BLOCK}; it is {d}")
-    sizes = {"d": d, "f": f, "n": n, "E": f // attributes.granule}
+    sizes = _sizes(attributes, d, f)
     constant = [tensor for tensor in INPUTS if tensor.is_constant and holds(tensor.when, attributes)]
     return {tensor.name: shape_of(tensor.shapes[-1], sizes) for tensor in constant}
+
+
+def input_shapes(
+    attributes: SparseFFNAttributes, rows: tuple[int, ...], hidden_size: int, intermediate_size: int
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The shapes that each input of a node may have in a call, in the inputs' order.
+
+    Args:
+        rows: x's shape without its last axis.
+    """
+    sizes = {"B": rows[0] if rows else 0, **_sizes(attributes, hidden_size, intermediate_size)}
+    return {
+        tensor.name: tuple(shape_of(axes, sizes, rows) for axes in _allowed_shapes(tensor, attributes, len(rows)))
+        for tensor in INPUTS
+        if holds(tensor.when, attributes)
+    }
+
+
+def _allowed_shapes(tensor: Tensor, attributes: SparseFFNAttributes, rank: int) -> list[tuple[str | int, ...]]:
+    """A sequence's axis is there with two axes of rows only."""
+    only_first = bool(tensor.only_first_when) and holds(tensor.only_first_when, attributes)
+    shapes = tensor.shapes[:1] if only_first else tensor.shapes
+    return [axes for axes in shapes if rank == 2 or "B" not in axes]
+
+
+def _sizes(attributes: SparseFFNAttributes, d: int, f: int) -> dict[str, int]:
+    return {"d": d, "f": f, "n": 2 if attributes.gated else 1, "E": f // attributes.granule}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graph_passes.op import SHADOW_BLOCK, ContractError, SparseFFNAttributes, x_types
+from graph_passes.op import SHADOW_BLOCK, ContractError, SparseFFNAttributes, input_shapes, x_types
 
 
 @dataclass(frozen=True)
@@ -332,26 +332,10 @@ def check_inputs(
     for name, found, allowed in (("x", types[0], x_types(types[1])), ("w_out", types[2], (types[1],))):
         if found not in allowed:
             raise ContractError(f"SparseFFN: input {name!r} has type {found}; wanted {' or '.join(allowed)}")
-    granules = f // attributes.granule
-    want("w_out", tensors.w_out, (f, d))
-    want("load", load, tuple(x.shape[:-1]))
-    want("threshold", tensors.threshold, (1,), *([] if attributes.rule == "topk" else [(granules,)]))
-    if not bool((tensors.threshold >= 0).all()):
-        raise ContractError("SparseFFN: input 'threshold' has a negative or NaN value; thresholds are at least 0")
-    if attributes.score in ("exact", "shadow"):
-        want("neuron_scale", tensors.neuron_scale, (f,))
-    if attributes.score == "shadow":
-        want("shadow", tensors.shadow, (f, n, d // 2))
-        want("shadow_scale", tensors.shadow_scale, (f, n, d // SHADOW_BLOCK, 2))
     if (attributes.use_stat or attributes.emit_stat) and x.dim() != 3:
         raise ContractError(f"SparseFFN: input 'x' has shape {list(x.shape)}; the prompt statistic needs [B, S, d]")
-    if attributes.score == "external":
-        shapes = [(*x.shape[:-1], granules)] + ([(x.shape[0], granules)] if x.dim() == 3 else [])
-        want("score", score, *shapes)
-    if attributes.use_stat:
-        want("past_stat", past_stat, (x.shape[0], f))
-    if attributes.has_bias:
-        if attributes.gated:
-            want("gate_bias", tensors.gate_bias, (f,))
-        want("up_bias", tensors.up_bias, (f,))
-        want("down_bias", tensors.down_bias, (d,))
+    given = {**vars(tensors), "x": x, "load": load, "score": score, "past_stat": past_stat}
+    for name, shapes in input_shapes(attributes, tuple(x.shape[:-1]), d, f).items():
+        want(name, given[name], *shapes)
+    if not bool((tensors.threshold >= 0).all()):
+        raise ContractError("SparseFFN: input 'threshold' has a negative or NaN value; thresholds are at least 0")
