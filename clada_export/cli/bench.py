@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from clada_export.cli.options import load_value, output_arguments
+from clada_export.cli.options import device_argument, load_value, output_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--threads", type=int, default=None)
+    device_argument(parser)
     parser.add_argument(
         "--no-check", action="store_true", help="do not compare the files with the manifest (sizes only), nor the library"
     )
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from clada_export.runtime import load_engine
     from clada_export.runtime.bench import bench
 
-    engine = load_engine(options.folder, threads=options.threads, verify_files=not options.no_check)
+    engine = load_engine(options.folder, threads=options.threads, verify_files=not options.no_check, device=options.device)
     speeds = bench(
         engine,
         options.load or ["dense", "auto"],

@@ -76,6 +76,16 @@ def output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
+def device_argument(parser: argparse.ArgumentParser) -> None:
+    """Where an engine for ONNX Runtime runs."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="ONNX Runtime: on the CPU or an NVIDIA GPU (default: auto, a GPU where onnxruntime-gpu and the op's library are)",
+    )
+
+
 def load_value(text: str) -> Any:
     """A load on the command line: "auto", "dense" or a number."""
     if text in ("auto", "dense"):

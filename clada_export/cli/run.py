@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clada_export.cli.options import load_value, output_arguments
+from clada_export.cli.options import device_argument, load_value, output_arguments
 from clada_export.errors import UsageError
 
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--threads", type=int, default=None)
+    device_argument(parser)
     parser.add_argument(
         "--no-check", action="store_true", help="do not compare the files with the manifest (sizes only), nor the library"
     )
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
 
     for row, prompt in enumerate(options.prompt):
         require_text(prompt, f"--prompt {row + 1}")
-    engine = load_engine(options.folder, threads=options.threads, verify_files=not options.no_check)
+    engine = load_engine(options.folder, threads=options.threads, verify_files=not options.no_check, device=options.device)
     prompts: list[Any] = list(options.prompt)
     if options.chat:
         if engine.tokenizer is None:

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from clada_export.artifact.manifest import CacheTensor, Manifest
 from clada_export.errors import BackendError, UsageError
 from clada_export.foreign import ENGINE_GRAPH, ENGINE_RUN, OP_LIBRARY, reading
+from clada_export.runtime.devices import CPU, CUDA, CUDA_PROVIDER, INSTALL, providers
 from clada_export.runtime.graph import ENTROPY, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
 
 _FED_INPUTS = {"input_ids": "int64", "attention_mask": "int64", "position_ids": "int64", "load": "float32"}
@@ -44,9 +45,10 @@ class GraphSession:
         library: the custom-op library to register; None runs the op's function body, which needs none.
         threads: threads of one operator; None takes one for each core that this process may use.
         library_name: what messages call the library, where it is loaded from a copy.
+        device: `cpu` or `cuda`. On a GPU, what operators it lacks run on the CPU, and the state stays in its memory.
 
     Raises:
-        BackendError: ONNX Runtime can't load the library or the graph.
+        BackendError: ONNX Runtime can't load the library or the graph, or can't use the GPU.
         UsageError: the graph does not have the inputs and outputs that the manifest names, with their types and shapes.
     """
 
@@ -58,7 +60,9 @@ class GraphSession:
         threads: int | None,
         *,
         library_name: Path | None = None,
+        device: str = CPU,
     ) -> None:
+        self._device = device
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
@@ -70,7 +74,13 @@ class GraphSession:
         self._model = folder / manifest.model
         _require_utf8(self._model)
         with reading(ENGINE_GRAPH, f"{self._model}: {_RUNTIME}"):
-            self._session = ort.InferenceSession(str(self._model), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(self._model), options, providers=providers(device))
+        # A provider that does not come up is left out by ONNX Runtime, with a line on stderr.
+        if device == CUDA and CUDA_PROVIDER not in self._session.get_providers():
+            raise BackendError(
+                f"{self._model}: {_RUNTIME} can't use its CUDA provider (it says why above; often CUDA or cuDNN of the wrong "
+                f"version): {INSTALL}, or run on the CPU: device cpu"
+            )
         self._cache = manifest.cache
         self.longest_run: int | None = None
         self.max_batch: int | None = None
@@ -145,7 +155,7 @@ class GraphSession:
             if name in self.inputs
         }
         with reading(ENGINE_RUN, f"{self._model}: {_RUNTIME}"):
-            values = self._session.run_with_ort_values(self._output_names, {**inputs, **state})
+            values = self._outputs({**inputs, **state})
         first = len(self._results)
         found = {name: value.numpy() for name, value in zip(self._results, values[:first], strict=True)}
         self._check_shapes(found, feeds["input_ids"].shape)
@@ -159,6 +169,18 @@ class GraphSession:
             log_sum_exp=found.get(LOG_SUM_EXP),
             entropy=found.get(ENTROPY),
         )
+
+    def _outputs(self, inputs: Mapping[str, ort.OrtValue]) -> Sequence[ort.OrtValue]:
+        """Run the graph; results in the host's memory, the state in the device's."""
+        if self._device == CPU:
+            return self._session.run_with_ort_values(self._output_names, inputs)  # type: ignore[no-any-return]
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._output_names:
+            binding.bind_output(name, CPU if name in self._results else self._device)
+        self._session.run_with_iobinding(binding)
+        return binding.get_outputs()  # type: ignore[no-any-return]
 
     def _check_shapes(self, found: Mapping[str, npt.NDArray[Any]], sizes: tuple[int, ...]) -> None:
         batch, tokens = sizes

@@ -72,7 +72,7 @@ def build(request: BuildRequest) -> BuiltModel:
 
 def verify(subject: Subject) -> Verification:
     """Run all checks on an engine that was just written: its files need not be read once more before."""
-    return _run_checks(subject, load_engine(subject.folder, verify_files=False))
+    return _run_checks(subject, load_engine(subject.folder, verify_files=False, device="cpu"))
 
 
 def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
@@ -82,7 +82,7 @@ def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
 
 def verify_deployed(subject: Subject) -> Verification:
     """The same checks again."""
-    return _run_checks(subject, load_engine(subject.folder))
+    return _run_checks(subject, load_engine(subject.folder, device="cpu"))
 
 
 def _run_checks(subject: Subject, engine: Engine) -> Verification:
