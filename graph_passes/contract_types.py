@@ -7,12 +7,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 Scalar = str | int | float
 When = Mapping[str, tuple[Scalar, ...]]
 """Attributes by name, and the values that each may have for something to be there."""
 
-_COMPARE: Mapping[str, Callable[[object, object], bool]] = {
+_COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     ">": operator.gt,
     ">=": operator.ge,

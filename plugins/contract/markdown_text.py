@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from graph_passes.contract_types import Attribute, Scalar, Tensor, When
 from plugins.contract.read import Contract, ContractFileError
@@ -48,7 +48,7 @@ _PARTS: Mapping[str, Callable[[Contract], list[str]]] = {
 }
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [_row(head), _row(("---",) * len(head)), *map(_row, rows)]
 
 

@@ -191,7 +191,8 @@ def _number(value: Scalar) -> Scalar:
     """A number that may be written as a power: 2^31."""
     if isinstance(value, str):
         base, exponent = value.split("^")
-        return int(base) ** int(exponent)
+        power: int = int(base) ** int(exponent)
+        return power
     return value
 
 

@@ -96,23 +96,41 @@ class Write {
   AttributeWriter& writer_;
 };
 
+// What an axis of a shape is in a call; not for kRows, which are several.
+int64_t SizeOf(const Axis& axis, const Problem& p) {
+  switch (axis.size) {
+    case Size::kB: return p.batch / axis.number;
+    case Size::kD: return p.hidden_size / axis.number;
+    case Size::kF: return p.intermediate_size / axis.number;
+    case Size::kN: return p.projections() / axis.number;
+    case Size::kE: return p.granules() / axis.number;
+    default: return axis.number;
+  }
+}
+
 // A shape of the contract in numbers, with `rows` for its axes of that name.
 Shape ShapeOf(const TensorShape& shape, const Problem& p, const Shape& rows) {
   Shape made;
   for (int i = 0; i < shape.rank; ++i) {
-    const Axis& axis = shape.axes[i];
-    const auto add = [&](int64_t size) { made.push_back(size / axis.number); };
-    switch (axis.size) {
-      case Size::kRows: made.insert(made.end(), rows.begin(), rows.end()); break;
-      case Size::kB: add(p.batch); break;
-      case Size::kD: add(p.hidden_size); break;
-      case Size::kF: add(p.intermediate_size); break;
-      case Size::kN: add(p.projections()); break;
-      case Size::kE: add(p.granules()); break;
-      case Size::kNumber: made.push_back(axis.number); break;
-    }
+    if (shape.axes[i].size == Size::kRows)
+      made.insert(made.end(), rows.begin(), rows.end());
+    else
+      made.push_back(SizeOf(shape.axes[i], p));
   }
   return made;
+}
+
+// found == ShapeOf(shape, p, rows), without memory for it: this runs in every call.
+bool Matches(const Shape& found, const TensorShape& shape, const Problem& p, const Shape& rows) {
+  auto at = found.begin();
+  for (int i = 0; i < shape.rank; ++i) {
+    const bool several = shape.axes[i].size == Size::kRows;
+    const auto count = static_cast<std::ptrdiff_t>(several ? rows.size() : 1);
+    if (found.end() - at < count) return false;
+    if (several ? !std::equal(rows.begin(), rows.end(), at) : *at != SizeOf(shape.axes[i], p)) return false;
+    at += count;
+  }
+  return at == found.end();
 }
 
 bool NamesBatch(const TensorShape& shape) {
@@ -150,10 +168,15 @@ class Tensors {
     Fail(node_, Name(input) + " has type " + found + "; wanted " + wanted);
   }
 
-  void CheckShape(Input input, const std::vector<Shape>& shapes) const {
-    if (std::find(shapes.begin(), shapes.end(), (*this)[input].shape) != shapes.end()) return;
+  void CheckShape(Input input, const Problem& p, const Shape& rows) const {
+    const TensorInfo& info = Info(input);
+    const int count = OnlyFirstShape(p.attributes, input) ? 1 : info.shape_count;
+    const auto applies = [&](const TensorShape& shape) { return rows.size() == 2 || !NamesBatch(shape); };
+    for (int i = 0; i < count; ++i)
+      if (applies(info.shapes[i]) && Matches((*this)[input].shape, info.shapes[i], p, rows)) return;
     std::string wanted;
-    for (const Shape& shape : shapes) wanted += (wanted.empty() ? "" : " or ") + Text(shape);
+    for (int i = 0; i < count; ++i)
+      if (applies(info.shapes[i])) wanted += (wanted.empty() ? "" : " or ") + Text(ShapeOf(info.shapes[i], p, rows));
     ShapeError(input, "wanted " + wanted);
   }
 
@@ -209,15 +232,6 @@ void ReadRows(const Tensors& tensors, const Shape& rows, Problem* p) {
       tensors.ShapeError(Input::kX, "wanted fewer than 2^31 rows");
     if (i > 0 || !sequences) p->sequence *= rows[i];
   }
-}
-
-// The shapes that an input may have in this call.
-std::vector<Shape> ShapesOf(Input input, const Problem& p, const Shape& rows) {
-  const TensorInfo& info = Info(input);
-  std::vector<Shape> shapes;
-  for (int i = 0; i < (OnlyFirstShape(p.attributes, input) ? 1 : info.shape_count); ++i)
-    if (rows.size() == 2 || !NamesBatch(info.shapes[i])) shapes.push_back(ShapeOf(info.shapes[i], p, rows));
-  return shapes;
 }
 
 // The bytes of the character of UTF-8 that starts at `at`; 0 if there is none, or one that is not printed.
@@ -324,7 +338,7 @@ Problem MakeProblem(const std::string& node, const Attributes& attributes, const
   ReadRows(tensors, rows, &p);
   for (const Input input : tensors.order()) {
     tensors.CheckType(input);
-    tensors.CheckShape(input, ShapesOf(input, p, rows));
+    tensors.CheckShape(input, p, rows);
     SetInput(p, input, tensors[input].data);
   }
   p.threshold_count = tensors[Input::kThreshold].shape[0];
