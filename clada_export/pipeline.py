@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from clada_export import __version__
 from clada_export.artifact.manifest import Manifest, read_manifest
 from clada_export.artifact.model_card import write_model_card
 from clada_export.artifact.report import write_report
+from clada_export.artifact.versions import installed_versions, required_packages, untested_versions
 from clada_export.artifact.writer import ArtifactWriter
 from clada_export.calibration import CalibrationData, load_calibration_data
 from clada_export.decoder.padding_kinds import NONE
@@ -106,6 +105,7 @@ def export(
             built = target.build(_build_request(source, traced, plan, writer.path, options, stages))
             del traced
             note(f"matched {len({item.name for item in built.report.ffns})}/{len(ffns)} FFNs")
+        warnings += _untested(target, built)
         warnings += [*built.warnings, *(f"{miss.name} is left dense: {miss.reason}" for miss in built.report.misses)]
         # What the graph does not have can't be checked or reported as sparse.
         rewritten = {item.name for item in built.report.ffns}
@@ -267,7 +267,7 @@ def _manifest(
         outputs=built.outputs,
         dtype=options.dtype,
         cache=built.cache,
-        versions={"python": platform.python_version(), **_versions((*PACKAGES, *target.PACKAGES))},
+        versions={"python": platform.python_version(), **installed_versions((*PACKAGES, *target.PACKAGES))},
         library=built.library,
         engine=built.engine,
         model=built.model,
@@ -279,9 +279,10 @@ def _manifest(
     )
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of those that are installed: verification needs some that an export without it does not."""
-    return {name: metadata.version(name) for name in packages if importlib.util.find_spec(name.replace("-", "_"))}
+def _untested(target: Target, built: BuiltModel) -> list[str]:
+    """What to say of packages in versions that were not tested; TensorRT's name is known by what it built."""
+    engine = (built.engine["package"],) if built.engine else ()
+    return untested_versions(installed_versions((*required_packages(), *target.PACKAGES, *engine)))
 
 
 def _subject(folder: Path, manifest: Manifest, source: SourceModel, data: CalibrationData, stages: Stages) -> Subject:
