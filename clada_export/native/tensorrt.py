@@ -23,11 +23,11 @@ from typing import Any
 from clada_export.errors import BackendError
 from clada_export.foreign import PLUGIN_LIBRARY, reading
 from clada_export.native.sealed import sealed_copy
-from graph_passes.op import DOMAIN, OP_TYPE
+from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
 CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
 EXTRAS = {CLASSIC: "clada-export[trt]", RTX: "clada-export[rtx]"}
-PLUGIN_VERSION = "1"
+PLUGIN_VERSION = str(OP_VERSION)
 """What the nodes ask for by their attribute `plugin_version`."""
 
 _log = logging.getLogger("clada_export.tensorrt")

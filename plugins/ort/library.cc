@@ -14,8 +14,8 @@
 CLADA_EXPORT int clada_op_version(void) { return clada::kOpVersion; }
 
 CLADA_EXPORT const char* clada_build_info(void) {
-  static const std::string info = std::string("clada ") + CLADA_VERSION + ", com.clada::SparseFFN " +
-                                  std::to_string(clada::kOpVersion) + ", ONNX Runtime API " +
+  static const std::string info = std::string("clada ") + CLADA_VERSION + ", " + clada::kDomain + "::" + clada::kOpName + " " +
+                                  clada::kOpVersionText + ", ONNX Runtime API " +
                                   std::to_string(clada::ort::kApiVersion) + ", compiler " + __VERSION__ +
 #ifdef CLADA_ORT_CUDA
                                   ", CUDA " + clada::ort::CudaVersion() +

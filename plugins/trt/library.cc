@@ -22,7 +22,7 @@ CLADA_EXPORT int clada_op_version(void) { return clada::kOpVersion; }
 
 CLADA_EXPORT const char* clada_build_info(void) {
   static const std::string info =
-      std::string("clada ") + CLADA_VERSION + ", com.clada::SparseFFN " + std::to_string(clada::kOpVersion) +
+      std::string("clada ") + CLADA_VERSION + ", " + clada::kDomain + "::" + clada::kOpName + " " + clada::kOpVersionText +
       ", TensorRT headers " + std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) + ", CUDA " +
       std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) + ", compiler " + __VERSION__;
   return info.c_str();
