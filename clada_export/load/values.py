@@ -21,10 +21,13 @@ LARGEST = float(np.finfo(np.float32).max)
 """Of loads and of the numbers that make them: they are float32 in the end."""
 
 
-def in_float32(loads: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+def in_float32(loads: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
     """Loads as float32, in which what is finite stays finite: -inf would mean that nothing is computed.
 
     NaN stays NaN.
+
+    Args:
+        loads: of any width; one type of NumPy holds more than float64 does.
     """
     if (np.abs(loads) <= LARGEST).all():
         return loads.astype(np.float32)
@@ -68,14 +71,16 @@ def load_array(loads: Any, what: str) -> npt.NDArray[np.float32]:
         values = np.array(numbers, np.float64).reshape(values.shape)
     if values.dtype.kind not in "iuf":
         raise UsageError(f"{what} is {values.dtype}; numbers are wanted, or +inf for dense")
-    return in_float32(values.astype(np.float64))
+    return in_float32(values if values.dtype.kind == "f" else values.astype(np.float64))
 
 
 def _number(value: Any) -> float | None:
-    """A real number as a float; None if it is none. An integer that no float holds is as large as a float can be."""
+    """A real number as a float; None if it is none. A finite one that no float holds is as large as a float can be."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
         return None
     try:
-        return float(value)
+        found = float(value)
     except OverflowError:
-        return sys.float_info.max if value > 0 else -sys.float_info.max
+        found = math.inf if value > 0 else -math.inf
+    wide = isinstance(value, int) or bool(np.isfinite(value))
+    return math.copysign(sys.float_info.max, found) if wide and math.isinf(found) else found
