@@ -1,4 +1,4 @@
-"""Files of a model on the Hugging Face Hub: download what an export needs, or find it in the cache."""
+"""A model on the Hugging Face Hub: download what an export needs, or find it in the cache."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from huggingface_hub.errors import (
 )
 
 from clada_export.errors import UsageError
+from clada_export.source.folder import read_folder
+from clada_export.source.model import SourceModel, SourceRequest
 from clada_export.source.weight_files import PICKLE_SUFFIXES, SAFETENSORS, has_weights
 
 _TEXT_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "README.md", "LICENSE*"]
@@ -27,31 +29,34 @@ _PICKLE_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
-def fetch(
-    model: str,
-    revision: str | None,
-    token: str | None,
-    cache_dir: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-) -> Path:
+def load_hub_model(request: SourceRequest) -> SourceModel:
+    """The model of a repository on the Hub.
+
+    Raises:
+        UsageError: no such repository, or it can't be reached; else see `clada_export.source.folder.read_folder`.
+    """
+    folder = fetch(request)
+    return read_folder(request, folder, name=request.model, kind="hub", place=request.model, revision=folder.name)
+
+
+def fetch(request: SourceRequest) -> Path:
     """Download (or find in the cache) what an export needs of a Hub repository; returns the snapshot's folder."""
+    model = request.model
     looks_like_path = model.startswith((".", "~", "/")) or model.endswith((".gguf", ".safetensors", *PICKLE_SUFFIXES))
     if looks_like_path or not _HUB_ID.fullmatch(model):
         raise UsageError(
             f"{model!r}: no such file or folder, and not a Hub id; give a folder, a .gguf file, or an id such as org/name"
         )
     arguments: dict[str, Any] = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
+        "revision": request.revision,
+        "token": request.token,
+        "cache_dir": request.cache_dir,
+        "local_files_only": request.local_files_only,
     }
-    patterns = [*_TEXT_PATTERNS, *_SAFETENSORS_PATTERNS, *(["*.py"] if trust_remote_code else [])]
-    with _hub_errors(model, revision):
+    patterns = [*_TEXT_PATTERNS, *_SAFETENSORS_PATTERNS, *(["*.py"] if request.trust_remote_code else [])]
+    with _hub_errors(model, request.revision):
         folder = Path(snapshot_download(model, allow_patterns=patterns, **arguments))
-        if allow_pickle and not has_weights(folder, SAFETENSORS):
+        if request.allow_pickle and not has_weights(folder, SAFETENSORS):
             folder = Path(snapshot_download(model, allow_patterns=[*patterns, *_PICKLE_PATTERNS], **arguments))
     return folder
 

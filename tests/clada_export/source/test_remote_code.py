@@ -40,7 +40,7 @@ _MAP = {
 _CHILD = """
 import json, sys
 from clada_export.errors import CladaError
-from clada_export.source import load_source
+from clada_export.source.load import load_source
 codes = {}
 for name, place in json.loads(sys.argv[1]).items():
     try:
@@ -181,7 +181,7 @@ _ALLOWED = {
     ("benchmarks/passes.py", "from_config"),
     ("benchmarks/passes.py", "AutoConfig"),
     # As keys of the door: which class loads a model, never a call.
-    ("clada_export/source/load.py", "AutoModelForCausalLM"),
+    ("clada_export/source/causal_lm.py", "AutoModelForCausalLM"),
     ("benchmarks/tiny_decoders.py", "AutoModelForCausalLM"),
     ("benchmarks/passes.py", "AutoModelForCausalLM"),
 }
