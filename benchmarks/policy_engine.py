@@ -31,10 +31,13 @@ from clada_export.plan.tensors import save_plan_tensors
 from clada_export.runtime import load_engine
 from clada_export.runtime.engine import Load
 from clada_export.source.load import SourceModel
-from clada_export.targets.common import BuildRequest, rewrite, save
+from clada_export.targets.common import BuildRequest, ffn_rewrite, run_passes, save
 from clada_export.targets.ort import target as target_ort
 from clada_export.trace.trace import TracedModel, trace
-from graph_passes import RewriteReport
+from graph_passes.dead_columns import DropDeadColumns
+from graph_passes.machine_paths import ForgetMachinePaths
+from graph_passes.pass_list import PassList
+from graph_passes.report import RewriteReport
 from graph_passes.reshapes import RemoveHeadReshapes
 
 
@@ -70,10 +73,12 @@ class Workshop:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         graph = self._traced.graph.clone()
-        report = rewrite(BuildRequest(TracedModel(graph, self._traced.fusions), plan, folder))
+        request = BuildRequest(TracedModel(graph, self._traced.fusions), plan, folder)
+        rewrite = ffn_rewrite(request)
+        passes = PassList(rewrite, DropDeadColumns(), RemoveHeadReshapes(), ForgetMachinePaths())
+        report = run_passes(request, rewrite, passes)
         if plan.prune is not None or any(layer.adapter_rank is not None for layer in plan.layers):
             self._take_weights(graph, plan, report)
-        RemoveHeadReshapes()(graph)
         save(graph, folder)
         shutil.copyfile(ort_library_path(), folder / LIBRARY_NAME)
         save_plan_tensors(folder, plan)

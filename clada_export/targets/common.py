@@ -1,4 +1,4 @@
-"""What the targets share: their interface, the rewrite, and how a graph's inputs and outputs are described."""
+"""What the targets share: their interface, how their passes are run, and how a graph's inputs and outputs are described."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from clada_export.plan.plan import LayerPlan, SparsityPlan
 from clada_export.targets.options import TensorRTOptions
 from clada_export.trace.trace import TracedModel
 from clada_export.verify import Verification
-from graph_passes import FFNRewrite, RewriteReport, find_ffns, rewrite_ffns
+from graph_passes.dead_columns import DropDeadColumns
+from graph_passes.pass_list import PassList
+from graph_passes.report import RewriteReport
+from graph_passes.rewrite import FFNRewrite, RewriteFFNs
+from graph_passes.search import find_ffns
 
 MODEL_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 WEIGHT_TYPES = {"float32": None, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -124,15 +128,15 @@ class Target(Protocol):
         """Check an export as it runs, against its source model."""
 
 
-def rewrite(request: BuildRequest) -> RewriteReport:
-    """Replace the plan's FFNs in the traced graph by op nodes, in place.
+def ffn_rewrite(request: BuildRequest) -> RewriteFFNs:
+    """The pass that replaces the plan's FFNs in the traced graph by op nodes. The graph is searched here, once.
 
     Raises:
         UnsupportedModelError: not one FFN of the plan is in the graph; says why.
         UsageError: a layer of the plan is another FFN in the graph.
     """
-    model, plan = request.traced.graph, request.plan
-    search = find_ffns(model, [layer.name for layer in plan.layers])
+    plan = request.plan
+    search = find_ffns(request.traced.graph, [layer.name for layer in plan.layers])
     matched = {match.name: match for match in search.matches}
     for layer in plan.layers:
         match = matched.get(layer.name)
@@ -142,16 +146,29 @@ def rewrite(request: BuildRequest) -> RewriteReport:
     if not rewrites:
         reasons = "; ".join(f"{miss.name}: {miss.reason}" for miss in search.misses[:3]) or "no layer of the plan is in it"
         raise UnsupportedModelError(f"no feed-forward layer was matched in the exported graph ({reasons})")
-    report = rewrite_ffns(model, rewrites, emit_active=True, weight_dtype=WEIGHT_TYPES[request.dtype])
-    # The search that named the misses ran before the pass; the pass only knows what it was asked to rewrite.
-    report.misses = [*search.misses]
-    return report
+    return RewriteFFNs(rewrites, search, emit_active=True, weight_dtype=WEIGHT_TYPES[request.dtype])
+
+
+def run_passes(request: BuildRequest, rewrite: RewriteFFNs, passes: PassList) -> RewriteReport:
+    """Run a target's passes on the traced graph, in place.
+
+    Returns:
+        What `rewrite`, one of them, did; nodes are counted after `DropDeadColumns`, which ends it.
+
+    Raises:
+        UnsupportedModelError: the graph is not what a pass requires.
+    """
+    try:
+        passes(request.traced.graph)
+    except ir.passes.PreconditionError as error:
+        raise UnsupportedModelError(f"the graph can't be compiled: {error}") from error
+    rewrite.report.nodes_after = passes.node_counts[DropDeadColumns.__name__]
+    return rewrite.report
 
 
 def save(model: ir.Model, out: Path) -> None:
-    """Write `model.onnx` and its weights, without a trace of the machine that exported."""
+    """Write `model.onnx` and its weights."""
     model.producer_name = "clada-export"
-    _forget_machine_paths(model)
     ir.save(model, out / MODEL_NAME, external_data=DATA_NAME)
 
 
@@ -200,13 +217,3 @@ def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
         spec = tensor_spec(value)
         found.append(CacheTensor(int(layer), role, name, present, spec.dtype, spec.shape))
     return tuple(found)
-
-
-def _forget_machine_paths(model: ir.Model) -> None:
-    """Drop stack traces: they name files of the machine that exported, and make the file larger."""
-    nodes: list[Any] = list(model.graph)
-    for function in model.functions.values():
-        nodes += list(function)
-    for node in nodes:
-        for key in [key for key in node.metadata_props if "stack_trace" in key]:
-            del node.metadata_props[key]

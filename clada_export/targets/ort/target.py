@@ -12,12 +12,26 @@ from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.native.library import LIBRARY_NAME, require_ort
 from clada_export.runtime import Engine, load_engine
-from clada_export.targets.common import MODEL_NAME, BuildRequest, BuiltModel, Subject, cache_tensors, rewrite, save, tensor_spec
+from clada_export.targets.common import (
+    MODEL_NAME,
+    BuildRequest,
+    BuiltModel,
+    Subject,
+    cache_tensors,
+    ffn_rewrite,
+    run_passes,
+    save,
+    tensor_spec,
+)
 from clada_export.targets.options import TensorRTOptions
 from clada_export.verify import Verification, VerifyOptions
 from clada_export.verify import verify as run_checks
+from graph_passes.dead_columns import DropDeadColumns
 from graph_passes.load_outputs import AddLoadOutputs
+from graph_passes.machine_paths import ForgetMachinePaths
+from graph_passes.pass_list import PassList
 from graph_passes.reshapes import RemoveHeadReshapes
+from graph_passes.rewrite import RewriteFFNs
 
 FUSIONS: str | None = "cpu"
 PACKAGES: tuple[str, ...] = ("onnxruntime",)
@@ -45,6 +59,17 @@ def traceable(decoder: TorchDecoder, dtype: str) -> TorchDecoder:
     return decoder
 
 
+def passes(rewrite: RewriteFFNs) -> PassList:
+    """What is done to a traced graph, in this order."""
+    return PassList(
+        rewrite,  # FFNs become SparseFFN nodes; `load` comes in, counts go out
+        DropDeadColumns(),  # what packed projections held for those FFNs
+        RemoveHeadReshapes(),  # detours of ort_fusions around attention
+        AddLoadOutputs(),  # what the load needs of the logits
+        ForgetMachinePaths(),
+    )
+
+
 def build(request: BuildRequest) -> BuiltModel:
     """Rewrite the graph and write it.
 
@@ -55,9 +80,8 @@ def build(request: BuildRequest) -> BuiltModel:
     """
     library = require_ort("--target ort")
     model = request.traced.graph
-    report = rewrite(request)
-    RemoveHeadReshapes()(model)
-    AddLoadOutputs()(model)
+    rewrite = ffn_rewrite(request)
+    report = run_passes(request, rewrite, passes(rewrite))
     save(model, request.out)
     shutil.copyfile(library, request.out / LIBRARY_NAME)
     return BuiltModel(

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,17 @@ from clada_export.native.tensorrt import PLUGIN_VERSION, Backend, find_backend, 
 from clada_export.plan.plan import read_json
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.tensorrt_session import engine_profiles, open_engine
-from clada_export.targets.common import MODEL_NAME, BuildRequest, BuiltModel, Subject, cache_tensors, rewrite, save, tensor_spec
+from clada_export.targets.common import (
+    MODEL_NAME,
+    BuildRequest,
+    BuiltModel,
+    Subject,
+    cache_tensors,
+    ffn_rewrite,
+    run_passes,
+    save,
+    tensor_spec,
+)
 from clada_export.targets.options import TensorRTOptions, merging_refused
 from clada_export.targets.trt.build import PLUGIN_LAYER, BuiltEngines, build_engines, check_settings
 from clada_export.targets.trt.commands import commands
@@ -42,8 +52,12 @@ from clada_export.verify.report import Check
 from clada_export.verify.saved import check_saved, save_cases
 from clada_export.verify.widened import write_widened
 from graph_passes.attention_scale import ExactAttentionScale
+from graph_passes.dead_columns import DropDeadColumns
 from graph_passes.load_outputs import AddLoadOutputs
+from graph_passes.machine_paths import ForgetMachinePaths
 from graph_passes.op import DOMAIN, OP_TYPE
+from graph_passes.pass_list import PassList
+from graph_passes.rewrite import RewriteFFNs
 
 FUSIONS: str | None = None
 PACKAGES: tuple[str, ...] = ("onnxruntime", "polygraphy")
@@ -83,6 +97,21 @@ def traceable(decoder: TorchDecoder, dtype: str) -> TorchDecoder:
     return decoder if dtype == "float32" else decoder.in_dtype(dtype)
 
 
+def passes(rewrite: RewriteFFNs, scales: Collection[float]) -> PassList:
+    """What is done to a traced graph, in this order.
+
+    Args:
+        scales: of the model's attention layers.
+    """
+    return PassList(
+        rewrite,  # FFNs become SparseFFN nodes; `load` comes in, counts go out
+        DropDeadColumns(),  # what packed projections held for those FFNs
+        ExactAttentionScale(scales),  # in 16 bits the exporter rounds its root
+        AddLoadOutputs(),  # what the load needs of the logits
+        ForgetMachinePaths(),
+    )
+
+
 def build(request: BuildRequest) -> BuiltModel:
     """Rewrite the graph, write it, and build the engines.
 
@@ -97,10 +126,9 @@ def build(request: BuildRequest) -> BuiltModel:
     backend = find_backend()
     warnings = check_settings(backend, settings)
     profiles = make_profiles(settings.max_batch, settings.max_sequence, settings.max_past, request.limit)
-    report = rewrite(request)
+    rewrite = ffn_rewrite(request)
+    report = run_passes(request, rewrite, passes(rewrite, request.scales))
     graph = request.traced.graph
-    ExactAttentionScale(request.scales)(graph)
-    AddLoadOutputs()(graph)
     save(graph, request.out)
     inputs = tuple(tensor_spec(value) for value in graph.graph.inputs)
     plugin = None
