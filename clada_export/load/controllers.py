@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clada_export.load.values import LARGEST
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOAD_LIMIT = 4.0
 """The load of `exp` is clipped to [-LOAD_LIMIT, LOAD_LIMIT]."""
@@ -28,6 +31,8 @@ LONGEST_WINDOW = 4096
 
 Array: TypeAlias = npt.NDArray[np.float64]
 State: TypeAlias = tuple[Array, ...]
+Values = TypeVar("Values", npt.NDArray[np.float64], "Tensor")
+"""Arrays of the runtime, or tensors of calibration; both do the same arithmetic in their own type."""
 
 _GRID: Array = np.linspace(-LOAD_LIMIT, LOAD_LIMIT, 65)
 _NORMAL: Array = np.array([(1 + math.erf(place / math.sqrt(2))) / 2 for place in _GRID])
@@ -246,8 +251,8 @@ def make_controller(name: str, parameters: Mapping[str, float]) -> LoadControlle
     return kind(**{parameter: float(value) for parameter, value in parameters.items()})
 
 
-def limited(drive: Any) -> Any:
-    """A drive, array or tensor, clipped to [-LOAD_LIMIT, LOAD_LIMIT]."""
+def limited(drive: Values) -> Values:
+    """A drive clipped to [-LOAD_LIMIT, LOAD_LIMIT]."""
     return drive.clip(-LOAD_LIMIT, LOAD_LIMIT)
 
 

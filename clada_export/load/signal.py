@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from clada_export.errors import UsageError
-from clada_export.load.controllers import limited, make_controller
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Values = TypeVar("Values", npt.NDArray[np.float64], "Tensor")
-"""Arrays of the runtime, or tensors of calibration; both do the same arithmetic in their own type."""
+from clada_export.load.controllers import Values, limited, make_controller
 
 
 @dataclass(frozen=True)
@@ -51,9 +42,8 @@ class LoadSignal:
             UsageError: the controller does not have one of the parameters, or not this value.
         """
         parameters = {name: float(item) for name, item in value.get("parameters", {}).items()}
-        words = {name: value[name] for name in ("rule",) if name in value}
         numbers = {name: float(item) for name, item in value.items() if name not in ("rule", "parameters")}
-        signal = cls(**numbers, **words, parameters=parameters)
+        signal = cls(rule=value.get("rule", cls.rule), parameters=parameters, **numbers)
         try:
             make_controller(signal.rule, signal.parameters)
         except ValueError as error:
@@ -70,12 +60,11 @@ class LoadSignal:
         Args:
             surprisal, entropy: nats, of any shape.
         """
-        return limited(
-            self.drive(
-                standardised(surprisal, self.surprisal_mean, self.surprisal_std),
-                standardised(entropy, self.entropy_mean, self.entropy_std),
-            )
+        drive = self.drive(
+            standardised(surprisal, self.surprisal_mean, self.surprisal_std),
+            standardised(entropy, self.entropy_mean, self.entropy_std),
         )
+        return limited(drive)
 
 
 def standardised(value: Values, mean: Values | float, deviation: Values | float) -> Values:

@@ -27,7 +27,8 @@ def down_row_norms(w_out: Float32) -> Float32:
     Summed in float64, rounded once.
     """
     wide = w_out.astype(np.float64)
-    return np.sqrt(np.einsum("fd,fd->f", wide, wide)).astype(np.float32)
+    norms: Float32 = np.sqrt(np.einsum("fd,fd->f", wide, wide)).astype(np.float32)
+    return norms
 
 
 def four_bit_copy(w_in: Float32) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:

@@ -36,16 +36,19 @@ class MergedReference:
         """The merged FFN, float32, of the FFN inputs [T, d] of a segment, T at least 1."""
         shares = self._shares(segment.float().mean(dim=0, keepdim=True)).flatten()
 
-        def merged(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
-            experts = value.float().unflatten(0, (-1, self.granule))
-            return torch.tensordot(shares, experts, dims=1)
+        def merged(value: Tensor) -> Tensor:
+            experts = value.float().reshape(-1, self.granule, *value.shape[1:])
+            mean: Tensor = torch.tensordot(shares, experts, dims=1)
+            return mean
 
-        w_in, w_out = merged(self._tensors.w_in), merged(self._tensors.w_out)
-        assert w_in is not None and w_out is not None
-        gate, up = merged(self._tensors.gate_bias), merged(self._tensors.up_bias)
-        return replace(self._tensors, w_in=w_in, w_out=self._scale * w_out, gate_bias=gate, up_bias=up)
+        whole = self._tensors
+        return replace(
+            whole,
+            w_in=merged(whole.w_in),
+            w_out=merged(whole.w_out) * self._scale,
+            gate_bias=None if whole.gate_bias is None else merged(whole.gate_bias),
+            up_bias=None if whole.up_bias is None else merged(whole.up_bias),
+        )
 
     def run(self, x: Tensor, merged: SparseFFNTensors) -> Tensor:
         """y [T, d] float32 of the inputs x [T, d]."""
