@@ -9,11 +9,12 @@ from clada_export.decoder.digest import weights_digest
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.foreign import GGUF_ARCHITECTURE
+from clada_export.patches.gguf_reader import one_gguf_reader
 from clada_export.source.causal_lm import load_causal_lm, require_decoder
 from clada_export.source.config_file import Stored
 from clada_export.source.description import check_vocabulary, digest_file, tokenizer_at
 from clada_export.source.gguf_header import GgufHeader, check_layers, read_gguf_header
-from clada_export.source.loading import forget_gguf, one_gguf_reader
+from clada_export.source.loading import forget_gguf
 from clada_export.source.model import SourceModel, SourceRequest
 from clada_export.source.pretrained import alone, load_config
 

@@ -6,9 +6,6 @@ these is an error, because an export of a half-random model would look like a su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -64,25 +61,6 @@ def check_finite(model: PreTrainedModel, place: str) -> None:
                 raise UsageError(
                     f"{place}: {name}: {bad} of {parameter.numel()} weights are NaN or infinite; the file is damaged"
                 )
-
-
-@contextmanager
-def one_gguf_reader() -> Iterator[None]:
-    """transformers maps a GGUF file and walks its header for the config, for the weights and for the tokenizer; once is enough.
-
-    With a vocabulary of 262,144 tokens (Gemma) a walk takes 10 to 15 seconds.
-    """
-    try:
-        import gguf
-    except ImportError:
-        yield
-        return
-    original = gguf.GGUFReader
-    vars(gguf)["GGUFReader"] = cache(original)
-    try:
-        yield
-    finally:
-        vars(gguf)["GGUFReader"] = original
 
 
 def forget_gguf(model: PreTrainedModel) -> None:

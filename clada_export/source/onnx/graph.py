@@ -15,10 +15,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, Top
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.files.json_files import read_json
 from clada_export.foreign import ONNX_GRAPH, reading
+from clada_export.patches.onnx_ir_inlining import InlineFunctions
 from clada_export.source.onnx.check import check_inputs
 from clada_export.source.onnx.files import STORED, companions, read_onnx
 from clada_export.source.onnx.growth import check_lists, check_values, fold_constants
-from clada_export.source.onnx.inline import InlineFunctions
 from graph_passes.matchers.common import fixed_size, rank
 from graph_passes.matchers.weights import FLOATS
 from graph_passes.naming import name_interface

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from onnxscript.optimizer._constant_folding import FOLDED_FROM_KEY, FoldConstantsPass
 
 from clada_export.errors import UnsupportedModelError
+from clada_export.patches.onnxscript_folding import FoldConstants
 from clada_export.source.onnx.functions import domain_of
 
 MOST_LISTED = 100_000
@@ -99,7 +99,7 @@ def fold_constants(model: ir.Model, path: Path) -> None:
     _BoundedFold(path)(model)
 
 
-class _BoundedFold(FoldConstantsPass):
+class _BoundedFold(FoldConstants):
     """The optimizer's pass, which looks at sizes only after it has computed what they are of."""
 
     def __init__(self, path: Path) -> None:
@@ -117,14 +117,6 @@ class _BoundedFold(FoldConstantsPass):
         """Bound what the optimizer has rules for; everything else comes to `_fits`."""
         self._bound(node)
         return super().process_node(node, *arguments, **keywords)
-
-    def replace_node(self, node: ir.Node, replacement: Any, *arguments: Any) -> None:
-        """Replace a node; the names of all constants that a new one was made of, a list that grows with each, are not kept."""
-        super().replace_node(node, replacement, *arguments)
-        for value in replacement.new_outputs:
-            if value is not None:
-                value.meta.pop(FOLDED_FROM_KEY, None)
-                value.metadata_props.pop(FOLDED_FROM_KEY, None)
 
     def _bound(self, node: ir.Node) -> None:
         if domain_of(node.domain) != "":

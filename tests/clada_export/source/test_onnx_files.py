@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import InlinePass
 
 from clada_export.errors import UsageError
+from clada_export.patches.onnx_ir_inlining import InlineFunctions
 from clada_export.source.onnx.files import companions, is_onnx, locate_onnx, read_onnx
-from clada_export.source.onnx.inline import InlineFunctions
 from tests.fuzz.small_decoder import small_decoder
 
 WEIGHT = np.arange(64, dtype=np.float32).reshape(8, 8)

@@ -1,0 +1,241 @@
+"""Each patch of another library: that it is looked at when the library changes, and that the library still needs it.
+
+The tests marked xfail say what the library would do if its patch could go. On the day that it does they pass, which fails the
+run (strict): then the patch goes, and its test too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+import pytest
+import torch
+from onnx_ir.passes.common import InlinePass
+from onnxscript.rewriter import pattern
+from transformers import AutoConfig, AutoTokenizer
+from transformers.cache_utils import DynamicCache
+from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+import clada_export.patches
+from clada_export.patches.gguf_reader import one_gguf_reader
+from clada_export.patches.onnx_ir_inlining import InlineFunctions
+from clada_export.patches.onnxscript_folding import FoldConstants, FoldConstantsPass
+from clada_export.patches.onnxscript_matcher import early_reject
+from clada_export.patches.patch import Patch
+from clada_export.patches.registry import PATCHES
+from clada_export.patches.torch_pytree import children
+from tests.tiny_gguf import save_tiny_gguf
+from tests.tiny_models import tiny_model
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_a_patch_is_looked_at_when_its_library_changes(patch: Patch) -> None:
+    """If this fails, constraints.txt has another version: read what changed in it, and bring `made_for` up to date."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"{patch.package}=={patch.made_for}" in lines
+    assert patch.reason.strip() and patch.until.strip()
+
+
+def test_every_module_of_patches_is_listed() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(clada_export.patches.__path__)}
+    assert {patch.name for patch in PATCHES} == modules - {"patch", "registry"}
+
+
+# onnxscript's matcher
+
+
+class CountedGraph:
+    """A graph that counts how often all of its nodes are listed."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self.graph = graph
+        self.listed = 0
+
+    def __iter__(self) -> Iterator[ir.Node]:
+        self.listed += 1
+        return iter(self._graph)
+
+
+def two_outputs(op: Any, x: Any) -> Any:
+    return op.Sin(x), op.Cos(x)
+
+
+def _match_elsewhere() -> CountedGraph:
+    """Hold a node that can't begin the pattern against it."""
+    x = ir.Value(name="x")
+    node = ir.node("Relu", [x])
+    graph = CountedGraph(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 18}))
+    rule = pattern.RewriteRule(two_outputs, two_outputs)
+    assert not rule._matcher.match(None, graph, node)
+    return graph
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="onnxscript lists the graph before it compares the operator")
+def test_the_matcher_compares_the_operator_first() -> None:
+    assert _match_elsewhere().listed == 0
+
+
+def test_early_reject_compares_the_operator_first() -> None:
+    with early_reject():
+        assert _match_elsewhere().listed == 0
+    assert _match_elsewhere().listed > 0
+
+
+# onnxscript's constant folding
+
+
+def _chain(length: int) -> ir.Model:
+    """A constant, and one more added to it `length` times; then a size of it that depends on an input."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n"]))
+    step = ir.Value(name="step", const_value=ir.tensor(np.ones(4, np.float32), name="step"))
+    value, nodes = step, []
+    for index in range(length):
+        nodes.append(ir.node("Add", [value, step], name=f"add{index}"))
+        value = nodes[-1].outputs[0]
+        value.name = f"sum{index}"
+    nodes.append(ir.node("Concat", [x, value], {"axis": 0}))
+    nodes[-1].outputs[0].name = "y"
+    graph = ir.Graph([x], nodes[-1].outputs, nodes=nodes, initializers=[step], opset_imports={"": 18}, name="chain")
+    return ir.Model(graph, ir_version=10)
+
+
+def _kept_names(folding: type[FoldConstantsPass], length: int) -> int:
+    model = _chain(length)
+    folding(shape_inference=False, input_size_limit=100, output_size_limit=100)(model)
+    key = onnxscript.optimizer.FOLDED_FROM_KEY
+    values = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
+    assert "sum0" not in {value.name for value in values if value.producer() and value.producer().op_type == "Add"}
+    return max(len(value.metadata_props.get(key, "")) for value in values)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a constant keeps the names of all it was made of")
+def test_the_metadata_of_constants_does_not_grow_along_a_chain() -> None:
+    assert _kept_names(FoldConstantsPass, 40) == _kept_names(FoldConstantsPass, 4)
+
+
+def test_no_names_are_kept() -> None:
+    assert _kept_names(FoldConstants, 40) == 0
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the pass is private")
+def test_the_folding_pass_is_public() -> None:
+    assert hasattr(onnxscript.optimizer, "FoldConstantsPass")
+
+
+# onnx-ir's inlining
+
+
+class CountedSet(set[str]):
+    """A set that counts how often it is asked whether it holds something."""
+
+    asked = 0
+
+    def __contains__(self, item: object) -> bool:
+        self.asked += 1
+        return super().__contains__(item)
+
+
+def _asked(inlining: type[InlinePass], calls: int) -> int:
+    """How often names were looked up to inline `calls` calls of one function."""
+    inner = ir.Value(name="a")
+    body = ir.node("Relu", [inner])
+    body.outputs[0].name = "b"
+    opsets = {"": 18, "test": 1}
+    function = ir.Function(
+        "test", "F", graph=ir.Graph([inner], body.outputs, nodes=[body], opset_imports=opsets), attributes=[]
+    )
+    x = ir.Value(name="x")
+    value, nodes = x, []
+    for _ in range(calls):
+        nodes.append(ir.node("F", [value], domain="test"))
+        value = nodes[-1].outputs[0]
+    value.name = "y"
+    graph = ir.Graph([x], [value], nodes=nodes, opset_imports=opsets, name="calls")
+    made = inlining()
+    counted = [CountedSet(), CountedSet()]
+    original = made._reset
+
+    def reset(model: ir.Model) -> None:
+        original(model)
+        made._used_value_names, made._used_node_names = counted
+
+    made._reset = reset  # type: ignore[method-assign]
+    made(ir.Model(graph, ir_version=10, functions=[function]))
+    assert len(list(graph)) == calls and all(node.op_type == "Relu" for node in graph)
+    return sum(each.asked for each in counted)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="onnx-ir counts up from 1 for every name")
+def test_inlining_takes_steps_in_proportion_to_the_calls() -> None:
+    assert _asked(InlinePass, 80) < 8 * _asked(InlinePass, 20)
+
+
+def test_our_inlining_takes_steps_in_proportion_to_the_calls() -> None:
+    assert _asked(InlineFunctions, 80) < 8 * _asked(InlineFunctions, 20)
+
+
+# transformers' GGUF reader
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that readers were opened for, one entry each."""
+    opened: list[str] = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: Any, *arguments: Any) -> None:
+            opened.append(str(path))
+            super().__init__(path, *arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    return opened
+
+
+def _read(path: Path) -> None:
+    AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="transformers opens a reader for each of its calls")
+def test_transformers_opens_one_reader_a_file(tmp_path: Path, readers: list[str]) -> None:
+    _read(save_tiny_gguf(tmp_path / "tiny.gguf"))
+    assert len(readers) == 1
+
+
+def test_one_reader_serves_all_calls(tmp_path: Path, readers: list[str]) -> None:
+    path = save_tiny_gguf(tmp_path / "tiny.gguf")
+    before = gguf.GGUFReader
+    with one_gguf_reader():
+        _read(path)
+    assert len(readers) == 1
+    assert gguf.GGUFReader is before
+
+
+# torch's pytrees
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="torch.utils._pytree is private")
+def test_torch_has_a_public_module_of_pytrees() -> None:
+    assert importlib.util.find_spec("torch.utils.pytree") is not None
+
+
+def test_a_cache_is_taken_apart_into_its_tensors() -> None:
+    model = tiny_model("llama", 0)
+    register_cache_pytrees_for_model(getattr(model, "model", model))
+    cache = DynamicCache()
+    keys = torch.zeros(1, 2, 3, 4)
+    cache.update(keys, keys + 1, 0)
+    flat = torch.utils._pytree.tree_leaves(list(children(cache)))
+    assert [tuple(leaf.shape) for leaf in flat if isinstance(leaf, torch.Tensor)] == [(1, 2, 3, 4)] * 2
