@@ -5,7 +5,7 @@
 #   make quickstart   compile the sample model, verify it, generate text, print dense against sparse
 #   make test         all tests (JOBS=n processes)
 #   make test-long    what takes too long for that: tests marked long, every fuzzer for a minute (FUZZ_SECONDS=n, FUZZ_SEED=n)
-#   make lint         ruff and mypy, and whether all that is made from plugins/sparse_ffn.yaml is up to date
+#   make lint         ruff, mypy and import-linter, and whether all that is made from plugins/sparse_ffn.yaml is up to date
 #   make contract     make that again: the op's tables for Python, C++ and the documentation
 #   make sanitize     the kernels under the address and undefined-behaviour sanitizers
 #   make bench        time the kernel against ONNX Runtime's own operators
@@ -85,6 +85,7 @@ lint: $(SETUP)
 	$(BIN)/python -m clada_export.artifact.schema_files --check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 contract: $(SETUP)
 	$(BIN)/python -m plugins.contract
