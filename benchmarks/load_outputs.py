@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from clada_export.plan.plan import LoadSignal
+from clada_export.load.signal import LoadSignal
 from clada_export.runtime import LoadMeter
 from graph_passes import AddLoadOutputs
 

@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from benchmarks.engine_folder import write_engine_manifest
 from clada_export.decoder.torch_decoder import require_torch
-from clada_export.plan.plan import LoadSignal, SparsityPlan
+from clada_export.load.signal import LoadSignal
+from clada_export.plan.plan import SparsityPlan
 from clada_export.source.load import load_source
 from clada_export.targets.common import MODEL_NAME
 from clada_export.trace.trace import trace

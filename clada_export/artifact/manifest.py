@@ -24,7 +24,8 @@ from clada_export.artifact.manifest_schema import (
 from clada_export.errors import UsageError
 from clada_export.files.check import ListedFiles
 from clada_export.files.json_files import read_json, validate_json
-from clada_export.plan.plan import LoadSignal, SparsityPlan
+from clada_export.load.signal import LoadSignal
+from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.schema import LARGEST_SIZE
 
 __all__ = [

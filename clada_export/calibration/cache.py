@@ -40,9 +40,10 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.digest import weights_digest
 from clada_export.errors import CladaError, UsageError
 from clada_export.files.stamps import cache_home
+from clada_export.load.signal import LoadSignal
 from clada_export.methods import Policy, PolicyContext
 from clada_export.plan.method import Method
-from clada_export.plan.plan import LayerPlan, LoadSignal
+from clada_export.plan.plan import LayerPlan
 from clada_export.plan.tensors import arrays_digest, named_arrays, tensors_digest, tensors_of_layers
 
 FORMAT = "clada-export calibration cache 1"

@@ -18,8 +18,8 @@ from clada_export.calibration.selector import LayerSelector, Selection, Selector
 from clada_export.calibration.soundness import bounded
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UsageError
+from clada_export.load.signal import LoadSignal
 from clada_export.load.surprisal import surprisal_entropy
-from clada_export.plan.plan import LoadSignal
 
 GRID = 65
 """Levels a layer is measured at."""

@@ -12,9 +12,10 @@ from clada_export.calibration.load_response import LOAD_SLOPE
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UnsupportedModelError, UsageError
+from clada_export.load.signal import LoadSignal
 from clada_export.methods.base import PolicySettings
 from clada_export.plan.goal import Goal
-from clada_export.plan.plan import LayerPlan, LoadSignal, RouterForm, SparsityPlan
+from clada_export.plan.plan import LayerPlan, RouterForm, SparsityPlan
 from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.tensors import LayerTensors
 from clada_export.source.mixtures.ds_moe import ORIGIN as DS_MOE

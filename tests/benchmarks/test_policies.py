@@ -40,9 +40,10 @@ from clada_export.calibration.text import default_text
 from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
+from clada_export.load.signal import LoadSignal
 from clada_export.methods import POLICIES
 from clada_export.plan.method import Method, draft_layers
-from clada_export.plan.plan import LoadSignal, SparsityPlan
+from clada_export.plan.plan import SparsityPlan
 from tests.benchmarks.tiny import write_tiny_llama
 from tests.tiny_models import tiny_model
 

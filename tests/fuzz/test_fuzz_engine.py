@@ -21,8 +21,8 @@ from clada_export.artifact.manifest import MANIFEST_NAME, file_record, read_mani
 from clada_export.errors import BackendError, UsageError
 from clada_export.files.check import SMALL_BYTES
 from clada_export.load.controllers import CONTROLLERS
+from clada_export.load.signal import LoadSignal
 from clada_export.native.library import ort_library_path
-from clada_export.plan.plan import LoadSignal
 from clada_export.runtime import Engine, load_engine
 from tests.clada_export.runtime.test_runtime import POSITIONS, VOCABULARY, write_export
 from tests.fuzz.harness import JSON_VALUES, NUMBERS, damaged, fuzz, hold, mutated

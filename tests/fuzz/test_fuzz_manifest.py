@@ -19,8 +19,9 @@ from clada_export.artifact.manifest import MANIFEST_NAME, _digest, file_record, 
 from clada_export.artifact.profiles import choose_profile
 from clada_export.cli import main
 from clada_export.errors import CladaError, UsageError
+from clada_export.load.signal import LoadSignal
 from clada_export.load.tracker import LoadTracker
-from clada_export.plan.plan import LayerPlan, LoadSignal, RouterForm, SparsityPlan
+from clada_export.plan.plan import LayerPlan, RouterForm, SparsityPlan
 from clada_export.runtime.limits import read_limits
 from clada_export.runtime.tensorrt_session import engine_for, engine_profiles
 from tests.clada_export.runtime.test_runtime import make_manifest

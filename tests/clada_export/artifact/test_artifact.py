@@ -19,7 +19,8 @@ from clada_export.artifact.manifest import MANIFEST_NAME, Manifest, read_manifes
 from clada_export.artifact.writer import ArtifactWriter
 from clada_export.errors import UsageError
 from clada_export.files.work_folder import WorkFolder
-from clada_export.plan.plan import LoadSignal, SparsityPlan
+from clada_export.load.signal import LoadSignal
+from clada_export.plan.plan import SparsityPlan
 from tests.processes import start
 
 

@@ -20,7 +20,8 @@ from clada_export.artifact.manifest import (
     write_manifest,
 )
 from clada_export.errors import BackendError, UsageError
-from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
+from clada_export.load.signal import LoadSignal
+from clada_export.plan.plan import LayerPlan, SparsityPlan
 
 
 def make_manifest(**changes: Any) -> Manifest:

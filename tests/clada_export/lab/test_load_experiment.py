@@ -30,9 +30,10 @@ from clada_export.lab.load_experiment.documents import Documents, cut, ending_to
 from clada_export.lab.load_experiment.intervals import paired_interval
 from clada_export.lab.load_experiment.report import plot, save, tables, verdict
 from clada_export.lab.load_experiment.simulate import Run, document_signals, simulate
+from clada_export.load.signal import LoadSignal
 from clada_export.load.tracker import loads_along
 from clada_export.plan.method import Method, draft_layers
-from clada_export.plan.plan import LoadSignal, SparsityPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 

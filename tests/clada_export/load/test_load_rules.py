@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from clada_export.errors import UsageError
 from clada_export.load.controllers import CONTROLLERS, make_controller
+from clada_export.load.signal import LoadSignal
 from clada_export.load.tracker import LoadTracker, loads_along
-from clada_export.plan.plan import LoadSignal, SparsityPlan
+from clada_export.plan.plan import SparsityPlan
 
 BASE = LoadSignal(3.0, 2.0, 4.0, 1.5, 0.8, -0.3)
 RANDOM = np.random.default_rng(0)

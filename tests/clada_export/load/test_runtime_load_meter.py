@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from clada_export.load.meter import LOAD_LIMIT, LoadMeter, surprisal_entropy
-from clada_export.plan.plan import LoadSignal
+from clada_export.load.signal import LoadSignal
 
 ROWS = hnp.arrays(
     np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9), elements=st.floats(-80, 80, width=32)

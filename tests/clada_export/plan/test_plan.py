@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clada_export.errors import UsageError
-from clada_export.plan.plan import LayerPlan, LoadSignal, SparsityPlan
+from clada_export.load.signal import LoadSignal
+from clada_export.plan.plan import LayerPlan, SparsityPlan
 
 
 def make_plan() -> SparsityPlan:

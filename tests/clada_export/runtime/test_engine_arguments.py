@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from clada_export.artifact.manifest import CacheTensor, TensorSpec
 from clada_export.errors import BackendError, CladaError, UsageError
 from clada_export.load.controllers import CONTROLLERS, make_controller
+from clada_export.load.signal import LoadSignal
 from clada_export.load.tracker import LoadTracker
 from clada_export.load.values import LARGEST, in_float32, load_array, one_load
-from clada_export.plan.plan import LoadSignal
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.opening import MOST_THREADS
 from clada_export.runtime.sampling import LARGEST_SEED, Sampler, SamplingSettings

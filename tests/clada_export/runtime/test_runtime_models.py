@@ -16,8 +16,9 @@ import torch
 
 from clada_export.artifact.manifest import CacheTensor, Manifest, TensorSpec, file_record, write_manifest
 from clada_export.errors import BackendError
+from clada_export.load.signal import LoadSignal
 from clada_export.native.library import ort_library_path
-from clada_export.plan.plan import LoadSignal, SparsityPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime import engine as engine_module
 from graph_passes import AddLoadOutputs, FFNRewrite, name_interface, rewrite_ffns
