@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.load.values import LARGEST
+from clada_export.load.values import LARGEST, Array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,6 @@ LOAD_LIMIT = 4.0
 
 LONGEST_WINDOW = 4096
 
-Array: TypeAlias = npt.NDArray[np.float64]
 State: TypeAlias = tuple[Array, ...]
 Values = TypeVar("Values", npt.NDArray[np.float64], "Tensor")
 """Arrays of the runtime, or tensors of calibration; both do the same arithmetic in their own type."""

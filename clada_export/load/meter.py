@@ -13,9 +13,9 @@ from clada_export.load.controllers import LOAD_LIMIT
 from clada_export.load.signal import LoadSignal
 from clada_export.load.surprisal import surprisal_entropy
 from clada_export.load.tracker import LoadTracker
-from clada_export.load.values import load_array
+from clada_export.load.values import Array, load_array
 
-LoadFunction: TypeAlias = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.ArrayLike]
+LoadFunction: TypeAlias = Callable[[Array, Array], npt.ArrayLike]
 """A signal from outside: (surprisal [B], entropy [B]), in nats, to load [B]; +inf is dense."""
 
 
@@ -61,10 +61,10 @@ class LoadMeter:
 
 def _checked(
     function: LoadFunction,
-) -> Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64]], npt.NDArray[np.float32]]:
+) -> Callable[[Array, Array], npt.NDArray[np.float32]]:
     """The function, its result held to what the engine takes; rows without a finite signal are dense whatever it says."""
 
-    def step(surprisal: npt.NDArray[np.float64], entropy: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    def step(surprisal: Array, entropy: Array) -> npt.NDArray[np.float32]:
         loads = load_array(function(surprisal, entropy), "load: what the function returned")
         if loads.shape != surprisal.shape:
             raise UsageError(f"load: the function returned shape {loads.shape}; one load a row is wanted: {surprisal.shape}")

@@ -6,15 +6,15 @@ the sums: float64 for arrays, which are one step of a batch, and float32 for ten
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from clada_export.load.values import Array
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-Array: TypeAlias = npt.NDArray[np.float64]
 
 
 @overload

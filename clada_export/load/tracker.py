@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.load.controllers import Array, Signals, State, make_controller
+from clada_export.load.controllers import Signals, State, make_controller
 from clada_export.load.signal import LoadSignal, standardised
-from clada_export.load.values import LARGEST, in_float32
+from clada_export.load.values import LARGEST, Array, in_float32
 
 
 class LoadTracker:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from clada_export.errors import UsageError, shown
+
+Array: TypeAlias = npt.NDArray[np.float64]
 
 DENSE = math.inf
 SKIP = -math.inf

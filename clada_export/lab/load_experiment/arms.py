@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from clada_export.calibration.load_response import LOAD_SLOPE
 from clada_export.load.controllers import limited
 from clada_export.load.signal import LoadSignal
 from clada_export.load.tracker import loads_along
-
-Array: TypeAlias = npt.NDArray[np.float64]
+from clada_export.load.values import Array
 
 SIGNALS = {"surprisal": (1.0, 0.0), "entropy": (0.0, 1.0), "both": (0.5, 0.5)}
 """Weights of surprisal and entropy; `both` is the mean of the two."""
