@@ -73,7 +73,7 @@ def load_array(loads: Any, what: str) -> npt.NDArray[np.float32]:
         values = np.array(numbers, np.float64).reshape(values.shape)
     if values.dtype.kind not in "iuf":
         raise UsageError(f"{what} is {values.dtype}; numbers are wanted, or +inf for dense")
-    return in_float32(values if values.dtype.kind == "f" else values.astype(np.float64))
+    return in_float32(values if values.dtype == np.longdouble else values.astype(np.float64))
 
 
 def _number(value: Any) -> float | None:
