@@ -27,7 +27,6 @@ __all__ = [
     "PLAN_SCHEMA",
     "PLAN_VERSION",
     "LayerPlan",
-    "LoadSignal",
     "RouterForm",
     "SparsityPlan",
     "layer_attributes",
