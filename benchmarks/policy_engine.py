@@ -27,7 +27,6 @@ from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import UsageError
 from clada_export.native.library import LIBRARY_NAME, ort_library_path
 from clada_export.plan.plan import SparsityPlan
-from clada_export.plan.tensors import save_plan_tensors
 from clada_export.runtime import load_engine
 from clada_export.runtime.engine import Load
 from clada_export.source.load import SourceModel
@@ -81,7 +80,7 @@ class Workshop:
             self._take_weights(graph, plan, report)
         save(graph, folder)
         shutil.copyfile(ort_library_path(), folder / LIBRARY_NAME)
-        save_plan_tensors(folder, plan)
+        plan.save_arrays(folder)
         write_engine_manifest(folder, self._source, graph, plan, library=LIBRARY_NAME)
 
     def _take_weights(self, graph: ir.Model, plan: SparsityPlan, report: RewriteReport) -> None:

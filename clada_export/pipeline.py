@@ -23,10 +23,9 @@ from clada_export.decoder.padding_kinds import NONE
 from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
-from clada_export.plan.fit import check_goals, require_fit
+from clada_export.plan.fit import require_fit
 from clada_export.plan.plan import SparsityPlan
-from clada_export.plan.tensors import save_plan_tensors
-from clada_export.planning import calibration_context, make_plan, read_data, round_weights, weights_again
+from clada_export.planning import calibration_context, check_goals, make_plan, read_data, round_weights, weights_again
 from clada_export.progress import Progress, Stages
 from clada_export.source.companions import write_companions
 from clada_export.source.load import SourceModel, load_source
@@ -112,7 +111,7 @@ def export(
         require_whole(source.decoder, rewritten)
         plan = plan.with_layers(tuple(layer for layer in plan.layers if layer.name in rewritten))
         write_companions(source.decoder, source.tokenizer, writer.path, source.name)
-        save_plan_tensors(writer.path, plan)
+        plan.save_arrays(writer.path)
         manifest = _manifest(source, plan, built, target, options, warnings)
         if manifest.padding == NONE:
             one_length = "the model does not take padding: prompts of a batch have to be of one length"

@@ -1,4 +1,4 @@
-"""The calibrate stage as an export runs it: which text, and which way to a plan."""
+"""The calibrate stage as an export runs it: which plans are taken, which text, and which way to a plan."""
 
 from __future__ import annotations
 
@@ -25,6 +25,22 @@ from clada_export.plan.schema import SHORTEST_CONTEXT
 from clada_export.source.load import SourceModel
 from clada_export.source.mixtures import import_plan, is_imported
 from clada_export.targets.common import Target
+from clada_export.targets.options import merging_refused
+
+
+def check_goals(plan: SparsityPlan, origin: str, target: str) -> None:
+    """Refuse what can be refused without the model: pruning that is none, and what the target does not have.
+
+    Raises:
+        UsageError: names the plan and the field.
+    """
+    try:
+        if plan.prune is not None:
+            PruneSpec.parse(plan.prune)
+    except UsageError as error:
+        raise UsageError(f"{origin}: {error}") from error
+    if target == "trt" and any(layer.merge is not None for layer in plan.layers):
+        raise UsageError(f"{origin}: {merging_refused(plan.policy)}")
 
 
 def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:

@@ -18,9 +18,9 @@ from clada_export.artifact.manifest_schema import (
     CACHE_ROLES,
     MANIFEST_SCHEMA,
     MANIFEST_VERSION,
-    PADDINGS,
     TARGETS,
 )
+from clada_export.decoder.padding_kinds import PADDINGS
 from clada_export.errors import UsageError
 from clada_export.files.check import ListedFiles
 from clada_export.files.json_files import read_json, validate_json

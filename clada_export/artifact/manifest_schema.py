@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from clada_export.decoder.padding_kinds import PADDINGS
 from clada_export.plan.schema import LARGEST_SIZE, PLAN_SCHEMA
 
 MANIFEST_VERSION = 1
 
-PADDINGS = ("left", "none")
-"""Rows of a batch may be padded on the left, or have to be of one length."""
 TARGETS = ("ort", "trt")
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
 CACHE_ROLES = ("key", "value", "stat", "merged_in", "merged_out")

@@ -1,6 +1,6 @@
-"""What a row may give when it is padded on the left. Apart from what finds out which: engines run without PyTorch."""
+"""What padding on the left may do to a model's rows. Apart from what finds it out: an engine runs without PyTorch."""
 
 from __future__ import annotations
 
 LEFT, NONE = PADDINGS = ("left", "none")
-"""The same as alone, or something else: then rows of a batch have to be of one length."""
+"""Rows of a batch may be padded on the left, or have to be of one length."""

@@ -1,16 +1,47 @@
-"""The score of every neuron, as the op would compute it, for an FFN of the eager model."""
+"""The score of every neuron, as the op would compute it, for an FFN as it is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clada_export.decoder.ffn import EagerFFN
 from clada_export.op.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, neuron_scores, quantize_shadow
 from graph_passes.op import SparseFFNAttributes
+
+
+class DenseFFN(Protocol):
+    """An FFN's weights in the op's order: hidden_size d, intermediate_size f, n = 2 (gated) or 1 input rows a neuron."""
+
+    @property
+    def activation(self) -> str:
+        """One of the op's."""
+        ...
+
+    @property
+    def gated(self) -> bool:
+        """Whether it has a gate."""
+        ...
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether any of the projections has a bias."""
+        ...
+
+    def w_in(self) -> Tensor:
+        """Float32 [f, n, d]."""
+        ...
+
+    def w_out(self) -> Tensor:
+        """Float32 [f, d]."""
+        ...
+
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of gate [f], up [f] and down [d]."""
+        ...
 
 
 def neuron_scale(w_out: Tensor) -> Tensor:
@@ -54,13 +85,13 @@ class LayerScorer:
         return neuron_scores(x, h, gate, self.tensors, self.attributes, None, self.weight)
 
 
-def layer_attributes(ffn: EagerFFN, score: str, rule: str) -> SparseFFNAttributes:
+def layer_attributes(ffn: DenseFFN, score: str, rule: str) -> SparseFFNAttributes:
     """The op's attributes for an FFN, without a load response."""
     return SparseFFNAttributes(activation=ffn.activation, gated=ffn.gated, score=score, rule=rule, has_bias=ffn.has_bias)
 
 
 def layer_tensors(
-    ffn: EagerFFN, score: str, threshold: Tensor, *, keep_weights: bool = True, neurons: np.ndarray | None = None
+    ffn: DenseFFN, score: str, threshold: Tensor, *, keep_weights: bool = True, neurons: np.ndarray | None = None
 ) -> SparseFFNTensors:
     """All constant inputs of the op for an FFN; `keep_weights=False` leaves w_in empty where the score does not read it.
 
@@ -87,7 +118,7 @@ def layer_tensors(
     )
 
 
-def make_scorer(ffn: EagerFFN, score: str) -> LayerScorer:
+def make_scorer(ffn: DenseFFN, score: str) -> LayerScorer:
     """A scorer for an FFN; holds one float32 copy of the input weights where the score needs one."""
     attributes = layer_attributes(ffn, score, "threshold")
     tensors = layer_tensors(ffn, score, torch.zeros(1), keep_weights=score == "gate")

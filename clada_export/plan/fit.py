@@ -8,25 +8,9 @@ import torch
 
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UnsupportedModelError, UsageError
-from clada_export.methods.pruning import PruneSpec
 from clada_export.plan.adapters import adapted_weights, check_adapters
-from clada_export.plan.plan import LayerPlan, SparsityPlan
-from clada_export.targets.options import merging_refused
-
-
-def check_goals(plan: SparsityPlan, origin: str, target: str) -> None:
-    """Refuse what can be refused without the model: pruning that is none, and what the target does not have.
-
-    Raises:
-        UsageError: names the plan and the field.
-    """
-    try:
-        if plan.prune is not None:
-            PruneSpec.parse(plan.prune)
-    except UsageError as error:
-        raise UsageError(f"{origin}: {error}") from error
-    if target == "trt" and any(layer.merge is not None for layer in plan.layers):
-        raise UsageError(f"{origin}: {merging_refused(plan.policy)}")
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 
 
 def require_fit(plan: SparsityPlan, ffns: Sequence[EagerFFN], weights_digest: str, origin: str) -> None:

@@ -7,18 +7,15 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from clada_export.errors import UsageError
 from clada_export.foreign import PLAN_ARRAYS, reading
+from clada_export.plan.layer import LayerPlan
 from graph_passes.op import ContractError
 from graph_passes.router import Router
-
-if TYPE_CHECKING:
-    from clada_export.plan.plan import LayerPlan, SparsityPlan
 
 PLAN_TENSORS = "plan.safetensors"
 """Beside a plan or an export's manifest: routers and neuron orders, if the plan has any."""
@@ -76,11 +73,13 @@ def arrays_digest(named: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def save_plan_tensors(folder: Path, plan: SparsityPlan) -> None:
-    """Write the arrays of a plan, if it has any, into a folder as `PLAN_TENSORS`, with the model's weights digest."""
-    if plan.arrays:
-        metadata = {"weights_digest": str(plan.source.get("weights_digest", ""))}
-        save_file(named_arrays(plan.arrays), folder / PLAN_TENSORS, metadata=metadata)
+def save_tensors(path: Path, arrays: Mapping[str, LayerTensors], weights_digest: str) -> None:
+    """Write arrays.
+
+    Args:
+        weights_digest: of the model that they are for; goes into the file's metadata.
+    """
+    save_file(named_arrays(arrays), path, metadata={"weights_digest": weights_digest})
 
 
 def load_tensors(path: Path, layers: Sequence[LayerPlan], digest: str) -> dict[str, LayerTensors]:

@@ -353,7 +353,7 @@ def test_one_threshold_a_granule_compiles(plans: dict[str, Given], compile_plan:
 
 
 def test_a_plan_for_tensorrt_that_merges_is_refused_at_once(plans: dict[str, Given], tmp_path: Path) -> None:
-    from clada_export.plan.fit import check_goals
+    from clada_export.planning import check_goals
 
     plan = SparsityPlan.load_file(plans["lory"].write(tmp_path))
     with pytest.raises(UsageError, match="'lory' does not run on TensorRT"):
