@@ -14,8 +14,9 @@ from clada_export.methods import PolicySettings, get_policy
 from clada_export.methods.base import check_finetune, check_score
 from clada_export.methods.pruning import PruneSpec
 from clada_export.plan.ranges import CONTEXT, SEED, require_between
+from clada_export.plan.targets import merging_refused
 from clada_export.targets.common import WEIGHT_TYPES
-from clada_export.targets.options import TensorRTOptions, merging_refused
+from clada_export.targets.options import TensorRTOptions
 from clada_export.targets.registry import TARGETS
 
 DTYPES = tuple(WEIGHT_TYPES)
@@ -62,8 +63,8 @@ class ExportOptions:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.policy != AUTO:
             policy = get_policy(self.policy)
-            if policy.merges and self.target == "trt":
-                raise UsageError(merging_refused(self.policy))
+            if policy.merges and (refused := merging_refused(self.target, self.policy)) is not None:
+                raise UsageError(refused)
             check_finetune(policy, self.settings, self.prune is not None)
             # Where a router scores, an imported mixture brings its own, and options for making one are named and ignored.
             if "external" not in policy.scores:

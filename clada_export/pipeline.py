@@ -25,6 +25,7 @@ from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
 from clada_export.plan.fit import require_fit
 from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.targets import TARGET_TRAITS
 from clada_export.planning import calibration_context, check_goals, make_plan, read_data, round_weights, weights_again
 from clada_export.progress import Progress, Stages
 from clada_export.source.companions import write_companions
@@ -214,7 +215,7 @@ def _check_graph_source(source: SourceModel, options: ExportOptions, given: Spar
     if source.graph is None:
         return
     where = f"{source.graph} is an ONNX graph"
-    if options.target != "ort":
+    if not TARGET_TRAITS[options.target].compiles_graphs:
         raise UsageError(f"{where}, and --target {options.target} compiles the PyTorch model; give that, or --target ort")
     pruned = options.prune or (given.prune if given is not None else None)
     if pruned:

@@ -6,10 +6,11 @@ from typing import Any
 
 from clada_export.decoder.padding_kinds import PADDINGS
 from clada_export.plan.schema import LARGEST_SIZE, PLAN_SCHEMA
+from clada_export.plan.targets import TARGET_TRAITS
 
 MANIFEST_VERSION = 1
 
-TARGETS = ("ort", "trt")
+TARGETS = tuple(TARGET_TRAITS)
 CACHE_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32")
 CACHE_ROLES = ("key", "value", "stat", "merged_in", "merged_out")
 

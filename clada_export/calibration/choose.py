@@ -19,6 +19,7 @@ from clada_export.methods import POLICIES, Policy
 from clada_export.plan.goal import Goal
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import PolicyChoice, PolicyRow
+from clada_export.plan.targets import TARGET_TRAITS
 
 AUTO = "auto"
 """What `--policy` takes to have the policy chosen."""
@@ -105,7 +106,7 @@ def plan_clock(decoder: Decoder, heldout: Tensor, prompt: int, *, target: str, d
     """A clock for `choose`: times layers in ONNX Runtime, or says under `left_out` why it does not."""
 
     def read(plan: SparsityPlan) -> dict[str, Any]:
-        if target != "ort":
+        if not TARGET_TRAITS[target].timed:
             found = "this machine has a GPU" if torch.cuda.is_available() else "this machine has no GPU"
             return {
                 "left_out": f"target {target}: layers are timed in ONNX Runtime on the CPU only ({found}); "

@@ -12,14 +12,6 @@ from clada_export.plan.ranges import BATCH, TOKENS, require_between
 DEFAULT_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 
 
-def merging_refused(policy: str) -> str:
-    """Why TensorRT does not run a policy that merges experts."""
-    return (
-        f"policy {policy!r} does not run on TensorRT: merged weights are made only in runs that hold a dense token and kept "
-        "otherwise, and a TensorRT engine can't leave out an output; use --target ort or another --policy"
-    )
-
-
 @dataclass(frozen=True)
 class TensorRTOptions:
     """Options of `--target trt`; the defaults are those of the command line.

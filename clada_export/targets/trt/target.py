@@ -28,6 +28,7 @@ from clada_export.errors import BackendError, UsageError
 from clada_export.native.library import TRT_LIBRARY_NAME, check_library, ort_library_path, trt_library_path
 from clada_export.native.tensorrt import PLUGIN_VERSION, Backend, find_backend, missing_gpu
 from clada_export.plan.plan import read_json
+from clada_export.plan.targets import merging_refused
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.tensorrt_session import engine_profiles, open_engine
 from clada_export.targets.common import (
@@ -41,7 +42,7 @@ from clada_export.targets.common import (
     save,
     tensor_spec,
 )
-from clada_export.targets.options import TensorRTOptions, merging_refused
+from clada_export.targets.options import TensorRTOptions
 from clada_export.targets.trt.build import PLUGIN_LAYER, BuiltEngines, build_engines, check_settings
 from clada_export.targets.trt.commands import commands
 from clada_export.targets.trt.inline import write_inlined
@@ -120,8 +121,9 @@ def build(request: BuildRequest) -> BuiltModel:
         UsageError: a layer of the plan has other sizes than the graph, or a profile is larger than the model.
         BackendError: TensorRT or the plugin library is missing, or the build fails.
     """
-    if any(layer.merge is not None for layer in request.plan.layers):
-        raise UsageError(merging_refused(request.plan.policy))
+    refused = merging_refused("trt", request.plan.policy)
+    if refused is not None and any(layer.merge is not None for layer in request.plan.layers):
+        raise UsageError(refused)
     settings = request.settings or TensorRTOptions()
     backend = find_backend()
     warnings = check_settings(backend, settings)
