@@ -22,10 +22,10 @@ from clada_export.plan.fit import require_finite_weights, require_fit
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.schema import SHORTEST_CONTEXT
+from clada_export.plan.targets import merging_refused
 from clada_export.source.load import SourceModel
 from clada_export.source.mixtures import import_plan, is_imported
 from clada_export.targets.common import Target
-from clada_export.targets.options import merging_refused
 
 
 def check_goals(plan: SparsityPlan, origin: str, target: str) -> None:
@@ -39,8 +39,9 @@ def check_goals(plan: SparsityPlan, origin: str, target: str) -> None:
             PruneSpec.parse(plan.prune)
     except UsageError as error:
         raise UsageError(f"{origin}: {error}") from error
-    if target == "trt" and any(layer.merge is not None for layer in plan.layers):
-        raise UsageError(f"{origin}: {merging_refused(plan.policy)}")
+    refused = merging_refused(target, plan.policy) if any(layer.merge is not None for layer in plan.layers) else None
+    if refused is not None:
+        raise UsageError(f"{origin}: {refused}")
 
 
 def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:
