@@ -487,6 +487,7 @@ def test_a_damaged_graph(tmp_path: Path) -> None:
 
 
 def test_starts_without_torch_and_transformers() -> None:
-    code = "import sys, clada_export.runtime; print([m for m in ('torch', 'transformers', 'jinja2', 'huggingface_hub') if m in sys.modules])"
+    heavy = ("torch", "transformers", "jinja2", "huggingface_hub")
+    code = f"import sys, clada_export.runtime; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
