@@ -60,11 +60,6 @@ class EagerFFN:
         down = _bias(self.down, d)
         return (found[0], found[1], down) if self.gated else (None, found[0], down)
 
-    @property
-    def input_rows(self) -> int:
-        """n: 2 for a gated FFN, else 1."""
-        return 2 if self.gated else 1
-
 
 @dataclass(frozen=True)
 class SkippedFFN:
