@@ -6,11 +6,13 @@ run (strict): then the patch goes, and its test too.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ from tests.tiny_gguf import save_tiny_gguf
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[3]
+OURS = {"clada_export", "graph_passes", *sys.stdlib_module_names}
+"""What is no other library: this project, and Python's own modules."""
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
@@ -54,6 +58,46 @@ def test_a_patch_is_looked_at_when_its_library_changes(patch: Patch) -> None:
 def test_every_module_of_patches_is_listed() -> None:
     modules = {module.name for module in pkgutil.iter_modules(clada_export.patches.__path__)}
     assert {patch.name for patch in PATCHES} == modules - {"patch", "registry"}
+
+
+def private_parts(tree: ast.Module) -> list[str]:
+    """The private names of other libraries that a module imports, or reaches by way of one that it imports."""
+    found, libraries = [], set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            libraries |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        foreign = (name for name in names if name.split(".")[0] not in OURS)
+        found += [name for name in foreign if re.search(r"\._(?!_)", f".{name}")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr):
+            text = ast.unparse(node)
+            found += [text] if re.fullmatch(r"[\w.]+", text) and text.split(".")[0] in libraries - OURS else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from onnxscript.rewriter import _basics",
+        "from onnxscript.optimizer._constant_folding import FoldConstantsPass",
+        "import torch\nx = torch.utils._pytree.SUPPORTED_NODES",
+        "import onnx_ir as ir\nir._core.Graph()",
+    ],
+)
+def test_a_private_part_is_seen(text: str) -> None:
+    assert private_parts(ast.parse(text))
+
+
+def test_nothing_else_touches_private_parts() -> None:
+    for folder in ("clada_export", "graph_passes"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.parent.name != "patches":
+                assert private_parts(ast.parse(path.read_text(encoding="utf-8"))) == [], path.relative_to(ROOT)
 
 
 # onnxscript's matcher
