@@ -28,6 +28,7 @@ from clada_export.calibration.cost import relative_bytes
 from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import CladaError, UsageError
 from clada_export.methods import get_policy
+from clada_export.methods.static import WeightPruning
 from clada_export.plan.plan import SparsityPlan
 from clada_export.source.load import load_source
 from clada_export.verify.eager import greedy
@@ -120,8 +121,9 @@ class Bench:
     def _planned(self, contender: Contender, sparsity: float, speed: bool) -> dict[str, Any]:
         seconds: dict[str, float] = {}
         start = time.perf_counter()
-        options = CalibrationOptions(sparsity=sparsity, settings=contender.settings, seed=self._settings.seed)
-        plan = self._calibrator.calibrate(get_policy(contender.policy), self._origin, options).plan
+        policy = get_policy(contender.policy, contender.settings)
+        options = CalibrationOptions(sparsity=sparsity, seed=self._settings.seed)
+        plan = self._calibrator.calibrate(policy, self._origin, options).plan
         seconds["calibration"] = time.perf_counter() - start
 
         path = self._plan_path(contender, sparsity)
@@ -175,7 +177,7 @@ class Bench:
 
     def _later_speed(self, plan: SparsityPlan, seconds: dict[str, float]) -> dict[str, Any]:
         """The speed of a plan from an earlier run; the weights are brought into the state it was made for."""
-        self._calibrator.weights.follow(plan)
+        self._calibrator.weights.follow(None if plan.prune is None else WeightPruning.parse(plan.prune), plan.arrays)
         return {"speed_commit": environment.commit(), **self._speed(plan, seconds), "seconds": seconds}
 
     def _speed(self, plan: SparsityPlan, seconds: dict[str, float]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from clada_export.calibration.axis import Axis
 from clada_export.calibration.drift import Drift, compare, drift_of
 from clada_export.calibration.load_response import multiplier_of
-from clada_export.calibration.merged import measure_merged
+from clada_export.calibration.segment_state import measure_segment_state
 from clada_export.calibration.selector import LayerSelector, Selectors, decide
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
@@ -126,7 +126,7 @@ class HeldOut:
 def merged_quality(heldout: HeldOut, ffns: Sequence[EagerFFN], plan: SparsityPlan) -> Found:
     """Of a plan that merges experts: no mask, but another FFN after the prompt. The share that is not run is 1 - 1 / E."""
     method = Method(plan.policy, plan.score, plan.rule, plan.layers, arrays=dict(plan.arrays))
-    drift = measure_merged(heldout, ffns, method).drift
+    drift = measure_segment_state(heldout, ffns, method).drift
     skipped = np.array([1.0 - 1.0 / (layer.merge or 1) for layer in plan.layers])
     return Found(replace(drift, sparsity=float(np.average(skipped, weights=[layer.width for layer in plan.layers]))), skipped)
 

@@ -53,11 +53,11 @@ def contenders(names: Sequence[str] | None = None) -> list[Contender]:
     """
     found = []
     for name, policy in POLICIES.items():
-        if policy.merges:
+        if policy.segment_state:
             # Two experts merged into one; more lie further apart than the table's sparsities.
             found.append(Contender(name, name, "dynamic", policy.trained, only=0.5))
             continue
-        if policy.prune_at(0.5, PolicySettings()) is None:
+        if not policy.prunes:
             found.append(Contender(name, name, "dynamic", policy.trained))
             if policy.finetunes:
                 found.append(Contender(f"{name}-finetuned", name, "dynamic", True, PolicySettings(finetune=True)))

@@ -11,8 +11,7 @@ from clada_export.calibration.cache import default_cache_folder
 from clada_export.calibration.choose import AUTO
 from clada_export.errors import UsageError
 from clada_export.methods import PolicySettings, get_policy
-from clada_export.methods.base import check_finetune, check_score
-from clada_export.methods.pruning import PruneSpec
+from clada_export.methods.static import PruneSpec
 from clada_export.plan.ranges import CONTEXT, SEED, require_between
 from clada_export.plan.targets import merging_refused
 from clada_export.targets.common import WEIGHT_TYPES
@@ -62,15 +61,10 @@ class ExportOptions:
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.policy != AUTO:
-            policy = get_policy(self.policy)
-            if policy.merges and (refused := merging_refused(self.target, self.policy)) is not None:
+            policy = get_policy(self.policy, self.settings)
+            if policy.segment_state and (refused := merging_refused(self.target, self.policy)) is not None:
                 raise UsageError(refused)
-            check_finetune(policy, self.settings, self.prune is not None)
-            # Where a router scores, an imported mixture brings its own, and options for making one are named and ignored.
-            if "external" not in policy.scores:
-                check_score(policy.name, policy.scores, self.settings)
-            if self.prune is not None and policy.prune_at(0.5, PolicySettings()) is not None:
-                raise UsageError(f"--policy {policy.name} prunes by itself; leave --prune out")
+            policy.check_options(pruned=self.prune is not None)
         if self.train and self.policy != AUTO:
             raise UsageError(f"--train is for --policy {AUTO}; policy {self.policy!r} trains routers if it has any")
         self.settings.check()

@@ -23,6 +23,7 @@ from clada_export.decoder.padding_kinds import NONE
 from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import UsageError, VerificationError
 from clada_export.export_options import ExportOptions
+from clada_export.methods.imported import check_import, ignored_options, require_dense, require_whole, takes_experts
 from clada_export.plan.fit import require_fit
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.targets import TARGET_TRAITS
@@ -30,7 +31,6 @@ from clada_export.planning import calibration_context, check_goals, make_plan, r
 from clada_export.progress import Progress, Stages
 from clada_export.source.companions import write_companions
 from clada_export.source.load import SourceModel, load_source
-from clada_export.source.mixtures import check_import, ignored_options, require_dense, require_whole, takes_experts
 from clada_export.source.onnx.graph import load_graph
 from clada_export.targets.common import BuildRequest, BuiltModel, Subject, Target
 from clada_export.targets.registry import TARGETS

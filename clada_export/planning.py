@@ -16,15 +16,15 @@ from clada_export.calibration.weights import FFNWeights
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.methods import get_policy
-from clada_export.methods.pruning import PruneSpec
+from clada_export.methods import all_policies, get_policy
+from clada_export.methods.imported import import_plan, is_imported
+from clada_export.methods.static import PruneSpec, WeightPruning
 from clada_export.plan.fit import require_finite_weights, require_fit
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.schema import SHORTEST_CONTEXT
 from clada_export.plan.targets import merging_refused
 from clada_export.source.load import SourceModel
-from clada_export.source.mixtures import import_plan, is_imported
 from clada_export.targets.common import Target
 
 
@@ -108,20 +108,19 @@ def make_plan(
     calibration = CalibrationOptions(
         budget=Budget.parse(options.budget),
         sparsity=options.sparsity,
-        settings=options.settings,
-        prune=None if options.prune is None else PruneSpec.parse(options.prune),
+        prune=None if options.prune is None else WeightPruning.parse(options.prune),
         load_response=options.load_response,
         seed=options.seed,
         item=getattr(torch, options.dtype).itemsize,
     )
     cache = CalibrationCache.of(options.calibration_cache, decoder, data.calibration, options.seed, note)
     if options.policy != AUTO:
-        policy = get_policy(options.policy)
+        policy = get_policy(options.policy, options.settings)
         result = calibrate(decoder, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
         return result.plan, result.details
     calibrator = Calibrator(decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
     clock = plan_clock(decoder, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
-    result = choose(calibrator, origin, calibration, train=options.train, clock=clock)
+    result = choose(calibrator, origin, calibration, policies=all_policies(options.settings), train=options.train, clock=clock)
     assert result.plan.calibration.auto is not None
     note(str(result.plan.calibration.auto.text))
     return result.plan, result.details
@@ -148,4 +147,5 @@ def weights_again(
             f"{data.calibration.shape[1]} tokens or others, and the text here is another one; give the same --calibration-data "
             "and --calibration-context"
         )
-    FFNWeights(decoder, data.calibration, rounded).follow(plan)
+    pruning = None if plan.prune is None else WeightPruning.parse(plan.prune)
+    FFNWeights(decoder, data.calibration, rounded).follow(pruning, plan.arrays)

@@ -34,6 +34,7 @@ from torch import Tensor
 import clada_export
 import graph_passes
 from clada_export import __version__
+from clada_export.calibration.context import MethodMaker, PolicyContext
 from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import CalibrationStatistics, LayerTable
 from clada_export.decoder.decoder import Decoder
@@ -41,7 +42,6 @@ from clada_export.decoder.digest import weights_digest
 from clada_export.errors import CladaError, UsageError
 from clada_export.files.stamps import cache_home
 from clada_export.load.signal import LoadSignal
-from clada_export.methods import Policy, PolicyContext
 from clada_export.plan.method import Method
 from clada_export.plan.plan import LayerPlan
 from clada_export.plan.tensors import arrays_digest, named_arrays, tensors_digest, tensors_of_layers
@@ -224,18 +224,12 @@ class CalibrationCache:
         found = [item for item in known if item is not None]
         return CalibrationStatistics(tuple(item.tables[0] for item in found), found[0].load)
 
-    def methods(self, policy: Policy, context: PolicyContext) -> tuple[Method, ...]:
+    def methods(self, maker: MethodMaker, context: PolicyContext) -> tuple[Method, ...]:
         """The methods of a policy; only those that train routers are kept, others cost nothing to make."""
-        if not policy.trained:
-            return policy.methods(context)
-        what = {
-            "policy": policy.name,
-            "settings": asdict(context.settings),
-            "sparsity": context.sparsity,
-            "prompt": context.prompt,
-            "seed": context.seed,
-        }
-        return self._kept("routers", what, _unpack_methods, _pack_methods, lambda: policy.methods(context))
+        if not maker.trained:
+            return maker.methods(context)
+        what = {**maker.made_with, "sparsity": context.sparsity, "prompt": context.prompt, "seed": context.seed}
+        return self._kept("routers", what, _unpack_methods, _pack_methods, lambda: maker.methods(context))
 
     def of_weights(self, decoder: Decoder) -> CalibrationCache:
         """The same for a decoder whose weights have changed since."""

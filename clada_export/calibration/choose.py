@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from clada_export.calibration.budget import Budget, BudgetUnmetError
-from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, Calibrator
+from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, Calibrator, Policy
 from clada_export.calibration.clock import read_clock
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import BackendError, UsageError
-from clada_export.methods import POLICIES, Policy
 from clada_export.plan.goal import Goal
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import PolicyChoice, PolicyRow
@@ -23,8 +22,6 @@ from clada_export.plan.targets import TARGET_TRAITS
 
 AUTO = "auto"
 """What `--policy` takes to have the policy chosen."""
-NEURONS = "neurons"
-"""The pattern of static pruning that leaves fewer bytes to read."""
 
 _SKIPPED = "skipped: "
 Clock = Callable[[SparsityPlan], dict[str, Any]]
@@ -35,8 +32,8 @@ def choose(
     source: dict[str, Any],
     options: CalibrationOptions,
     *,
+    policies: Mapping[str, Policy],
     train: bool = False,
-    policies: Mapping[str, Policy] = POLICIES,
     clock: Clock | None = None,
 ) -> CalibrationResult:
     """Calibrate all policies with one calibrator and keep one.
@@ -46,6 +43,7 @@ def choose(
     those that read fewer bytes than the dense model. The model's weights are left as the chosen plan says.
 
     Args:
+        policies: those to choose among, by name.
         train: whether policies that train routers take part.
         clock: times the chosen plan; what it returns is kept beside the table.
 
@@ -58,7 +56,7 @@ def choose(
     rows: list[PolicyRow] = []
     best: tuple[PolicyRow, CalibrationResult] | None = None
     for name, policy in policies.items():
-        reason = _excluded(policy, calibrator, options, train)
+        reason = _left_out(policy, calibrator, train)
         if reason is not None:
             rows.append(PolicyRow(name, f"{_SKIPPED}{reason}"))
             continue
@@ -81,7 +79,7 @@ def choose(
     if best is None:
         raise UsageError(_nothing(rows, options))
     chosen, result = best
-    calibrator.weights.follow(result.plan)
+    calibrator.weights.follow(result.pruning, result.plan.arrays)
     explained = tuple(_explained(row, chosen, options) for row in rows)
     timed: Mapping[str, Any] | None = None
     if clock is not None:
@@ -120,20 +118,11 @@ def plan_clock(decoder: Decoder, heldout: Tensor, prompt: int, *, target: str, d
     return read
 
 
-def _excluded(policy: Policy, calibrator: Calibrator, options: CalibrationOptions, train: bool) -> str | None:
+def _left_out(policy: Policy, calibrator: Calibrator, train: bool) -> str | None:
     """Why a policy is not measured, if it is not."""
     if policy.trained and not train:
         return "it trains routers; --train lets it take part"
-    if policy.merges:
-        return "it merges experts for each segment, which the clock can't time; ask for it by name"
-    try:
-        policy.check(calibrator.decoder.ffns, options.settings)
-        spec = policy.prune_at(0.5, replace(options.settings, pattern=None))
-    except UsageError as error:
-        return str(error)
-    if spec is not None and options.settings.pattern != NEURONS:
-        return "zeros are stored like other weights, so it reads what the dense model reads; --pattern neurons would not"
-    return None
+    return policy.left_out(calibrator.decoder.ffns)
 
 
 def _measured(name: str, result: CalibrationResult, options: CalibrationOptions, seconds: float) -> PolicyRow:

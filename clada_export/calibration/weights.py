@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from clada_export.decoder.decoder import Decoder
-from clada_export.methods.pruning import PruneReport, PruneSpec, prune
-from clada_export.methods.pruning.projections import Snapshot
+from clada_export.decoder.ffn.projections import Snapshot
 from clada_export.plan.adapters import apply_adapters
-from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.tensors import LayerTensors
+
+
+class PruningReport(Protocol):
+    """What a pruning did."""
+
+    @property
+    def kept(self) -> Mapping[str, np.ndarray]:
+        """The neurons that are left of each FFN, int64 ascending, by name; FFNs that are whole are not in it."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings for a plan."""
+        ...
+
+
+class Pruning(Protocol):
+    """A way to prune the FFN weights; equal ones give equal weights, and `str` is how a plan says it."""
+
+    def apply(self, decoder: Decoder, windows: Tensor, progress: Callable[[int, int], None]) -> PruningReport:
+        """Prune in place.
+
+        Args:
+            windows: int64 [N, context], the calibration text.
+            progress: called with (FFNs done, FFNs in all).
+
+        Raises:
+            UsageError: the model can't be pruned so; its weights are then what they were.
+        """
+        ...
 
 
 class FFNWeights:
@@ -26,25 +55,23 @@ class FFNWeights:
         self._decoder, self._windows, self._rounded = decoder, windows, rounded
         self._originals: Snapshot | None = None
         self._adapted = False
-        self.report: PruneReport | None = None
+        self.pruning: Pruning | None = None
+        """How the weights are pruned now; `report` is what that did."""
+        self.report: PruningReport | None = None
 
-    @property
-    def spec(self) -> PruneSpec | None:
-        """How the weights are pruned now."""
-        return None if self.report is None else self.report.spec
-
-    def use(self, spec: PruneSpec | None, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Bring the weights into the state `spec` (None: as they were), without adapters.
+    def use(self, pruning: Pruning | None, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Bring the weights into the state that a pruning leaves (None: as they were), without adapters.
 
         Raises:
-            UsageError: as `clada_export.methods.pruning.prune`.
+            UsageError: as `Pruning.apply`.
         """
-        if spec == self.spec and not self._adapted:
+        if pruning == self.pruning and not self._adapted:
             return
         self._restore()
-        if spec is not None:
+        if pruning is not None:
             self._keep()
-            self.report = prune(self._decoder, self._windows, spec, progress)
+            self.report = pruning.apply(self._decoder, self._windows, progress)
+            self.pruning = pruning
             self._rounded()
 
     def adapt(self, arrays: Mapping[str, LayerTensors]) -> None:
@@ -59,14 +86,14 @@ class FFNWeights:
         self._adapted = apply_adapters(self._decoder.ffns, arrays)
         self._rounded()
 
-    def follow(self, plan: SparsityPlan) -> None:
-        """Bring the weights into the state that a plan was made for, and its engine has.
+    def follow(self, pruning: Pruning | None, arrays: Mapping[str, LayerTensors]) -> None:
+        """Bring the weights into the state that a plan with these arrays was made for, and its engine has.
 
         Raises:
             UsageError: as `use` and `adapt`.
         """
-        self.use(None if plan.prune is None else PruneSpec.parse(plan.prune))
-        self.adapt(plan.arrays)
+        self.use(pruning)
+        self.adapt(arrays)
 
     @property
     def adapted(self) -> bool:
@@ -79,4 +106,4 @@ class FFNWeights:
     def _restore(self) -> None:
         if self._originals is not None and (self.report is not None or self._adapted):
             self._originals.restore()
-        self.report, self._adapted = None, False
+        self.pruning, self.report, self._adapted = None, None, False

@@ -1,53 +1,34 @@
-"""The methods, one a file."""
+"""The methods: one file or folder each, which holds its policy, its trainer and what it imports.
+
+`common` is what policies are made of, `training` what trains routers, `registry` lists the policies by name.
+"""
 
 from __future__ import annotations
 
-from clada_export.errors import UsageError
-from clada_export.methods.base import Policy, PolicyContext, PolicySettings
-from clada_export.methods.cats import CATS
-from clada_export.methods.clada import CladaPolicy
-from clada_export.methods.d2dmoe import D2DMoEPolicy
-from clada_export.methods.dejavu import DejaVuPolicy
-from clada_export.methods.ds_moe import DSMoEPolicy
-from clada_export.methods.griffin import GRIFFIN
-from clada_export.methods.llama_moe import LlamaMoEPolicy
-from clada_export.methods.lory import LoryPolicy
-from clada_export.methods.lte import LTEPolicy
-from clada_export.methods.moefication import MoEficationPolicy
-from clada_export.methods.static import StaticPolicy
-from clada_export.methods.tda import TDA
-from clada_export.methods.tt import TT
+from typing import TYPE_CHECKING, Any
 
-POLICIES: dict[str, Policy] = {
-    policy.name: policy
-    for policy in (
-        CladaPolicy(),
-        GRIFFIN,
-        TDA,
-        TT,
-        CATS,
-        DejaVuPolicy(),
-        MoEficationPolicy(),
-        LTEPolicy(),
-        D2DMoEPolicy(),
-        LlamaMoEPolicy(),
-        DSMoEPolicy(),
-        LoryPolicy(),
-        StaticPolicy("wanda"),
-        StaticPolicy("sparsegpt"),
-    )
+__all__ = ["POLICIES", "MethodPolicy", "PolicyContext", "PolicySettings", "all_policies", "get_policy"]
+
+if TYPE_CHECKING:
+    from clada_export.calibration.context import PolicyContext
+    from clada_export.methods.common.policy import MethodPolicy
+    from clada_export.methods.registry import POLICIES, all_policies, get_policy
+    from clada_export.methods.settings import PolicySettings
+
+_HOMES = {
+    "POLICIES": "clada_export.methods.registry",
+    "MethodPolicy": "clada_export.methods.common.policy",
+    "PolicyContext": "clada_export.calibration.context",
+    "PolicySettings": "clada_export.methods.settings",
+    "all_policies": "clada_export.methods.registry",
+    "get_policy": "clada_export.methods.registry",
 }
 
 
-def get_policy(name: str) -> Policy:
-    """The policy called `name`.
+def __getattr__(name: str) -> Any:
+    # The registry imports every policy, and each of them this folder.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-    Raises:
-        UsageError: there is none; lists those that exist.
-    """
-    if name not in POLICIES:
-        raise UsageError(f"unknown policy {name!r}; known: {', '.join(sorted(POLICIES))}")
-    return POLICIES[name]
-
-
-__all__ = ["POLICIES", "Policy", "PolicyContext", "PolicySettings", "get_policy"]
+    return getattr(import_module(_HOMES[name]), name)

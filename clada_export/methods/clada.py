@@ -19,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from clada_export.calibration.context import PolicyContext
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UsageError
-from clada_export.methods.base import Dynamic, PolicyContext, PolicySettings, check_score
+from clada_export.methods.common.policy import MethodPolicy
 from clada_export.plan.method import Method, draft_layers
 from graph_passes.op import SHADOW_BLOCK
 
@@ -30,20 +31,19 @@ GAMMAS = (0.1,)
 0.5 raise it by 2% and 5%, and dropping neurons below 0.2 of the mean raises it by half."""
 
 
-@dataclass(frozen=True)
-class CladaPolicy(Dynamic):
+@dataclass(frozen=True, kw_only=True)
+class CladaPolicy(MethodPolicy):
     """Score `shadow`, `gate` or `exact`, rule `threshold`."""
 
     name: str = "clada"
-    trained: bool = False
-    responds: bool = True
     scores: tuple[str, ...] = ("shadow", "gate", "exact")
+    responds: bool = True
 
-    def check(self, ffns: Sequence[EagerFFN], settings: PolicySettings) -> None:
+    def check(self, ffns: Sequence[EagerFFN]) -> None:
         """Refuse an unknown score, or a hidden size that the shadow does not fit."""
-        check_score(self.name, self.scores, settings)
+        super().check(ffns)
         misfit = _misfit(ffns)
-        if settings.score == "shadow" and misfit is not None:
+        if self.settings.score == "shadow" and misfit is not None:
             raise UsageError(
                 f"score 'shadow' needs a hidden size divisible by {SHADOW_BLOCK}; {misfit.name} has {misfit.hidden_size}. "
                 "Use --score gate"
@@ -51,11 +51,11 @@ class CladaPolicy(Dynamic):
 
     def methods(self, context: PolicyContext) -> tuple[Method, ...]:
         """Without the prompt, and with it at several weights; `shadow` where every hidden size is a multiple of 32."""
-        self.check(context.ffns, context.settings)
-        score = context.settings.score or ("gate" if _misfit(context.ffns) is not None else "shadow")
+        self.check(context.ffns)
+        score = self.settings.score or ("gate" if _misfit(context.ffns) is not None else "shadow")
         allocations = ("sparsity", "fisher") if score == "gate" else ("sensitivity", "fisher")
         methods = [Method("no prior", score, "threshold", draft_layers(context.ffns), allocations=allocations)]
-        for gamma in GAMMAS if context.settings.prior else ():
+        for gamma in GAMMAS if self.settings.prior else ():
             layers = draft_layers(context.ffns, prior_gamma=gamma)
             methods.append(Method(f"prior {gamma:g}", score, "threshold", layers, allocations=allocations))
         return tuple(methods)

@@ -6,6 +6,6 @@ published. With another allocation than `sparsity`, k differs by layer (our own 
 
 from __future__ import annotations
 
-from clada_export.methods.single import SinglePolicy
+from clada_export.methods.common.single import SinglePolicy
 
-GRIFFIN = SinglePolicy("griffin", "prefix", "topk", ("sparsity", "fisher"))
+GRIFFIN = SinglePolicy(name="griffin", scores=("prefix",), rule="topk", allocations=("sparsity", "fisher"))

@@ -13,14 +13,13 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.load.signal import LoadSignal
-from clada_export.methods.base import PolicySettings
+from clada_export.methods.registry import POLICIES, importing
+from clada_export.methods.settings import PolicySettings
 from clada_export.plan.goal import Goal
 from clada_export.plan.plan import LayerPlan, RouterForm, SparsityPlan
 from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.tensors import LayerTensors
-from clada_export.source.mixtures.ds_moe import ORIGIN as DS_MOE
-from clada_export.source.mixtures.ds_moe import import_blocks
-from clada_export.source.mixtures.routed_mlp import RoutedMLP, routed_mlps
+from clada_export.source.mixtures import BLOCK_LAYOUTS, RoutedMLP, import_blocks, routed_mlps
 
 LOAD_MIN, LOAD_MAX = 1.0, 4.0
 """Bounds of m(load). More experts than the checkpoint's k have weight 0, so no load asks for them; fewer are a load below 0."""
@@ -32,8 +31,9 @@ def is_imported(decoder: Decoder) -> bool:
 
 
 def takes_experts(policy: str) -> bool:
-    """Whether a policy is about the routed experts of a checkpoint; for others they stay as they are, and left dense."""
-    return policy in (DS_MOE.policy, AUTO)
+    """Whether a policy is about the routed experts of a model; for others they stay as they are, and left dense."""
+    known = POLICIES.get(policy)
+    return policy == AUTO or (known is not None and known.imports in {layout.name for layout in BLOCK_LAYOUTS})
 
 
 def check_import(decoder: Decoder, name: str, policy: str, prune: str | None) -> None:
@@ -48,15 +48,15 @@ def check_import(decoder: Decoder, name: str, policy: str, prune: str | None) ->
         UsageError: another policy than the one that imports this layout, or pruning.
     """
     for mixture in routed_mlps(decoder.module).values():
-        origin = mixture.origin
-        if policy not in (origin.policy, AUTO):
+        wanted = importing(mixture.layout)
+        if policy not in (wanted, AUTO):
             raise UsageError(
-                f"{name} is a mixture of experts already ({origin.layout}), and policy {policy!r} would choose neurons of a "
-                f"dense model; give --policy {origin.policy}, which takes the checkpoint's own experts and router"
+                f"{name} is a mixture of experts already ({mixture.layout}), and policy {policy!r} would choose neurons of a "
+                f"dense model; give --policy {wanted}, which takes the checkpoint's own experts and router"
             )
         if prune is not None:
             raise UsageError(
-                f"{name} is a mixture of experts already ({origin.layout}); --prune {prune} is for dense models, leave it out"
+                f"{name} is a mixture of experts already ({mixture.layout}); --prune {prune} is for dense models, leave it out"
             )
 
 
@@ -111,13 +111,13 @@ def import_plan(decoder: Decoder, source: dict[str, Any], record: CalibrationRec
     arrays = {ffn.name: LayerTensors(mixture.router) for ffn, mixture in chosen}
     first = chosen[0][1]
     told = {
-        "layout": first.origin.layout,
+        "layout": first.layout,
         "experts": sorted({mixture.router.granules for _, mixture in chosen}),
         "chosen": sorted({mixture.router.k for _, mixture in chosen if mixture.router.k is not None}),
     }
     # Weights of zero: the load is 0 on any text, unless the user sets it.
     signal = LoadSignal(surprisal_weight=0.0, entropy_weight=0.0)
-    plan = SparsityPlan(first.origin.policy, "external", "topk", layers, signal, source, arrays=arrays)
+    plan = SparsityPlan(importing(first.layout), "external", "topk", layers, signal, source, arrays=arrays)
     record = replace(record, goal=Goal.of_import(), details={"imported": told}, relative_bytes=relative_bytes(plan, item))
     return replace(plan, calibration=record)
 

@@ -6,6 +6,6 @@ for the whole generation. The formula is our own reading of the paper's text; it
 
 from __future__ import annotations
 
-from clada_export.methods.single import SinglePolicy
+from clada_export.methods.common.single import SinglePolicy
 
-TDA = SinglePolicy("tda", "prefix", "relative", ("cett", "fisher"), stat_norm="none")
+TDA = SinglePolicy(name="tda", scores=("prefix",), rule="relative", allocations=("cett", "fisher"), stat_norm="none")

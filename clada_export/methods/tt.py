@@ -6,6 +6,6 @@ h. Gate and up are computed for all neurons, so that only rows of the down proje
 
 from __future__ import annotations
 
-from clada_export.methods.single import SinglePolicy
+from clada_export.methods.common.single import SinglePolicy
 
-TT = SinglePolicy("tt", "exact", "threshold", ("cett", "sensitivity"))
+TT = SinglePolicy(name="tt", scores=("exact",), rule="threshold", allocations=("cett", "sensitivity"))

@@ -13,7 +13,7 @@ from clada_export.files.json_files import read_json
 from clada_export.source.causal_lm import decoder_config, finished, load_causal_lm
 from clada_export.source.config_file import Stored
 from clada_export.source.description import check_vocabulary, digests, folder_tokenizer, license_of
-from clada_export.source.mixtures import is_llama_moe, load_llama_moe
+from clada_export.source.mixtures import folder_layout
 from clada_export.source.model import SourceModel, SourceRequest
 from clada_export.source.weight_files import check_config_file, check_safetensors, weight_files
 
@@ -47,8 +47,8 @@ def read_folder(
         source_dtype, stored = check_safetensors(weights)
     # Of a layout that is imported, transformers does not know the type that the config names.
     described_by: dict[str, Any] = {}
-    if is_llama_moe(folder):
-        model: PreTrainedModel = finished(load_llama_moe(folder, weights, stored, request.dtype), str(folder))
+    if (layout := folder_layout(folder)) is not None:
+        model: PreTrainedModel = finished(layout.load(folder, weights, stored, request.dtype), str(folder))
         config = described_by["config"] = model.config
         named: Any = read_json(folder / "config.json").get("torch_dtype", request.dtype)
     else:

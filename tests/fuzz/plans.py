@@ -17,7 +17,7 @@ from clada_export.decoder.digest import weights_digest
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.load.controllers import CONTROLLERS
 from clada_export.methods import PolicySettings, get_policy
-from clada_export.methods.pruning import PruneSpec
+from clada_export.methods.static import WeightPruning
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.tensors import PLAN_TENSORS, arrays_digest, named_arrays
 from graph_passes.op import ACTIVATIONS, COMBINES, RULES, SCORES, STAT_NORMS
@@ -76,8 +76,8 @@ def real_plans(kind: str = "llama") -> dict[str, Given]:
         model = tiny_model(kind)
         source = {"name": "tiny", "weights_digest": weights_digest(model), "dtype": "float32"}
         data = load_calibration_data(None, 256, context=CONTEXT)
-        options = CalibrationOptions(sparsity=0.5, settings=settings, prune=PruneSpec.parse(prune) if prune else None)
-        result = calibrate(TorchDecoder(model), get_policy(policy), data, source, options)
+        options = CalibrationOptions(sparsity=0.5, prune=WeightPruning.parse(prune) if prune else None)
+        result = calibrate(TorchDecoder(model), get_policy(policy, settings), data, source, options)
         found[name] = Given(*_files(result.plan))
     return found
 

@@ -14,7 +14,8 @@ import torch
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
 from clada_export.calibration.budget import parse_sparsity
-from clada_export.calibration.calibrate import LOAD_MAX, LOAD_MIN, prompt_length
+from clada_export.calibration.calibrate import prompt_length
+from clada_export.calibration.thresholds import LOAD_MAX, LOAD_MIN
 from clada_export.calibration.load_response import LOAD_SLOPE, error_slopes
 from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity

@@ -77,14 +77,13 @@ class SweepWorker:
         calibrator, described = self._open()
         options = CalibrationOptions(
             sparsity=cell.sparsity,
-            settings=job.settings,
             load_response=job.load_response,
             seed=job.seed,
             item=getattr(torch, job.dtype).itemsize,
         )
         start = time.perf_counter()
         try:
-            result = calibrator.calibrate(get_policy(cell.policy), described["identity"], options)
+            result = calibrator.calibrate(get_policy(cell.policy, job.settings), described["identity"], options)
         except CladaError as error:
             return Outcome.failed(cell, error)
         found = {**result.plan.calibration.to_dict(), **result.drift.summary(), "seconds": time.perf_counter() - start}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from graph_passes.router import Router
 
 Progress = Callable[[int, int], None]
 HELDOUT = 0.1
@@ -138,6 +141,59 @@ def fit(
             parameter.copy_(value)
             parameter.requires_grad_(False)
     return Fitted(len(losses), tuple(losses))
+
+
+class RouterTask(ABC):
+    """One router on its way: parameters, what they are to make small, and what becomes of them.
+
+    Attributes:
+        parameters: float32 leaves, trained in place.
+    """
+
+    parameters: tuple[Tensor, ...]
+
+    @abstractmethod
+    def loss(self, rows: Tensor) -> Tensor:
+        """Of the rows numbered int64 [B]; differentiable."""
+
+    def metric(self, rows: Tensor) -> float:
+        """By which early stopping goes, higher is better; the loss, where a task has no better one."""
+        return -float(self.loss(rows))
+
+    @abstractmethod
+    def metrics(self, heldout: Tensor) -> dict[str, float]:
+        """What the report tells of the held-out rows, int64 [B]."""
+
+    @abstractmethod
+    def router(self) -> Router:
+        """The router that the parameters make."""
+
+    def fit(self, rows: int, settings: TrainingSettings, progress: Progress = no_progress) -> Fitted:
+        """See the function `fit`."""
+        return fit(self.parameters, self.loss, self.metric, rows, settings, progress)
+
+    def told(self, rows: int, settings: TrainingSettings) -> dict[str, float]:
+        """`metrics` of the rows that no gradient saw."""
+        _, heldout = split_rows(rows, settings.seed)
+        with torch.no_grad():
+            return self.metrics(heldout)
+
+
+def train_router(
+    make: Callable[[torch.Generator], RouterTask], rows: int, settings: TrainingSettings, progress: Progress = no_progress
+) -> tuple[Router, TrainingReport]:
+    """Make a task, train it, and tell of it.
+
+    Args:
+        make: draws the initial weights from the generator that it is given, whose seed is `settings.seed`.
+        rows: N, of the task.
+        progress: called with (epochs done, most epochs).
+    """
+    watch = Stopwatch()
+    task = make(torch.Generator().manual_seed(settings.seed))
+    fitted = task.fit(rows, settings, progress)
+    metrics = task.told(rows, settings)
+    return task.router(), watch.report(fitted, metrics)
 
 
 class Stopwatch:

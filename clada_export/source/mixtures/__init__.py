@@ -2,30 +2,7 @@
 
 from __future__ import annotations
 
-from clada_export.methods.imported import (
-    check_import,
-    ignored_options,
-    import_plan,
-    is_imported,
-    require_dense,
-    require_whole,
-    takes_experts,
-)
-from clada_export.source.mixtures.ds_moe import import_blocks
-from clada_export.source.mixtures.llama_moe import is_llama_moe, load_llama_moe
+from clada_export.source.mixtures.registry import BLOCK_LAYOUTS, FOLDER_LAYOUTS, folder_layout, import_blocks
 from clada_export.source.mixtures.routed_mlp import RoutedMLP, routed_mlps
 
-__all__ = [
-    "RoutedMLP",
-    "check_import",
-    "ignored_options",
-    "import_blocks",
-    "import_plan",
-    "is_imported",
-    "is_llama_moe",
-    "load_llama_moe",
-    "require_dense",
-    "require_whole",
-    "routed_mlps",
-    "takes_experts",
-]
+__all__ = ["BLOCK_LAYOUTS", "FOLDER_LAYOUTS", "RoutedMLP", "folder_layout", "import_blocks", "routed_mlps"]

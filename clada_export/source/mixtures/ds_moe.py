@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clada_export.source.mixtures.routed_mlp import Origin, RoutedMLP
+from clada_export.source.mixtures.routed_mlp import RoutedMLP
 from graph_passes.router import Router
 
-ORIGIN = Origin("ds-moe", "DS-MoE")
+LAYOUT = "DS-MoE"
 
 PROBE_ROWS = 32
 PROBE_TOLERANCE = 1e-3
@@ -77,7 +77,7 @@ def _mixture(block: nn.Module) -> RoutedMLP | None:
         Router(
             (weight.detach().float().numpy(),), (None,), output="topk_softmax", k=k, dense_rows="scores"
         ),
-        ORIGIN,
+        LAYOUT,
     )  # fmt: skip
 
 

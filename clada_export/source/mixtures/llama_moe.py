@@ -26,12 +26,12 @@ from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.files.json_files import read_json
 from clada_export.foreign import CONFIG, MODEL, WEIGHTS, reading
 from clada_export.source.config_file import Stored, check_config, check_counts, check_size
-from clada_export.source.mixtures.routed_mlp import Origin, RoutedMLP
+from clada_export.source.mixtures.routed_mlp import RoutedMLP
 from clada_export.source.pretrained import load_generation_config, model_without_memory, quiet
 from graph_passes.router import Router
 
 MODEL_TYPE = "llama_moe"
-ORIGIN = Origin("llama-moe", "LLaMA-MoE v1")
+LAYOUT = "LLaMA-MoE v1"
 
 _NAMES_SHOWN = 3
 _UNUSED = ("mlp.gate.weight_noise.weight", "self_attn.rotary_emb.inv_freq")
@@ -288,4 +288,4 @@ def _mixture(settings: MoESettings, index: int, act_fn: Callable[[Tensor], Tenso
         )
         for part in _PARTS
     )
-    return RoutedMLP(gate, up, down, act_fn, router, ORIGIN)
+    return RoutedMLP(gate, up, down, act_fn, router, LAYOUT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,6 @@ from clada_export.decoder.ffn import ScoredFFN
 from clada_export.op.router import RouterModule
 from graph_passes.op import ContractError
 from graph_passes.router import Router
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a mixture comes from: the `policy` that imports it, and the name of its `layout` for messages."""
-
-    policy: str
-    layout: str
 
 
 class RoutedMLP(ScoredFFN):
@@ -35,6 +26,7 @@ class RoutedMLP(ScoredFFN):
         gate: [E * size, d], like `up`; `down` is [d, E * size].
         act_fn: of the gate.
         router: gives E scores; its rows that run dense keep theirs (`dense_rows` = scores).
+        layout: the name of the checkpoint's.
 
     Raises:
         ContractError: shapes that do not belong together.
@@ -47,7 +39,7 @@ class RoutedMLP(ScoredFFN):
         down: Tensor,
         act_fn: Callable[[Tensor], Tensor],
         router: Router,
-        origin: Origin,
+        layout: str,
     ) -> None:
         super().__init__()
         neurons, width = gate.shape
@@ -61,7 +53,7 @@ class RoutedMLP(ScoredFFN):
             )
         self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
         self.act_fn = act_fn
-        self.origin = origin
+        self.layout = layout
         self._scores = RouterModule(router)
         for index, (weight, bias) in enumerate(zip(router.weights, router.biases, strict=True)):
             self.register_buffer(f"router_weight_{index}", torch.from_numpy(weight))

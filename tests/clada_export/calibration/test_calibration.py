@@ -385,8 +385,9 @@ def test_masks_and_reference_modules_agree(policy: str) -> None:
     ffns = find_eager_ffns(model).found
     data = windows(1)
     result = calibrate(
-        TorchDecoder(model), get_policy(policy), load_calibration_data(None, 256, context=CONTEXT), {"weights_digest": "0"},
-        CalibrationOptions(sparsity=0.5, load_response=False, settings=PolicySettings(granule=8, rows=200)),
+        TorchDecoder(model), get_policy(policy, PolicySettings(granule=8, rows=200)),
+        load_calibration_data(None, 256, context=CONTEXT), {"weights_digest": "0"},
+        CalibrationOptions(sparsity=0.5, load_response=False),
     )  # fmt: skip
     plan = result.plan
     prompt = 8
@@ -434,7 +435,7 @@ def test_a_plan_by_budget_keeps_it(kind: str) -> None:
 def test_scores_that_do_not_fit_are_refused() -> None:
     ffns = find_eager_ffns(tiny_model("llama", 0)).found
     with pytest.raises(UsageError, match="has no score 'prefix'"):
-        get_policy("clada").check(ffns, PolicySettings(score="prefix"))
+        get_policy("clada", PolicySettings(score="prefix")).check(ffns)
     with pytest.raises(UsageError, match="unknown policy 'magic'; known: "):
         get_policy("magic")
 
@@ -442,7 +443,7 @@ def test_scores_that_do_not_fit_are_refused() -> None:
 def test_a_policy_that_needs_a_gate_names_the_layer_without() -> None:
     ffns = find_eager_ffns(tiny_model("gpt2", 0)).found
     with pytest.raises(UsageError, match=r"'cats' reads the gate, and transformer\.h\.0\.mlp\.c_proj has none"):
-        get_policy("cats").check(ffns, PolicySettings())
+        get_policy("cats").check(ffns)
 
 
 def test_the_shadow_scorer_is_the_op(seed: int = 0) -> None:

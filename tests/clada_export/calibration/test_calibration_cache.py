@@ -28,8 +28,7 @@ from clada_export.calibration.selector import Selectors
 from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
-from clada_export.methods import Policy, PolicyContext, PolicySettings, get_policy
-from clada_export.methods.base import Dynamic
+from clada_export.methods import MethodPolicy, PolicyContext, PolicySettings, get_policy
 from clada_export.methods.clada import GAMMAS
 from clada_export.plan.method import Method, draft_layers
 from clada_export.plan.plan import RouterForm
@@ -42,19 +41,19 @@ OPTIONS = CalibrationOptions(sparsity=0.4, load_response=False)
 KEY = "0" * 64
 # The package's attribute of this name is the function.
 stage = importlib.import_module("clada_export.calibration.calibrate")
+way = importlib.import_module("clada_export.calibration.thresholds")
 
 
-@dataclass(frozen=True)
-class RandomRouterPolicy(Dynamic):
+@dataclass(frozen=True, kw_only=True)
+class RandomRouterPolicy(MethodPolicy):
     """Trains nothing, but says that it does, and counts."""
 
     calls: list[str] = field(default_factory=list)
     name: str = "random"
     trained: bool = True
-    responds: bool = False
     scores: tuple[str, ...] = ("external",)
 
-    def check(self, ffns: Sequence[EagerFFN], settings: PolicySettings) -> None:
+    def check(self, ffns: Sequence[EagerFFN]) -> None:
         """Any FFN will do."""
 
     def methods(self, context: PolicyContext) -> tuple[Method, ...]:
@@ -74,8 +73,8 @@ class Passes:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.made: list[str] = []
-        for name in ("layer_sensitivity", "collect_statistics"):
-            patch.setattr(stage, name, self._counted(name, getattr(stage, name)))
+        for module, name in ((stage, "layer_sensitivity"), (way, "collect_statistics")):
+            patch.setattr(module, name, self._counted(name, getattr(module, name)))
 
     def _counted(self, name: str, real: Callable[..., object]) -> Callable[..., object]:
         def counted(*args: object, **kwargs: object) -> object:
@@ -101,7 +100,7 @@ def run(
     folder: Path | None,
     *,
     model: nn.Module | None = None,
-    policy: Policy | None = None,
+    policy: MethodPolicy | None = None,
     seed: int = 0,
     options: CalibrationOptions = OPTIONS,
     context: int = 32,
@@ -133,15 +132,15 @@ def test_another_policy_needs_its_own_tables_only(tmp_path: Path, passes: Passes
 
 
 def test_missing_variants_alone_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path, policy=get_policy("clada"), options=replace(OPTIONS, settings=PolicySettings(prior=False)))
+    run(tmp_path, policy=get_policy("clada", PolicySettings(prior=False)))
     asked: list[list[str]] = []
-    real = stage.collect_statistics
+    real = way.collect_statistics
 
     def collect(model: nn.Module, selectors: Selectors, *rest: object) -> object:
         asked.append([method.label for method in selectors.methods])
         return real(model, selectors, *rest)
 
-    monkeypatch.setattr(stage, "collect_statistics", collect)
+    monkeypatch.setattr(way, "collect_statistics", collect)
     cached = run(tmp_path, policy=get_policy("clada"))
     assert asked == [[f"prior {gamma:g}" for gamma in GAMMAS]]
     assert cached.plan.to_dict() == run(None, policy=get_policy("clada")).plan.to_dict()
@@ -182,7 +181,7 @@ def test_trained_routers_are_found_again(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tensors.router.weights[0], found.router.weights[0])
         np.testing.assert_array_equal(tensors.neurons, found.neurons)  # type: ignore[arg-type]
     run(tmp_path, policy=policy, options=replace(OPTIONS, sparsity=0.6))
-    run(tmp_path, policy=policy, options=replace(OPTIONS, settings=PolicySettings(rows=100)))
+    run(tmp_path, policy=replace(policy, settings=PolicySettings(rows=100)))
     assert len(policy.calls) == 3
 
 
@@ -289,6 +288,6 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_a_folder_nothing_is_hashed_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("clada_export.calibration.cache._weights_digest", lambda model: pytest.fail("hashed"))
+    monkeypatch.setattr("clada_export.calibration.cache.weights_digest", lambda model: pytest.fail("hashed"))
     run(None)
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ from clada_export.cli import main_export
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, UsageError
 from clada_export.export_options import ExportOptions
-from clada_export.methods import POLICIES, PolicySettings
+from clada_export.methods import POLICIES, PolicySettings, all_policies, get_policy
 from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 
@@ -85,13 +85,12 @@ def test_what_an_architecture_cannot_carry_is_skipped_with_the_reason() -> None:
 
 def test_policies_that_train_take_part_only_when_asked() -> None:
     trained = next(name for name, policy in POLICIES.items() if policy.trained)
-    policies = {name: POLICIES[name] for name in ("griffin", trained)}
-    settings = PolicySettings(rows=100, granule=8)
-    options = replace(LOOSE, settings=settings)
+    found = all_policies(PolicySettings(rows=100, granule=8))
+    policies = {name: found[name] for name in ("griffin", trained)}
     shared = calibrator()
-    without = rows_of(choose(shared, SOURCE, options, policies=policies).plan.calibration.to_dict()["auto"])
+    without = rows_of(choose(shared, SOURCE, LOOSE, policies=policies).plan.calibration.to_dict()["auto"])
     assert without[trained]["why"] == "skipped: it trains routers; --train lets it take part"
-    with_it = rows_of(choose(shared, SOURCE, options, policies=policies, train=True).plan.calibration.to_dict()["auto"])
+    with_it = rows_of(choose(shared, SOURCE, LOOSE, policies=policies, train=True).plan.calibration.to_dict()["auto"])
     assert not with_it[trained]["why"].startswith("skipped")
 
 
@@ -107,10 +106,10 @@ def test_pruned_zeros_are_still_read() -> None:
 def test_the_weights_are_left_as_the_chosen_plan_says() -> None:
     shared = calibrator()
     before = shared.decoder.ffns[0].w_out().clone()
-    options = replace(LOOSE, sparsity=0.3, settings=PolicySettings(pattern="neurons"))
-    one = choose(shared, SOURCE, options, policies={"wanda": POLICIES["wanda"]})
+    options, found = replace(LOOSE, sparsity=0.3), all_policies(PolicySettings(pattern="neurons"))
+    one = choose(shared, SOURCE, options, policies={"wanda": found["wanda"]})
     assert one.plan.prune is not None and bool((shared.decoder.ffns[0].w_out() != before).any())
-    both = choose(shared, SOURCE, options, policies={"clada": POLICIES["clada"], "wanda": POLICIES["wanda"]})
+    both = choose(shared, SOURCE, options, policies={"clada": found["clada"], "wanda": found["wanda"]})
     changed = bool((shared.decoder.ffns[0].w_out() != before).any())
     assert changed == (both.plan.prune is not None)
 
@@ -163,8 +162,8 @@ def test_the_clock_counts_the_neurons_that_the_op_runs() -> None:
 )
 def test_the_clock_runs_every_kind_of_plan(kind: str, policy: str, dtype: str) -> None:
     shared = calibrator(kind)
-    options = replace(LOOSE, sparsity=0.5, settings=PolicySettings(rows=200, granule=8 if policy == "moefication" else None))
-    plan = shared.calibrate(POLICIES[policy], SOURCE, options).plan
+    settings = PolicySettings(rows=200, granule=8 if policy == "moefication" else None)
+    plan = shared.calibrate(get_policy(policy, settings), SOURCE, replace(LOOSE, sparsity=0.5)).plan
     reading = read_clock(plan, shared.decoder, shared.data.heldout[0], shared.prompt, dtype=dtype, layers=1)
     layer = next(layer for layer in plan.layers if layer.name == reading.layers[0])
     router = plan.tensors(layer).router

@@ -22,7 +22,7 @@ from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import POLICIES, PolicySettings, get_policy
-from clada_export.methods.pruning import PruneSpec
+from clada_export.methods.static import WeightPruning
 from clada_export.pipeline import export
 from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import load_engine
@@ -130,9 +130,9 @@ class WithoutGradients(TorchDecoder):
 def _calibrate(
     model: Any, policy: str, settings: PolicySettings | None = None, kind: type[TorchDecoder] = TorchDecoder, **goal: Any
 ) -> SparsityPlan:
-    options = CalibrationOptions(settings=settings or PolicySettings(rows=64), **goal)
+    options = CalibrationOptions(**goal)
     source = {"weights_digest": "0"}
-    plan = calibrate(kind(model), get_policy(policy), _data(), source, options).plan
+    plan = calibrate(kind(model), get_policy(policy, settings or PolicySettings(rows=64)), _data(), source, options).plan
     # What is not finite would be no JSON, and a plan that can't be read again is none.
     assert SparsityPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))).layers == plan.layers
     return plan
@@ -161,7 +161,7 @@ def test_every_policy(name: str, policy: str) -> None:
 @pytest.mark.parametrize("spec", ["wanda=0.5", "wanda=neurons:0.5", "sparsegpt=2:4", "sparsegpt=neurons:0.5"])
 @pytest.mark.parametrize("name", ["FFNs that give 0", "one FFN that gives 0", "one neuron that is alive", "embeddings of 0"])
 def test_pruning(name: str, spec: str) -> None:
-    plan = _calibrate(_model(SOUND[name]), "clada", prune=PruneSpec.parse(spec), sparsity=0.5)
+    plan = _calibrate(_model(SOUND[name]), "clada", prune=WeightPruning.parse(spec), sparsity=0.5)
     assert plan.prune is not None
 
 

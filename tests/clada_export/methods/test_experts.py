@@ -16,7 +16,12 @@ from torch import Tensor
 from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
-from clada_export.methods.training import d2dmoe, dejavu, ds_moe, llama_moe, lte, moefication
+from clada_export.methods.d2dmoe import train as d2dmoe
+from clada_export.methods.dejavu import train as dejavu
+from clada_export.methods.ds_moe import train as ds_moe
+from clada_export.methods.llama_moe import train as llama_moe
+from clada_export.methods.lte import train as lte
+from clada_export.methods.moefication import train as moefication
 from clada_export.methods.training.cluster import cluster_neurons, within_distance
 from clada_export.methods.training.layer import ExpertLayer, Reconstruction, group_neurons
 from clada_export.methods.training.metrics import captured_share, top_mask

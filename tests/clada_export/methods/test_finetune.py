@@ -21,9 +21,9 @@ from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import PolicySettings
-from clada_export.methods.pruning import PruneSpec
+from clada_export.methods.lte.finetune import Finetuned, FinetuneSettings, RoutedFFN, finetune
+from clada_export.methods.static import WeightPruning
 from clada_export.methods.training.cluster import cluster_neurons
-from clada_export.methods.training.finetune import Finetuned, FinetuneSettings, RoutedFFN, finetune
 from clada_export.pipeline import export, verify_folder
 from clada_export.plan.adapters import adapted_weights, apply_adapters, require_own_weights
 from clada_export.plan.plan import SparsityPlan
@@ -96,12 +96,12 @@ def test_weights_go_from_one_state_to_another() -> None:
     before, arrays = state(model), adapters_for(ffns)
     weights = FFNWeights(TorchDecoder(model), WINDOWS)
     weights.adapt(arrays)
-    weights.use(PruneSpec.parse("wanda=0.5"))
+    weights.use(WeightPruning.parse("wanda=0.5"))
     pruned = state(model)
     assert not weights.adapted and weights.spec is not None
     weights.use(None)
     weights.adapt(arrays)
-    weights.use(PruneSpec.parse("wanda=0.5"))
+    weights.use(WeightPruning.parse("wanda=0.5"))
     assert equal(state(model), pruned)
     weights.use(None)
     weights.adapt({})

@@ -13,7 +13,7 @@ import torch
 
 from clada_export.calibration.calibrate import CalibrationOptions, calibrate
 from clada_export.calibration.drift import DriftMeter
-from clada_export.calibration.merged import measure_merged
+from clada_export.calibration.segment_state import measure_segment_state
 from clada_export.calibration.text import load_calibration_data
 from clada_export.decoder.ffn import find_eager_ffns
 from clada_export.decoder.torch_decoder import TorchDecoder
@@ -82,11 +82,12 @@ def test_calibration_measures_what_the_reference_runs() -> None:
     model = tiny_model("llama", 0)
     ffns = find_eager_ffns(model).found
     data = load_calibration_data(None, 256, context=48)
-    options = CalibrationOptions(sparsity=0.5, settings=PolicySettings(rows=200))
-    plan = calibrate(TorchDecoder(model), get_policy("lory"), data, {"weights_digest": "0"}, options).plan
+    options = CalibrationOptions(sparsity=0.5)
+    policy = get_policy("lory", PolicySettings(rows=200))
+    plan = calibrate(TorchDecoder(model), policy, data, {"weights_digest": "0"}, options).plan
     window, prompt = data.heldout[0], 8
     meter = DriftMeter(TorchDecoder(model), window[None], prompt)
-    found = measure_merged(meter, ffns, Method("plan", plan.score, plan.rule, plan.layers, plan.arrays))
+    found = measure_segment_state(meter, ffns, Method("plan", plan.score, plan.rule, plan.layers, plan.arrays))
     loads = np.where(np.arange(len(window)) < prompt, INF, np.float32(0.0))
     run = ReferenceModel(TorchDecoder(model), plan).run(window.tolist(), loads)
     log_p = torch.from_numpy(run.logits).log_softmax(-1)[prompt:-1]
@@ -192,7 +193,7 @@ def test_plans_that_merge_are_read_back(model_folder: Folder, kept_traces: None,
 
 
 def test_the_policy_is_trained_and_seeded(model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
-    assert get_policy("lory").merges and not get_policy("griffin").merges
+    assert get_policy("lory").segment_state and not get_policy("griffin").segment_state
     first, second = (made(model_folder, "llama", tmp_path / name)[0] for name in ("a", "b"))
     assert first.plan.to_dict()["tensors"] == second.plan.to_dict()["tensors"]
     training = first.plan.calibration.details["training"]

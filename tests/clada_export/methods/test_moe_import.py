@@ -29,7 +29,7 @@ from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import load_engine
 from clada_export.source.load import load_source
 from clada_export.source.mixtures import RoutedMLP, import_blocks, routed_mlps
-from clada_export.source.mixtures.routed_mlp import Origin
+from clada_export.source.mixtures.ds_moe import LAYOUT
 from clada_export.verify.mixture import measure_mixture
 from clada_export.verify.parity import dense_check
 from clada_export.verify.precision import Rounding
@@ -305,7 +305,7 @@ def mixture(**settings: Any) -> RoutedMLP:
     router = Router(
         weights, (np.ones(3, np.float32),), **{"output": "topk_softmax", "k": 1, "dense_rows": "scores", **settings}
     )
-    return RoutedMLP(gate, up, down, torch.nn.functional.silu, router, Origin("ds-moe", "test"))
+    return RoutedMLP(gate, up, down, torch.nn.functional.silu, router, LAYOUT)
 
 
 def test_plain_is_undone_after_an_error() -> None:
@@ -359,7 +359,7 @@ def test_the_module_refuses_what_does_not_fit(fault: str) -> None:
     if fault == "shapes":
         down = down.T
     with pytest.raises(ContractError, match="RoutedMLP"):
-        RoutedMLP(gate, up, down, good.act_fn, router, good.origin)
+        RoutedMLP(gate, up, down, good.act_fn, router, good.layout)
 
 
 # --- exports ---

@@ -148,7 +148,7 @@ def test_routers_of_another_model_are_refused(model_folder: Folder, kept_traces:
 def test_experts_that_do_not_divide_the_ffn(policy: str) -> None:
     ffns = find_eager_ffns(tiny_model("llama", 0)).found
     with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj has 96 neurons, which experts of 7 do not divide"):
-        get_policy(policy).check(ffns, PolicySettings(granule=7))
+        get_policy(policy, PolicySettings(granule=7)).check(ffns)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clada_export.decoder.ffn import EagerFFN, EagerFFNs, find_eager_ffns
+from clada_export.decoder.ffn.projections import hidden, projections
 from clada_export.decoder.tap import FFNTap
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError, UsageError
-from clada_export.methods.pruning import PruneSpec, prune, sparsegpt, wanda
-from clada_export.methods.pruning.projections import hidden, projections
-from clada_export.methods.pruning.statistics import hessian, product_error
+from clada_export.methods.static import PruneSpec, prune, sparsegpt, wanda
+from clada_export.methods.static.statistics import hessian, product_error
 from tests.tiny_models import KINDS, tiny_model
 
 D, F = 64, 96

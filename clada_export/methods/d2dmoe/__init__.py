@@ -1,0 +1,1 @@
+"""D2DMoE: experts by the predicted norm of their output."""

@@ -1,0 +1,1 @@
+"""DejaVu: a predictor of neurons."""

@@ -1,0 +1,1 @@
+"""DS-MoE: experts by a router that was trained with all of them."""

@@ -1,0 +1,1 @@
+"""LLaMA-MoE: the best experts, weighted."""

@@ -1,0 +1,1 @@
+"""Lory: experts merged for a segment."""

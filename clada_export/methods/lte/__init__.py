@@ -1,0 +1,1 @@
+"""LTE: experts behind gates of their own."""

@@ -1,0 +1,1 @@
+"""MoEfication: experts by their predicted activity."""
