@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from graph_passes.load_outputs import AddLoadOutputs
     from graph_passes.matchers.common import FFNMatch
     from graph_passes.naming import InterfaceReport, NameInterface, name_interface
+    from graph_passes.pass_list import PassList
     from graph_passes.report import RewriteReport, RewrittenFFN
     from graph_passes.rewrite import FFNRewrite, RewriteFFNs, rewrite_ffns
     from graph_passes.search import FFNMiss, FFNSearch, find_ffns
@@ -21,6 +22,7 @@ _HOMES = {
     "FFNSearch": "graph_passes.search",
     "InterfaceReport": "graph_passes.naming",
     "NameInterface": "graph_passes.naming",
+    "PassList": "graph_passes.pass_list",
     "RewriteFFNs": "graph_passes.rewrite",
     "RewriteReport": "graph_passes.report",
     "RewrittenFFN": "graph_passes.report",
@@ -38,6 +40,7 @@ __all__ = [
     "FFNSearch",
     "InterfaceReport",
     "NameInterface",
+    "PassList",
     "RewriteFFNs",
     "RewriteReport",
     "RewrittenFFN",

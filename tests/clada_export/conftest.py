@@ -17,7 +17,7 @@ from tests.kept import kept, sources, versions
 from tests.tiny_models import tiny_model
 
 # What a trace is made by.
-_STAGE = (Path("clada_export", "trace"), Path("graph_passes", "naming.py"), Path("graph_passes", "positions.py"))
+_STAGE = (Path("clada_export", "trace"), *(Path("graph_passes", name) for name in ("emit.py", "naming.py", "positions.py")))
 
 
 def _kept_trace(decoder: TorchDecoder, *, fusions: str | None = "cpu") -> TracedModel:

@@ -142,7 +142,7 @@ def test_a_path_that_another_library_had_is_not_used_again(tmp_path: Path) -> No
 WITHOUT_MEMORY = """
 import ctypes, os, sys
 from pathlib import Path
-from clada_export.sealed_library import sealed_copy
+from clada_export.native.sealed import sealed_copy
 
 def refuse(name, flags):
     raise OSError(13, "Permission denied")
