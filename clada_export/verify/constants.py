@@ -34,6 +34,8 @@ MEANINGS = {
     "shadow_steps": "the 4-bit copy is up to {:.3g} steps from the weights' nearest levels",
     "shadow_moved": "{:.3g} of the 4-bit copy's weights are not at their nearest levels",
 }
+NEURONS_AT_ONCE = 1024
+"""Whose 4-bit copies are taken apart together: a whole layer would be gigabytes of a large model."""
 SAID = 3
 """How many faults are named; there may be one a layer."""
 
@@ -87,11 +89,18 @@ def _compare(found: Mapping[str, npt.NDArray[np.generic]], wanted: SparseFFNTens
         shadow, scale = found.get("shadow"), found.get("shadow_scale")
         if shadow is None or scale is None or shadow.shape != tuple(wanted.shadow.shape):
             return {**numbers, "shadow_steps": float("inf")}
-        numbers["shadow_steps"], numbers["shadow_moved"] = _apart(
-            dequantize_shadow(torch.from_numpy(shadow.copy()), torch.from_numpy(scale.copy())),
-            dequantize_shadow(wanted.shadow, wanted.shadow_scale),
-            wanted.shadow_scale,
-        )
+        if scale.shape != tuple(wanted.shadow_scale.shape):
+            return {**numbers, "shadow_steps": float("inf")}
+        parts = [
+            _apart(
+                dequantize_shadow(torch.from_numpy(shadow[rows].copy()), torch.from_numpy(scale[rows].copy())),
+                dequantize_shadow(wanted.shadow[rows], wanted.shadow_scale[rows]),
+                wanted.shadow_scale[rows],
+            )
+            for rows in (slice(start, start + NEURONS_AT_ONCE) for start in range(0, len(shadow), NEURONS_AT_ONCE))
+        ]
+        numbers["shadow_steps"] = max(steps for steps, _ in parts)
+        numbers["shadow_moved"] = sum(moved for _, moved in parts) / (2 * shadow.size)
     return numbers
 
 
@@ -105,13 +114,13 @@ def _largest(found: npt.NDArray[np.generic] | None, wanted: torch.Tensor, relati
     return _worst(error)
 
 
-def _apart(found: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> tuple[float, float]:
-    """(the largest distance in steps of its block, the share of weights that are further than half a step away)."""
-    step = scale[..., 0].double().repeat_interleave(SHADOW_BLOCK, dim=-1)
+def _apart(found: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor) -> tuple[float, int]:
+    """(the largest distance in steps of its block, how many weights are further than half a step away)."""
+    step = scale[..., 0].float().repeat_interleave(SHADOW_BLOCK, dim=-1)
     # A block of equal weights has no step; its weights are equal, up to the rounding of the block's minimum.
-    least = wanted.abs().double() * 2.0**-10 + torch.finfo(torch.float32).tiny
-    error = ((found - wanted).abs().double() / torch.maximum(step, least)).numpy()
-    return _worst(error), float((~(error <= 0.5)).mean())
+    least = wanted.abs() * 2.0**-10 + torch.finfo(torch.float32).tiny
+    error = ((found - wanted).abs() / torch.maximum(step, least)).double().numpy()
+    return _worst(error), int((~(error <= 0.5)).sum())
 
 
 def _worst(error: npt.NDArray[np.float64]) -> float:

@@ -138,7 +138,10 @@ def held_by(model: Path) -> dict[str, SparseFFNTensors]:
     return held
 
 
-def test_what_the_file_holds_is_compared(model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
+def test_what_the_file_holds_is_compared(
+    model_folder: Folder, kept_traces: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clada_export.verify.constants.NEURONS_AT_ONCE", 40)  # 96 neurons: three parts
     path = tmp_path / "out" / "model.onnx"
     assert export(model_folder("llama"), path.parent, **OPTIONS, verify=False).plan.score == "shadow"
     held = held_by(path)
@@ -158,5 +161,8 @@ def test_what_the_file_holds_is_compared(model_folder: Folder, kept_traces: None
     assert f"{LAYER}: neuron_scale is up to inf" in changed(neuron_scale=tensors.neuron_scale[:-1])
     assert f"{LAYER}: neuron_scale is up to inf" in changed(neuron_scale=tensors.neuron_scale * torch.nan)
     assert f"{LAYER}: the 4-bit copy" in changed(shadow_scale=tensors.shadow_scale * torch.tensor([1.0, 1.1]).half())
+    last = tensors.shadow_scale.clone()
+    last[-1, 0, 0, 0] *= 2
+    assert f"{LAYER}: the 4-bit copy is up to" in changed(shadow_scale=last)
     missing = constants_check(path, [item for item in held.items() if item[0] != LAYER])
     assert not missing.passed and f"{LAYER}: the plan and the source have no such layer" in missing.why
