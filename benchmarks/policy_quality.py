@@ -25,8 +25,9 @@ from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.tap import FFNTap
 from clada_export.errors import UsageError
 from clada_export.load.surprisal import surprisal_entropy
+from clada_export.plan.layer import LayerPlan
 from clada_export.plan.method import Method
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.plan import SparsityPlan
 
 Decode = Callable[[int, int, Tensor, Tensor], tuple[Tensor, float]]
 """(window, layer, x [rows, d], h [rows, f]) of a whole window: what the hidden activations of the tokens after the prompt

@@ -234,15 +234,13 @@ def _traced(source: SourceModel, target: Target, dtype: str) -> TracedModel:
 def _build_request(
     source: SourceModel, traced: TracedModel, plan: SparsityPlan, folder: Path, options: ExportOptions, stages: Stages
 ) -> BuildRequest:
-    # Attention layers of transformers keep the factor of their scores as `scaling`.
-    scales = (getattr(module, "scaling", None) for module in source.decoder.module.modules())
     return BuildRequest(
         traced,
         plan,
         folder,
         dtype=options.dtype,
         limit=source.decoder.sequence_limit,
-        scales=frozenset(scale for scale in scales if isinstance(scale, float)),
+        scales=source.decoder.attention_scales,
         settings=options.tensorrt,
         progress=stages.inner,
     )

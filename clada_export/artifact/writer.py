@@ -16,9 +16,9 @@ from typing import Any, Self
 
 from clada_export.artifact.manifest import MANIFEST_NAME, Manifest, file_record, write_manifest
 from clada_export.errors import CladaError, UsageError
+from clada_export.files.json_files import read_json
 from clada_export.files.work_folder import WorkFolder, abandoned_work_folders
 from clada_export.foreign import DISK_FULL
-from clada_export.plan.plan import read_json
 
 _DISK_FAULTS = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 """Of a `write`, which does not say which file it was."""

@@ -42,8 +42,8 @@ from clada_export.decoder.digest import weights_digest
 from clada_export.errors import CladaError, UsageError
 from clada_export.files.stamps import cache_home
 from clada_export.load.signal import LoadSignal
+from clada_export.plan.layer import LayerPlan
 from clada_export.plan.method import Method
-from clada_export.plan.plan import LayerPlan
 from clada_export.plan.tensors import arrays_digest, named_arrays, tensors_digest, tensors_of_layers
 
 FORMAT = "clada-export calibration cache 1"

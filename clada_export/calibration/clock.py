@@ -29,7 +29,8 @@ from clada_export.errors import BackendError
 from clada_export.native.library import require_ort
 from clada_export.op.reference import prompt_shares
 from clada_export.op.scorer import layer_tensors
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.tensors import LayerTensors
 from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, output_names
 from graph_passes.router_nodes import emit_router

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 from graph_passes.op import SHADOW_BLOCK
 
 SHADOW_BYTES = 0.5 + 4 / SHADOW_BLOCK

@@ -1,6 +1,6 @@
 """The way to a plan whose layers keep segment state: an FFN that is made of the FFN's experts for each segment.
 
-Such layers have `merge` experts (`clada_export.plan.plan.LayerPlan`). There is no threshold to choose, and not h but the FFN's
+Such layers have `merge` experts (`clada_export.plan.layer.LayerPlan`). There is no threshold to choose, and not h but the FFN's
 output changes.
 """
 

@@ -13,8 +13,8 @@ from clada_export.decoder.ffn import EagerFFN
 from clada_export.op.reference import granule_prior, per_granule, prompt_shares
 from clada_export.op.router import RouterModule
 from clada_export.op.scorer import LayerScorer, make_scorer
+from clada_export.plan.layer import LayerPlan, layer_attributes
 from clada_export.plan.method import Method
-from clada_export.plan.plan import LayerPlan, layer_attributes
 from clada_export.plan.tensors import LayerTensors
 
 

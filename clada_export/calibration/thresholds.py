@@ -18,8 +18,9 @@ from clada_export.calibration.load_response import LOAD_SLOPE, fit_load_response
 from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.statistics import CalibrationStatistics, LayerTable, collect_statistics
 from clada_export.calibration.weights import Pruning
+from clada_export.plan.layer import LayerPlan
 from clada_export.plan.method import Method
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import ComparedVariant, SearchedSparsity, TriedResponse
 
 COMPARE_AT = 0.45

@@ -146,6 +146,13 @@ class Decoder(ABC):
         # Embeddings of positions that a text never has are in the number.
         return limit - self.first_position if isinstance(limit, int) else None
 
+    @property
+    def attention_scales(self) -> frozenset[float]:
+        """The factors of the scores of its attention layers, as far as it says them."""
+        # transformers keeps them as `scaling`.
+        found = (getattr(module, "scaling", None) for module in self.module.modules())
+        return frozenset(scale for scale in found if isinstance(scale, float))
+
     def tap(
         self,
         *,

@@ -16,7 +16,8 @@ from clada_export.load.signal import LoadSignal
 from clada_export.methods.registry import POLICIES, importing
 from clada_export.methods.settings import PolicySettings
 from clada_export.plan.goal import Goal
-from clada_export.plan.plan import LayerPlan, RouterForm, SparsityPlan
+from clada_export.plan.layer import LayerPlan, RouterForm
+from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.tensors import LayerTensors
 from clada_export.source.mixtures import BLOCK_LAYOUTS, RoutedMLP, import_blocks, routed_mlps

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clada_export.decoder.ffn import EagerFFN
-from clada_export.plan.plan import LayerPlan
+from clada_export.plan.layer import LayerPlan
 from clada_export.plan.tensors import LayerTensors
 
 

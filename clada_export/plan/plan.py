@@ -16,23 +16,12 @@ from typing import Any
 from clada_export.errors import UsageError
 from clada_export.files.json_files import read_json, validate_json
 from clada_export.load.signal import LoadSignal
-from clada_export.plan.layer import LayerPlan, RouterForm, layer_attributes
+from clada_export.plan.layer import LayerPlan, layer_attributes
 from clada_export.plan.layer_faults import layer_fault
 from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.schema import PLAN_SCHEMA, PLAN_VERSION
 from clada_export.plan.tensors import PLAN_TENSORS, LayerTensors, load_tensors, save_tensors, tensors_digest
 from graph_passes.op import SparseFFNAttributes
-
-__all__ = [
-    "PLAN_SCHEMA",
-    "PLAN_VERSION",
-    "LayerPlan",
-    "RouterForm",
-    "SparsityPlan",
-    "layer_attributes",
-    "read_json",
-    "validate_json",
-]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError
 from clada_export.op.scorer import score_constants
 from clada_export.plan.fit import require_same
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.targets.options import TensorRTOptions
 from clada_export.trace.trace import TracedModel
 from clada_export.verify import Verification

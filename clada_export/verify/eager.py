@@ -14,7 +14,8 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.op.reference import SparseFFNTensors, dequantize_shadow, neuron_outputs, prompt_shares, sparse_ffn
 from clada_export.op.router import RouterModule
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.verify.derivation import derive_tensors
 from clada_export.verify.merging import MergedReference
 from graph_passes.op import SparseFFNAttributes

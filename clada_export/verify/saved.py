@@ -25,7 +25,8 @@ from clada_export.artifact.manifest import CacheTensor, Manifest
 from clada_export.artifact.profiles import choose_profile
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import BackendError, UsageError
-from clada_export.plan.plan import SparsityPlan, read_json
+from clada_export.files.json_files import read_json
+from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime.cuda import to_float32
 from clada_export.runtime.graph import ENTROPY, LOG_SUM_EXP
 from clada_export.verify.eager import ReferenceModel

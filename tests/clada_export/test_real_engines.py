@@ -17,7 +17,8 @@ from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import BackendError
 from clada_export.load.signal import LoadSignal
 from clada_export.native.library import trt_library_path
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.source.load import SourceModel, load_source
 from clada_export.targets.common import BuildRequest
 from clada_export.targets.options import DEFAULT_CAPABILITIES, TensorRTOptions

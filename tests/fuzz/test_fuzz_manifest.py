@@ -21,7 +21,8 @@ from clada_export.cli import main
 from clada_export.errors import CladaError, UsageError
 from clada_export.load.signal import LoadSignal
 from clada_export.load.tracker import LoadTracker
-from clada_export.plan.plan import LayerPlan, RouterForm, SparsityPlan
+from clada_export.plan.layer import LayerPlan, RouterForm
+from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime.limits import read_limits
 from clada_export.runtime.tensorrt_session import engine_for, engine_profiles
 from tests.clada_export.runtime.test_runtime import make_manifest

@@ -26,8 +26,9 @@ from clada_export.cli import main, main_export
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
+from clada_export.files.json_files import read_json
 from clada_export.pipeline import export
-from clada_export.plan.plan import SparsityPlan, read_json
+from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.tensors import PLAN_TENSORS
 from clada_export.source.load import load_source
 from clada_export.trace.trace import TracedModel

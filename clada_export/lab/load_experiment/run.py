@@ -15,12 +15,12 @@ from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
 from clada_export.calibration.budget import parse_sparsity
 from clada_export.calibration.calibrate import prompt_length
-from clada_export.calibration.thresholds import LOAD_MAX, LOAD_MIN
 from clada_export.calibration.load_response import LOAD_SLOPE, error_slopes
 from clada_export.calibration.selector import LayerSelector, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.calibration.statistics import collect_statistics
 from clada_export.calibration.text import CalibrationData, load_calibration_data
+from clada_export.calibration.thresholds import LOAD_MAX, LOAD_MIN
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UsageError
 from clada_export.lab.load_experiment.arms import ARMS, GROUPS, METHODS, PLAIN, PRIOR, TOPK, Arm, Scene, still

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clada_export.errors import UsageError
+from clada_export.files.json_files import read_json
 from clada_export.lab.sweep.cells import VALUES, Cell, Outcome
-from clada_export.plan.plan import read_json
 
 SUMMARY, PICTURE, CELLS = "sweep.json", "sweep.png", "cells"
 VERSION = 1

@@ -20,8 +20,8 @@ from clada_export.methods.training.cluster import cluster_neurons
 from clada_export.methods.training.layer import ExpertLayer, group_neurons
 from clada_export.methods.training.samples import LayerSamples, collect_samples
 from clada_export.methods.training.train import TrainingReport
+from clada_export.plan.layer import LayerPlan, RouterForm
 from clada_export.plan.method import Method, draft_layers
-from clada_export.plan.plan import LayerPlan, RouterForm
 from clada_export.plan.tensors import LayerTensors
 from graph_passes.op import ContractError
 from graph_passes.router import Router

@@ -25,9 +25,9 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.rounding import round_all_weights
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, UsageError
+from clada_export.files.json_files import read_json
 from clada_export.native.library import TRT_LIBRARY_NAME, check_library, ort_library_path, trt_library_path
 from clada_export.native.tensorrt import PLUGIN_VERSION, Backend, find_backend, missing_gpu
-from clada_export.plan.plan import read_json
 from clada_export.plan.targets import merging_refused
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime.tensorrt_session import engine_profiles, open_engine

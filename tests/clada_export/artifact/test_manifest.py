@@ -21,7 +21,8 @@ from clada_export.artifact.manifest import (
 )
 from clada_export.errors import BackendError, UsageError
 from clada_export.load.signal import LoadSignal
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 
 
 def make_manifest(**changes: Any) -> Manifest:

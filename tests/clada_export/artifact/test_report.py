@@ -19,7 +19,8 @@ from clada_export.artifact.model_card import write_model_card
 from clada_export.artifact.report import write_report
 from clada_export.artifact.report_page import TEMPLATES
 from clada_export.load.signal import LoadSignal
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.verify.report import Check, Verification
 from graph_passes import FFNMiss, RewriteReport
 from graph_passes.report import RewrittenFFN

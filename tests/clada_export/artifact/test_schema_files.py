@@ -13,7 +13,8 @@ from jsonschema import Draft202012Validator
 from clada_export.artifact.manifest_schema import MANIFEST_SCHEMA
 from clada_export.artifact.schema_files import COMMAND, SCHEMA_FILES, main, schema_text, stale
 from clada_export.load.signal import LoadSignal
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.schema import PLAN_SCHEMA
 
 

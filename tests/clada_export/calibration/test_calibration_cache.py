@@ -30,8 +30,8 @@ from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.methods import MethodPolicy, PolicyContext, PolicySettings, get_policy
 from clada_export.methods.clada import GAMMAS
+from clada_export.plan.layer import RouterForm
 from clada_export.plan.method import Method, draft_layers
-from clada_export.plan.plan import RouterForm
 from clada_export.plan.tensors import LayerTensors
 from graph_passes.router import Router
 from tests.tiny_models import tiny_model

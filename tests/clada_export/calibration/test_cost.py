@@ -6,7 +6,7 @@ import pytest
 
 from clada_export.calibration import cost
 from clada_export.calibration.cost import WEIGHT_BYTES, read_bytes
-from clada_export.plan.plan import LayerPlan
+from clada_export.plan.layer import LayerPlan
 from graph_passes.op import WEIGHT_FORMATS
 
 

@@ -15,9 +15,9 @@ from torch.nn import functional
 from clada_export.decoder.ffn import EagerFFN, EagerFFNs, find_eager_ffns
 from clada_export.decoder.ffn.layer import PACKINGS
 from clada_export.decoder.ffn.probe import TOKENS
+from clada_export.decoder.ffn.projections import hidden, projections
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError
-from clada_export.decoder.ffn.projections import hidden, projections
 from clada_export.op.reference import activate, sparse_ffn
 from clada_export.op.scorer import layer_attributes, layer_tensors
 from graph_passes.op import ACTIVATIONS

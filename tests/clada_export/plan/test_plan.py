@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from clada_export.errors import UsageError
 from clada_export.load.signal import LoadSignal
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 
 
 def make_plan() -> SparsityPlan:

@@ -23,7 +23,8 @@ from clada_export.cli import main
 from clada_export.errors import BackendError, UsageError, VerificationError
 from clada_export.load.meter import LoadMeter, surprisal_entropy
 from clada_export.load.signal import LoadSignal
-from clada_export.plan.plan import LayerPlan, SparsityPlan
+from clada_export.plan.layer import LayerPlan
+from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import Engine, load_engine
 from clada_export.runtime import engine as engine_module
 from clada_export.runtime.sampling import Sampler, SamplingSettings
