@@ -1,4 +1,4 @@
-"""Experts merged into one FFN for each segment (Lory, arXiv 2405.03133), as ordinary ONNX nodes around the op.
+"""Experts merged into one FFN for each segment (arXiv 2405.03133), as ordinary ONNX nodes around the op.
 
 A segment of a sequence is its dense rows (load = +inf) of one run of the graph. They run the op, which is the dense FFN; under
 an `If`, so that other runs pay nothing, the FFN's weights are merged by a router on their mean x, and returned as state. A row

@@ -1,8 +1,8 @@
 """A router: the small network that scores an FFN's granules before the op runs (score `external`).
 
 `Router` is plain data, also for programs without ONNX tools. `graph_passes.router_nodes` writes it as standard ONNX nodes;
-`clada_export.op.router` evaluates it in PyTorch, and the two give the same numbers. Predictors (DejaVu) and experts' routers
-(MoEfication, LTE, D2DMoE, LLaMA-MoE) are all of this form.
+`clada_export.op.router` evaluates it in PyTorch, and the two give the same numbers. Predictors (arXiv 2310.17157) and experts' routers
+(arXiv 2110.01786, 2402.06126, 2310.04361) are all of this form.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Router:
         output: of the last: sigmoid, softmax (over the granules), abs, relu, or topk_softmax: a softmax over the k largest,
             and 0 for the others; ties go to the lowest index. This is how mixtures of experts are gated (LLaMA-MoE's released
             code; GraniteMoe in transformers).
-        normalise: divide x by its L2 norm first (MoEfication).
+        normalise: divide x by its L2 norm first (arXiv 2110.01786).
         scale: multiplies the result.
         k: of topk_softmax, 1 to E; None with any other output.
         dense_rows: what a row that runs dense scores. `ones`: 1 everywhere, so that `combine = weighted` leaves the sum of a

@@ -77,7 +77,7 @@ def same_sparsity(layers: Layers) -> tuple[Levels, float]:
 
 
 def same_level(layers: Layers) -> tuple[Levels, float]:
-    """Every layer has the same level: routers whose scores mean the same everywhere (LTE's 0.5)."""
+    """Every layer has the same level: routers whose scores mean the same everywhere (a gate's 0.5)."""
     highest = max(float(table.level[-1]) for table in layers.tables)
     return lambda level: np.full(len(layers.tables), level), highest
 

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="--policy auto: also policies that train routers")
     policy_arguments(parser)
     parser.add_argument(
-        "--prune", metavar="SPEC", help="prune weights first: wanda=0.5, sparsegpt=2:4, wanda=neurons:0.25, ..."
+        "--prune",
+        metavar="SPEC",
+        help="prune weights first: METHOD=0.5, METHOD=2:4 or METHOD=neurons:0.25; an unknown METHOD lists those there are",
     )
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--budget", default="ppl=2%", help="allowed error, ppl=2%%, kl=0.05 or cett=0.2 (default: ppl=2%%)")

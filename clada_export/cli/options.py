@@ -38,11 +38,11 @@ def policy_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("--score", help="the policy's score: shadow, gate, exact (default: the policy's choice)")
     add("--allocation", help="how layers share: cett, sparsity, level, sensitivity, fisher (default: the best measured)")
-    add("--no-prior", dest="prior", action="store_false", help="clada: do not weigh thresholds by the prompt statistic")
+    add("--no-prior", dest="prior", action="store_false", help="thresholds are never weighed by the prompt statistic")
     add("--granule", type=int, metavar="N", help="neurons of an expert (default: the policy's)")
-    add("--rank", type=int, metavar="N", help="dejavu: width of the predictor (default: 4%% of the neurons); of --finetune (8)")
-    add("--finetune", action="store_true", help="lte: train low-rank changes of the FFN weights along with the routers")
-    add("--pattern", help="wanda, sparsegpt: unstructured (default), n:m like 2:4, or neurons")
+    add("--rank", type=int, metavar="N", help="width of a predictor, or of what --finetune adds (default: the policy's)")
+    add("--finetune", action="store_true", help="train low-rank changes of the FFN weights along with a policy's routers")
+    add("--pattern", help="of policies that prune: unstructured (default), n:m like 2:4, or neurons")
     add("--rows", type=int, metavar="N", help="token rows that routers are trained on (default: 2048)")
 
 

@@ -1,4 +1,6 @@
-"""An FFN whose experts' weights are merged into one smaller FFN, evaluated in PyTorch (Lory, arXiv 2405.03133).
+"""An FFN whose experts' weights are merged into one smaller FFN for a segment, evaluated in PyTorch (arXiv 2405.03133).
+
+It is what layers with segment state run, and that state is the smaller FFN.
 
 Notation: an FFN of f neurons in expert order has E experts of g = f / E; expert e is neurons e g .. (e + 1) g - 1, and its
 neuron j is merged with neuron j of every other expert.
@@ -21,7 +23,7 @@ class MergingFFN:
     """Merges an FFN's experts for a segment, and runs what comes out.
 
     w_in = sum_e a_e W_in[e] and w_out = scale * sum_e a_e W_out[e], where a = softmax of the router on the mean FFN input of
-    the segment, and scale is the router's. Lory merges with weights that sum to 1 too; there each expert is an FFN of its own,
+    the segment, and scale is the router's. The paper merges with weights that sum to 1 too; there an expert is an FFN of its own,
     here it is a part of one, which is why the output has a scale (own derivation).
 
     Args:

@@ -38,7 +38,7 @@ class LayerPlan:
     `threshold` holds one value, or one a granule. `granule`, `combine`, `backbone_min`, `prior_gamma` and `stat_norm` are the
     op's attributes. `kept_neurons` counts the neurons that the engine holds, if not all (whole neurons were pruned);
     `reordered` says that they are stored in another order (experts). `router` is the form of the network that scores the
-    granules. `merge` is the number of experts whose weights are merged for each segment (policy `lory`), or None; the router
+    granules. `merge` is the number of experts whose weights are merged for each segment (segment state), or None; the router
     then scores the experts, and the op runs dense rows only. `adapter_rank` is the rank of what fine-tuning adds to the
     weights (`arrays` holds it), or None for the model's own. `expected_sparsity` is the share of neurons skipped and
     `expected_cett` the relative error of the FFN output (`docs/calibration.md`), both

@@ -1,4 +1,4 @@
-"""An FFN whose experts' weights are merged for a segment (Lory, arXiv 2405.03133), by verification's own path.
+"""An FFN whose experts' weights are merged for a segment (arXiv 2405.03133), by verification's own path.
 
 Notation: an FFN of f neurons in expert order has E experts of g = f / E; expert e is neurons e g .. (e + 1) g - 1. For a
 segment with mean input m, a = softmax(router(m)) [E]; the merged FFN has w_in = sum_e a_e W_in[e] and
