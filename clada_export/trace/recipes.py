@@ -204,11 +204,9 @@ def constant(recipe: Recipe, like: ir.TensorProtocol, name: str, weights: Mappin
     if isinstance(recipe, Weight):
         return TorchTensor(weights[recipe.name], name=name)
     follow = partial(_follow, recipe, name, weights)
-    return (
-        follow()
-        if like.size <= SMALL
-        else ir.LazyTensor(follow, dtype=like.dtype, shape=ir.Shape(like.shape.numpy()), name=name)
-    )
+    if like.size <= SMALL:
+        return follow()
+    return ir.LazyTensor(follow, dtype=like.dtype, shape=ir.Shape(like.shape.numpy()), name=name)
 
 
 def _follow(recipe: Recipe, name: str, weights: Mapping[str, Tensor]) -> ir.TensorProtocol:

@@ -98,14 +98,17 @@ def _first(kinds: Sequence[int], period: int) -> int | None:
 def _kinds(layers: Sequence[nn.Module], config: Any) -> list[int]:
     """The number of each layer's kind: of the first layer that is like it."""
     lists = [value for value in _settings(config) if isinstance(value, list | tuple) and len(value) == len(layers)]
+    last: dict[int, int] = {}
     kinds: list[int] = []
     for index, layer in enumerate(layers):
-        like = (
-            kind
-            for kind in dict.fromkeys(kinds)
-            if all(values[kind] == values[index] for values in lists) and _alike(layers[kind], layer, kind, index)
-        )
-        kinds.append(next(like, index))
+
+        def is_like(other: int, index: int = index, layer: nn.Module = layer) -> bool:
+            same = all(values[other] == values[index] for values in lists)
+            return same and _alike(layers[other], layer, other, index)
+
+        # Like the first and the last one: an attribute is a layer's number in all of them, or in none.
+        kinds.append(next((kind for kind in last if is_like(kind) and is_like(last[kind])), index))
+        last[kinds[-1]] = index
     return kinds
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import clada_export.trace.trace
+import clada_export.trace.exporter
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError
 from clada_export.trace.trace import trace
@@ -24,7 +24,7 @@ def _dims(value: ir.Value) -> list[int | str]:
 
 @pytest.fixture(scope="module")
 def graph() -> ir.Graph:
-    return trace(tiny_model("llama", 0)).graph.graph
+    return trace(TorchDecoder(tiny_model("llama", 0))).graph.graph
 
 
 def test_one_graph_with_named_free_axes_and_numbers_elsewhere(graph: ir.Graph) -> None:
@@ -53,8 +53,8 @@ def test_a_model_in_16_bits_gives_a_graph_in_16_bits() -> None:
 
 
 def test_the_early_reject_changes_nothing(graph: ir.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clada_export.trace.trace, "_early_reject", nullcontext)
-    without = trace(tiny_model("llama", 0)).graph.graph
+    monkeypatch.setattr(clada_export.trace.exporter, "early_reject", nullcontext)
+    without = trace(TorchDecoder(tiny_model("llama", 0))).graph.graph
     assert Counter(node.op_type for node in without) == Counter(node.op_type for node in graph)
     assert [node.op_type for node in without] == [node.op_type for node in graph]
 
