@@ -1,8 +1,8 @@
 """A router: the small network that scores an FFN's granules before the op runs (score `external`).
 
 `Router` is plain data, also for programs without ONNX tools. `graph_passes.router_nodes` writes it as standard ONNX nodes;
-`clada_export.op.router` evaluates it in PyTorch, and the two give the same numbers. Predictors (arXiv 2310.17157) and experts' routers
-(arXiv 2110.01786, 2402.06126, 2310.04361) are all of this form.
+`clada_export.op.router` evaluates it in PyTorch, and the two give the same numbers. Predictors (arXiv 2310.17157) and experts'
+routers (arXiv 2110.01786, 2402.06126, 2310.04361) are all of this form.
 """
 
 from __future__ import annotations

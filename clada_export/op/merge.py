@@ -23,8 +23,8 @@ class MergingFFN:
     """Merges an FFN's experts for a segment, and runs what comes out.
 
     w_in = sum_e a_e W_in[e] and w_out = scale * sum_e a_e W_out[e], where a = softmax of the router on the mean FFN input of
-    the segment, and scale is the router's. The paper merges with weights that sum to 1 too; there an expert is an FFN of its own,
-    here it is a part of one, which is why the output has a scale (own derivation).
+    the segment, and scale is the router's. The paper's weights sum to 1 too; there an expert is an FFN of its own, here it is a
+    part of one, which is why the output has a scale (own derivation).
 
     Args:
         tensors: neurons in expert order.

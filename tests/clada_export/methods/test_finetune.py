@@ -98,7 +98,7 @@ def test_weights_go_from_one_state_to_another() -> None:
     weights.adapt(arrays)
     weights.use(WeightPruning.parse("wanda=0.5"))
     pruned = state(model)
-    assert not weights.adapted and weights.spec is not None
+    assert not weights.adapted and weights.pruning is not None
     weights.use(None)
     weights.adapt(arrays)
     weights.use(WeightPruning.parse("wanda=0.5"))
