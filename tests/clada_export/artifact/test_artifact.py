@@ -179,7 +179,7 @@ def test_works_outside_the_main_thread(tmp_path: Path) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from clada_export.artifact import ArtifactWriter
+from clada_export.artifact.writer import ArtifactWriter
 with ArtifactWriter(Path(sys.argv[1])) as writer:
     (writer.path / "model.onnx").write_bytes(b"x" * 100000)
     print("writing", flush=True)
@@ -409,7 +409,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import save_file
-from clada_export.artifact import ArtifactWriter
+from clada_export.artifact.writer import ArtifactWriter
 from clada_export.errors import UsageError
 
 def by_numpy(folder):
