@@ -1,4 +1,4 @@
-"""Settings of all tests, and the order they run in."""
+"""Settings of all tests, and which of them run in which order and where."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.cores import keep_to_own_cores
 from tests.order import longest_first
 
 # Wall-clock deadlines say more about the machine than about the code.
@@ -25,6 +26,10 @@ os.environ["XDG_CACHE_HOME"] = _FOLDER.name
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run what is marked long, too (make test-long runs only that)")
+
+
+def pytest_configure() -> None:
+    keep_to_own_cores()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

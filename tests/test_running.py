@@ -1,4 +1,4 @@
-"""How the tests themselves run: what they keep, and in which order they come."""
+"""How the tests themselves run: what they keep, in which order they come, and on which cores."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from tests import kept as keeping
 from tests import order
+from tests.cores import share_of
 
 TWO_PROCESSES = """
 import sys, time
@@ -100,3 +101,13 @@ def test_a_file_that_was_renamed_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(order, "LONGEST", ("gone.py",))
     with pytest.raises(FileNotFoundError, match=r"gone\.py: not there; correct its name in LONGEST of tests/order\.py"):
         order.longest_first([])
+
+
+@pytest.mark.parametrize(("processes", "cores"), [(2, {0, 1}), (2, {3, 5, 6, 7}), (3, {0, 1, 2, 3}), (1, {4, 9})])
+def test_processes_have_cores_of_their_own(processes: int, cores: set[int]) -> None:
+    shares = [share_of(number, processes, cores) for number in range(processes)]
+    assert set().union(*shares) == cores and sum(map(len, shares)) == len(cores)
+
+
+def test_more_processes_than_cores_share_them() -> None:
+    assert [share_of(number, 5, {2, 3}) for number in range(5)] == [{2}, {3}, {2}, {3}, {2}]
