@@ -55,15 +55,22 @@ def uncalibrated(source: SourceModel) -> SparsityPlan:
     return SparsityPlan("clada", "shadow", "threshold", layers, LoadSignal(), {"weights_digest": source.weights_digest})
 
 
-@pytest.mark.parametrize(("fetch", "ffns"), [(smollm2, 30), (gemma3, 18)])
-def test_every_ffn_is_a_plugin_layer(fetch: Callable[[Path], Path], ffns: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fetch", "ffns", "dtypes"),
+    [
+        (smollm2, 30, ("bfloat16",)),
+        pytest.param(smollm2, 30, ("float16",), marks=pytest.mark.long),
+        pytest.param(gemma3, 18, ("bfloat16", "float16"), marks=pytest.mark.long),
+    ],
+)
+def test_every_ffn_is_a_plugin_layer(fetch: Callable[[Path], Path], ffns: int, dtypes: tuple[str, ...], tmp_path: Path) -> None:
     try:
         trt_library_path()
     except BackendError as error:
         pytest.skip(str(error))
     source = load_source(str(fetch(tmp_path)))
     plan = uncalibrated(source)
-    for dtype in ("bfloat16", "float16"):
+    for dtype in dtypes:
         out = tmp_path / dtype
         out.mkdir()
         traced = trace(target.traceable(require_torch(source.decoder, "tracing"), dtype), fusions=target.FUSIONS)
