@@ -78,7 +78,8 @@ class Recorded(np.ndarray):
         return _record(np.ndarray.__getitem__, (self, key), {})
 
     def view(self, *args: Any, **kwargs: Any) -> Any:
-        same_type = not kwargs and len(args) == 1 and not isinstance(args[0], type) and np.dtype(args[0]) == self.dtype
+        is_class = bool(args) and isinstance(args[0], type) and issubclass(args[0], np.ndarray)
+        same_type = not kwargs and len(args) == 1 and not is_class and np.dtype(args[0]) == self.dtype
         return self if same_type else super().view(*args, **kwargs)
 
 

@@ -82,12 +82,12 @@ def test_equal_weights_become_one_as_in_the_whole() -> None:
     check_same(model, None, 4)
 
 
-def test_layers_that_count_themselves_are_traced_as_a_whole() -> None:
-    """GPT-2 can divide the scores of each layer by its number, which only the graphs of two layers show."""
+def test_layers_that_differ_by_a_number_are_traced_as_a_whole() -> None:
+    """GPT-2 can divide the scores of each layer by its number."""
     model = deep_model("gpt2", 5, scale_attn_by_inverse_layer_idx=True)
     found = trace(TorchDecoder(model), fusions=None)
     assert found.way is not None and found.way.traced is None
-    assert "of layers that are alike" in (found.way.reason or "")
+    assert "its 5 layers are not alike" in (found.way.reason or "")
     assert sum(str(value.name).startswith("past_key_values.") for value in found.graph.graph.inputs) == 10
 
 
