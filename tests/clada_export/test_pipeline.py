@@ -18,6 +18,7 @@ import torch
 
 import clada_export
 from clada_export.artifact.manifest import read_manifest
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError, VerificationError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import PolicySettings
@@ -121,7 +122,8 @@ def test_an_engine_that_computes_something_else_fails(
     from tests.clada_export.conftest import _kept_trace
 
     monkeypatch.setattr(
-        "clada_export.pipeline.trace", lambda model, fusions: _kept_trace(tiny_model("llama", 1), fusions=fusions)
+        "clada_export.pipeline.trace",
+        lambda decoder, fusions: _kept_trace(TorchDecoder(tiny_model("llama", 1)), fusions=fusions),
     )
     with pytest.raises(VerificationError, match="dense parity, prompt"):
         export(model_folder("llama"), tmp_path / "out", OPTIONS)
