@@ -21,6 +21,7 @@ from torch import nn
 from clada_export.artifact.manifest import read_manifest
 from clada_export.cli import main, main_export
 from clada_export.decoder.rounding import in_dtype, round_all_weights
+from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, UnsupportedModelError, UsageError, VerificationError
 from clada_export.export_options import ExportOptions
 from clada_export.native.library import trt_library_path
@@ -349,8 +350,8 @@ def test_a_graph_that_computes_something_else_fails(
 ) -> None:
     from tests.clada_export.conftest import _kept_trace
 
-    other = tiny_model("llama", 1)
-    monkeypatch.setattr("clada_export.pipeline.trace", lambda model, fusions: _kept_trace(other, fusions=fusions))
+    other = TorchDecoder(tiny_model("llama", 1))
+    monkeypatch.setattr("clada_export.pipeline.trace", lambda decoder, fusions: _kept_trace(other, fusions=fusions))
     with pytest.raises(VerificationError, match="ONNX graph, dense parity, prompt"):
         export(model_folder("llama"), tmp_path / "out", NO_PLUGIN)
     assert list(tmp_path.iterdir()) == []
