@@ -61,8 +61,8 @@ Several rows at once, {layer}:
 ## Where we lose
 
 - **Batches.** At two rows only the sparsest variants are faster than dense float16, and from 4 to 16 rows none is: a row's
-  neurons are computed apart from the others', with scalar arithmetic, where cuBLAS uses tensor cores once for all rows. In float32 the
-  kernels hold until 4 to 8 rows at the sizes of 7B and 8B.
+  neurons are computed apart from the others', with scalar arithmetic, where cuBLAS uses tensor cores once for all rows. In
+  float32 the kernels hold until 4 to 8 rows at the sizes of 7B and 8B.
 - **Prompts** (32 rows and more) take {prompts} times as long as dense: a mask and a second pass over h beside the same
   two products.
 - **SmolLM2's layers** are so small that starting kernels is most of the time: nothing is gained.
