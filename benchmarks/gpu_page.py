@@ -36,6 +36,19 @@ What `benchmarks/gpu_suite.py` found on one {gpu} (driver {driver}, CUDA 13.0), 
 
 What was skipped was not run: the machine had no `onnxruntime-gpu` and no TensorRT, and TensorRT-RTX has no target for Hopper.
 
+## An engine for ONNX Runtime on a GPU
+
+    pip uninstall onnxruntime && pip install 'clada-export[ort-gpu]'
+    clada run OUT --prompt "..." --device cuda
+
+`--device` (`load_engine(device=...)`) is `auto`, `cpu` or `cuda`. `auto` takes the GPU where all three are there: ONNX
+Runtime's CUDA provider, a GPU, and `libclada_ort_cuda.so`, which is built where nvcc is found; else the CPU. `cuda` without
+them is an error that says which is missing and how to install it. The export holds no CUDA library: it is the installed
+package's, or the one that `CLADA_ORT_CUDA_LIBRARY` names, loaded from the bytes that were checked. The cache stays in the
+GPU's memory between runs; products are in float32 and not in TF32; operators that the provider lacks run on the CPU, with
+copies between. The graph is the one for the CPU (`ort_fusions` `cpu`), and the checks at export and of `clada verify` are the
+CPU's. **None of this was run on a GPU**: tests hold the choice of device and what is bound where to a pretended one.
+
 ## Speed of one FFN
 
 Against a dense FFN of cuBLAS in the same run (gate and up in one product or in two, whichever is faster), as a CUDA graph over
