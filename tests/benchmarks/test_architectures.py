@@ -33,6 +33,7 @@ def test_a_type_that_can_not_be_made_says_why() -> None:
         tiny_decoder("no_such_type")
 
 
+@pytest.mark.long
 def test_a_type_is_examined_to_the_end() -> None:
     row = examine("gpt_neox")
     assert not row.failed, row.why

@@ -300,6 +300,7 @@ def test_a_run_from_end_to_end(run: tuple[Path, list[str], dict[str, Any]]) -> N
     assert not list(work.glob("policies-*"))
 
 
+@pytest.mark.long
 def test_speed_is_added_to_a_kept_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_llama(tmp_path / "tiny")
     (tmp_path / "text.txt").write_text(default_text()[:20000])

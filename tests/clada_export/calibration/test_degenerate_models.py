@@ -180,7 +180,7 @@ def test_broken_models_without_gradients_are_named(name: str) -> None:
         _calibrate(_model(change), "griffin", kind=WithoutGradients, sparsity=0.5)
 
 
-@pytest.mark.parametrize("name", ["FFNs that give 0", "one FFN that gives 0"])
+@pytest.mark.parametrize("name", ["FFNs that give 0", pytest.param("one FFN that gives 0", marks=pytest.mark.long)])
 def test_a_whole_export(name: str, kept_traces: None, tmp_path: Path) -> None:
     _model(SOUND[name]).save_pretrained(tmp_path / "model")  # type: ignore[operator]
     options = ExportOptions(sparsity=0.5, calibration_context=48, calibration_cache=None)

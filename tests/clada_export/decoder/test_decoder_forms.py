@@ -18,7 +18,7 @@ def exported(model_type: str, folder: Path) -> ExportResult:
     return export(folder / "model", folder / "out", sparsity=0.3, calibration_context=32, calibration_cache=None)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "fuyu"])
+@pytest.mark.parametrize("model_type", ["gemma3", pytest.param("fuyu", marks=pytest.mark.long)])
 def test_a_model_of_text_and_images_keeps_the_settings_of_its_text_apart(model_type: str, tmp_path: Path) -> None:
     result = exported(model_type, tmp_path)
     assert result.verification is not None and result.verification.passed
