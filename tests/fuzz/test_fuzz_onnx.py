@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from clada_export.cli.inspection import inspect_onnx
 from clada_export.errors import CladaError, UnsupportedModelError, UsageError
 from clada_export.source.onnx.graph import compilable_ffns, load_graph
+from clada_export.source.onnx.growth import SPARE_ELEMENTS
 from clada_export.source.onnx.load import load_decoder
 from graph_passes import find_ffns, rewrite_ffns
 from graph_passes.load_outputs import AddLoadOutputs
@@ -524,6 +526,22 @@ def test_graphs(tmp_path: Path) -> None:
             assert error is None or str(path) in str(error)
 
     assert fuzz("ONNX graph", _MODELS, check, chunk=50) > 0
+
+
+@pytest.mark.parametrize("size", [2**27, 2**32])
+@pytest.mark.parametrize("reader", ["Slice", "Gather"])
+def test_sizes_cut_from_a_list_that_is_far_too_long(reader: str, size: int, tmp_path: Path) -> None:
+    """Inference that follows values makes an entry for each number of the list: gigabytes, and minutes."""
+    model = _fresh()
+    _constant(model, "many", np.array([size]))
+    _constant(model, "zero", np.array([0]))
+    node = _add(model, "ConstantOfShape", ["many"], "list")
+    node.attribute.append(helper.make_attribute("value", helper.make_tensor("zeros", TensorProto.INT64, [1], [0])))
+    _add(model, reader, ["list", "zero", "zero"] if reader == "Slice" else ["list", "zero"], "cut")
+    start = time.process_time()
+    error = hold(lambda: load_graph(_put(tmp_path, model.SerializeToString(), {"config.json": _config()})))
+    assert time.process_time() - start < 2.0
+    assert error is None if size < SPARE_ELEMENTS else str(size) in str(error)
 
 
 def test_decoders(tmp_path: Path) -> None:

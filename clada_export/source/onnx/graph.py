@@ -18,7 +18,7 @@ from clada_export.foreign import ONNX_GRAPH, reading
 from clada_export.patches.onnx_ir_inlining import InlineFunctions
 from clada_export.source.onnx.check import check_inputs
 from clada_export.source.onnx.files import STORED, companions, read_onnx
-from clada_export.source.onnx.growth import check_lists, check_values, fold_constants
+from clada_export.source.onnx.growth import LONGEST_LIST, check_lists, check_values, fold_constants, longest_list
 from graph_passes.matchers.common import fixed_size, rank
 from graph_passes.matchers.weights import FLOATS
 from graph_passes.naming import name_interface
@@ -52,7 +52,9 @@ def readable_graph(path: Path) -> ir.Model:
     check_lists(model, path)
     # Some exporters write no shapes, and leave sizes that are numbers ("half of the last axis") to be computed at run time.
     with _quiet(), reading(ONNX_GRAPH, path):
-        ShapeInferencePass()(model)
+        ShapeInferencePass(data_prop=False)(model)
+        if longest_list(model) <= LONGEST_LIST:
+            ShapeInferencePass()(model)
     with _quiet(), reading(ONNX_GRAPH, path):
         fold_constants(model, path)
     check_values(model, model.meta[STORED], path)

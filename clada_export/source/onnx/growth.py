@@ -27,6 +27,8 @@ MOST_PIECES = 4096
 """Of a value that is taken apart."""
 MOST_SUMMED = 1024
 """Names of sizes in one sum."""
+LONGEST_LIST = 1 << 20
+"""Numbers of a list that shape inference may follow; a vocabulary has fewer."""
 SPARE_ELEMENTS = 1 << 28
 """Of a value that no input sizes: a mask of 16,384 positions, say. A value may also be twice as large as all weights."""
 
@@ -166,6 +168,21 @@ class _BoundedFold(FoldConstants):
             return False
         self._left -= size if node.op_type != "Transpose" else 0
         return None if self._left >= 0 else False
+
+
+def longest_list(model: ir.Model) -> int:
+    """The most numbers of a list of integers in a graph, as far as its shapes are known.
+
+    Where such a list is cut, shape inference that follows values makes an entry for each of its numbers.
+    """
+    inputs = model.graph.inputs
+    values = (
+        *inputs,
+        *model.graph.initializers.values(),
+        *(value for node in model.graph.all_nodes() for value in node.outputs),
+    )
+    sizes = (_known(value) for value in values if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, None))
+    return max((found[0] for found in sizes if len(found) == 1), default=0)
 
 
 def check_values(model: ir.Model, stored: int, path: Path) -> None:
