@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -19,6 +20,15 @@ def python_with(*packages: str) -> Path:
 
     The test is skipped if they can't be installed, as on a machine without a package index.
     """
+    python, fault = _environment(packages)
+    if fault:
+        pytest.skip(f"{', '.join(packages)} can't be installed: {fault}")
+    return python
+
+
+@functools.cache
+def _environment(packages: tuple[str, ...]) -> tuple[Path, str]:
+    """Its Python, and what pip said if it could not install the packages."""
     key = hashlib.sha256(" ".join((sys.version, sys.prefix, *packages)).encode()).hexdigest()[:16]
     folder = CACHE / key
     python = folder / "bin" / "python"
@@ -29,11 +39,11 @@ def python_with(*packages: str) -> Path:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(inside), *packages]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            pytest.skip(f"{', '.join(packages)} can't be installed: {done.stderr.strip().splitlines()[-1][:200]}")
+            return python, done.stderr.strip().splitlines()[-1][:200]
         # A .pth is read when Python starts, and adds its folder after the environment's own.
         (inside / "base.pth").write_text(sysconfig.get_path("purelib") + "\n")
         (folder / "complete").touch()
-    return python
+    return python, ""
 
 
 def run(python: Path, *arguments: str) -> None:
