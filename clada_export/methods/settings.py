@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clada_export.calibration.allocation import ALLOCATIONS
 from clada_export.errors import UsageError
-from clada_export.methods.static.spec import check_pattern
+from clada_export.methods.prune_spec import check_pattern
 from clada_export.plan.ranges import GRANULE, RANK, ROWS, require_between
 from graph_passes.op import SCORES
 

@@ -18,8 +18,8 @@ from clada_export.calibration.thresholds import COMPARE_AT, plan_thresholds, sea
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UsageError
 from clada_export.methods.common.policy import MethodPolicy
+from clada_export.methods.prune_spec import NEURONS, UNSTRUCTURED, PruneSpec, check_pattern
 from clada_export.methods.static.prune import WeightPruning
-from clada_export.methods.static.spec import NEURONS, UNSTRUCTURED, PruneSpec, check_pattern
 from clada_export.plan.goal import Goal
 from clada_export.plan.method import Method, draft_layers
 

@@ -16,8 +16,8 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.ffn.projections import FFNProjection, Snapshot, hidden, projections
 from clada_export.errors import UnsupportedModelError, UsageError
+from clada_export.methods.prune_spec import NEURONS, PruneSpec
 from clada_export.methods.static import sparsegpt, wanda
-from clada_export.methods.static.spec import NEURONS, PruneSpec
 from clada_export.methods.static.statistics import product_error, relative_error, require_finite
 
 _PRUNERS = {"wanda": wanda.pruner, "sparsegpt": sparsegpt.pruner}

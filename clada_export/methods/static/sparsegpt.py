@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from clada_export.errors import UsageError
+from clada_export.methods.prune_spec import PruneSpec
 from clada_export.methods.static.masks import all_but_highest, lowest
-from clada_export.methods.static.spec import PruneSpec
 from clada_export.methods.static.statistics import hessian, require_finite
 
 BLOCK = 128

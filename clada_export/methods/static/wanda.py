@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from clada_export.methods.prune_spec import PruneSpec
 from clada_export.methods.static.masks import all_but_highest, lowest, lowest_in_rows
-from clada_export.methods.static.spec import PruneSpec
 from clada_export.methods.static.statistics import column_norms
 
 
