@@ -78,6 +78,9 @@ def find_block(graph: ir.Graph, stack: Stack, used: frozenset[str]) -> Block:
     first, second, after = (tuple(node for node in graph if parts[node] == part) for part in (FIRST, SECOND, AFTER))
     like = _Comparison(stack.period, names, constants).compare(first, second)
     of_first = {value for node in first for value in node.outputs}
+    for value, recipe in constants.items():
+        if any(_part(stack, names.layer(name)) == FIRST for name in weights_in(recipe)):
+            of_first.add(value)
     for node in after:
         if not of_first.isdisjoint(value for value in node.inputs if value is not None):
             raise WholeError(f"{_named(node)} reads a layer that is further back than the one before")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Mutable
 import onnx_ir as ir
 
 from clada_export.trace.blocks import Block, LayerNames
-from clada_export.trace.recipes import Recipe, renamed
+from clada_export.trace.recipes import Recipe, Weight, renamed, same_recipe, weights_in
 from clada_export.trace.stack import Stack
 
 Values = Mapping[ir.Value, ir.Value]
@@ -30,44 +30,99 @@ def repeat(graph: ir.Graph, block: Block, stack: Stack) -> dict[ir.Value, Recipe
         How initializers are made from weights, of the whole graph; they still have the values of stand-ins.
     """
     names = LayerNames(stack.path)
-    constants = _renumber(graph, block, names, stack)
-    copies = _Copies(graph, block, names, stack.period)
+    constants = Constants(graph, block.constants)
+    copies = _Copies(graph, block, names, stack.period, constants)
+    _renumber(graph, block, names, stack)
     values: Values = {value: value for node in block.nodes for value in node.outputs}
     last = block.nodes[-1]
     for number in range(1, stack.repeats + 1):
-        nodes, values = copies.make(number, values, constants)
+        nodes, values = copies.make(number, values)
         graph.insert_after(last, nodes)
         last = nodes[-1]
-    for node in block.after:
-        for index, value in enumerate(node.inputs):
-            if value is not None and value in values:
-                node.replace_input_with(index, values[value])
+    _connect(block, names, stack, values, constants)
     graph.metadata_props.pop(_SIGNATURE, None)
     if not _is_sorted(graph):
         graph.sort()
-    return constants
+    return constants.read()
 
 
-def _renumber(graph: ir.Graph, block: Block, names: LayerNames, stack: Stack) -> dict[ir.Value, Recipe]:
-    """Give the layers behind the block the numbers that they have in the whole decoder."""
+def _renumber(graph: ir.Graph, block: Block, names: LayerNames, stack: Stack) -> None:
+    """Give the layers behind the block the numbers that they have in the whole decoder: all but their weights."""
     start, by = stack.first + 2 * stack.period, stack.repeats * stack.period
 
     def moved(text: str) -> str:
         return names.shifted(text, by, start)
 
-    values = [*graph.initializers.values(), *graph.inputs, *graph.outputs]
+    others = [value for value in graph.initializers.values() if value not in block.constants]
     # The last first, so that no name is another layer's meanwhile.
-    for value in sorted(values, key=lambda value: names.layer(str(value.name)) or 0, reverse=True):
+    values = sorted([*others, *graph.inputs, *graph.outputs], key=lambda value: names.layer(str(value.name)) or 0, reverse=True)
+    for value in values:
         value.name = moved(str(value.name))
         _change(value.metadata_props, moved)
     for node in block.after:
         _change(node.metadata_props, moved)
-    return {value: renamed(recipe, moved) for value, recipe in block.constants.items()}
+
+
+def _connect(block: Block, names: LayerNames, stack: Stack, values: Values, constants: Constants) -> None:
+    """Let what comes behind the block read the last copy, and its own weights; some may be those of the layer before."""
+    start, by = stack.first + stack.period, stack.repeats * stack.period
+    for node in block.after:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value in values:
+                node.replace_input_with(index, values[value])
+            elif value is not None and value in block.constants:
+                own = constants.like(value, lambda text: names.shifted(text, by, start), f"{value.name}.{stack.repeats + 1}")
+                node.replace_input_with(index, own)
 
 
 def _change(properties: MutableMapping[str, str], change: Callable[[str], str]) -> None:
     # Stack traces are long, and name no layer.
     properties.update({key: change(text) for key, text in properties.items() if not key.endswith("stack_trace")})
+
+
+class Constants:
+    """The initializers of a graph that are made from weights; one for each recipe.
+
+    Args:
+        graph: has them.
+        recipes: of those that it has at first.
+    """
+
+    def __init__(self, graph: ir.Graph, recipes: Mapping[ir.Value, Recipe]) -> None:
+        self._graph = graph
+        self._recipes = dict(recipes)
+        self._of_weights: dict[tuple[str, ...], list[ir.Value]] = {}
+        for value, recipe in recipes.items():
+            self._of_weights.setdefault(weights_in(recipe), []).append(value)
+
+    def like(self, value: ir.Value, rename: Callable[[str], str], name: str) -> ir.Value:
+        """The constant that is made as `value` is, from other weights.
+
+        Args:
+            name: of a new one that is not just a weight.
+        """
+        recipe = renamed(self._recipes[value], rename)
+        alike = self._of_weights.setdefault(weights_in(recipe), [])
+        found = next((other for other in alike if same_recipe(self._recipes[other], recipe)), None)
+        if found is None:
+            found = _leaf_like(value, recipe.name if isinstance(recipe, Weight) else name, rename)
+            self._graph.register_initializer(found)
+            self._recipes[found] = recipe
+            alike.append(found)
+        return found
+
+    def read(self) -> dict[ir.Value, Recipe]:
+        """How those are made that a node reads; the others go."""
+        for value in [value for value in self._recipes if not value.uses()]:
+            del self._recipes[value], self._graph.initializers[str(value.name)]
+        return self._recipes
+
+
+def _leaf_like(value: ir.Value, name: str, rename: Callable[[str], str]) -> ir.Value:
+    """Another input, or another initializer with the same constant."""
+    tensor = None if value.const_value is None else ir.Tensor(value.const_value.numpy(), name=name)
+    metadata = {key: rename(text) for key, text in value.metadata_props.items()}
+    return ir.Value(name=name, type=value.type, shape=value.shape, const_value=tensor, metadata_props=metadata)
 
 
 class _Copies:
@@ -77,8 +132,9 @@ class _Copies:
         graph: takes the copies' initializers, inputs and outputs; not their nodes.
     """
 
-    def __init__(self, graph: ir.Graph, block: Block, names: LayerNames, period: int) -> None:
+    def __init__(self, graph: ir.Graph, block: Block, names: LayerNames, period: int, constants: Constants) -> None:
         self._graph = graph
+        self._constants = constants
         self._block = block
         self._names = names
         self._period = period
@@ -90,13 +146,12 @@ class _Copies:
         self._inputs = _Places(graph.inputs, self._own)
         self._outputs = _Places(graph.outputs, self._own)
 
-    def make(self, number: int, before: Values, constants: dict[ir.Value, Recipe]) -> tuple[list[ir.Node], Values]:
+    def make(self, number: int, before: Values) -> tuple[list[ir.Node], Values]:
         """One copy.
 
         Args:
             number: of the copy, from 1.
             before: the values of the copy before it, by those of the block.
-            constants: gets the recipes of its initializers.
 
         Returns:
             Its nodes, and its values by those of the block.
@@ -112,7 +167,7 @@ class _Copies:
                 return before[like]
             if value.producer() is not None or value not in self._own:
                 return value
-            values[value] = self._leaf(value, number, constants)
+            values[value] = self._leaf(value, number)
             return values[value]
 
         nodes = []
@@ -124,15 +179,14 @@ class _Copies:
         self._outputs.add(values)
         return nodes, {value: values[value] for value in self._computed}
 
-    def _leaf(self, value: ir.Value, number: int, constants: dict[ir.Value, Recipe]) -> ir.Value:
+    def _leaf(self, value: ir.Value, number: int) -> ir.Value:
         """A layer's own input or initializer."""
-        made = ir.Value()
-        self._describe(made, value, number)
-        if value.const_value is not None:
-            made.const_value = ir.Tensor(value.const_value.numpy(), name=made.name)
+        name = self._renamed(str(value.name), number)
+        if value in self._block.constants:
+            return self._constants.like(value, lambda text: self._shifted(text, number), name)
+        made = _leaf_like(value, name, lambda text: self._shifted(text, number))
+        if made.const_value is not None:
             self._graph.register_initializer(made)
-            if value in constants:
-                constants[made] = renamed(constants[value], lambda name: self._shifted(name, number))
         return made
 
     def _node(self, node: ir.Node, inputs: list[ir.Value | None], number: int) -> ir.Node:
@@ -154,11 +208,14 @@ class _Copies:
 
     def _describe(self, made: ir.Value, value: ir.Value, number: int) -> None:
         """Name, type and metadata of the copy of a value."""
-        shifted = self._shifted(str(value.name), number)
-        made.name = shifted if shifted != value.name else f"{value.name}.{number}"
+        made.name = self._renamed(str(value.name), number)
         made.type = value.type
         made.shape = None if value.shape is None else ir.Shape([self._size(size, number) for size in value.shape])
         made.metadata_props.update({key: self._shifted(text, number) for key, text in value.metadata_props.items()})
+
+    def _renamed(self, name: str, number: int) -> str:
+        shifted = self._shifted(name, number)
+        return shifted if shifted != name else f"{name}.{number}"
 
     def _shifted(self, text: str, number: int) -> str:
         return self._names.shifted(text, number * self._period)

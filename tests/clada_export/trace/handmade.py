@@ -13,7 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from clada_export.trace.recipes import StandIn
 
 SIZE = 4
-WEIGHTS = ("norm.weight", "up.weight", "down.weight")
+WEIGHTS = ("norm.weight", "up.weight", "down.weight", "last.weight")
 
 
 @dataclass
@@ -21,8 +21,8 @@ class Handmade:
     """A decoder of layers in which everything occurs that a block has to be cut along.
 
     A layer adds to the residual stream what it makes of it, of the mask, and of its keys, and hands on keys and values. Its
-    weights are used as they are, transposed as a constant, and together with another in one. With a period, the first layer of
-    each has another activation than the rest.
+    weights are used as they are, by the next layer, transposed as a constant, and together with another in one. With a period,
+    the first layer of each has another activation than the rest.
 
     Attributes:
         weights: of all layers, by name.
@@ -40,7 +40,7 @@ class Handmade:
         random = torch.Generator().manual_seed(0)
         for layer in range(self.depth):
             for name in WEIGHTS:
-                shape = (SIZE,) if name == "norm.weight" else (SIZE, SIZE)
+                shape = (SIZE,) if name in ("norm.weight", "last.weight") else (SIZE, SIZE)
                 self.weights[f"model.layers.{layer}.{name}"] = torch.randn(shape, generator=random)
         self.weights["model.head.weight"] = torch.randn((SIZE, SIZE), generator=random)
 
@@ -66,6 +66,7 @@ class Handmade:
             inputs += past[2 * layer : 2 * layer + 2]
             x, present = self._layer(x, shared, length, past[2 * layer : 2 * layer + 2], layer)
             outputs += present
+        x = self._op("Add", [x, self._weight(f"model.layers.{self.depth - 1}.last.weight")], "final")
         head = self._constant("head", "model.head.weight", np.transpose)
         logits = self._op("MatMul", [x, head], "logits")
         values = self._initializers.values()
@@ -77,6 +78,10 @@ class Handmade:
         self, x: ir.Value, mask: ir.Value, length: ir.Value, past: list[ir.Value], layer: int
     ) -> tuple[ir.Value, list[ir.Value]]:
         path = f"model.layers.{layer}"
+        if layer:
+            # A fused norm adds the bias of the layer before.
+            bias = self._weight(f"model.layers.{layer - 1}.last.weight")
+            x = self._op("Sum", [x, bias, self._weight(f"{path}.norm.weight")], f"{layer}.in", path)
         factor = 9.0 if layer == self.odd else 2.0
         scaled = self._op("Mul", [x, self._weight(f"{path}.norm.weight")], f"{layer}.scaled", path)
         masked = self._op("Where", [mask, scaled, self._number(f"{layer}.factor", factor)], f"{layer}.masked", path)

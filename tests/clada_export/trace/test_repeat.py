@@ -69,8 +69,8 @@ def test_the_last_layers_read_no_other_than_the_one_before() -> None:
     traced = Handmade(stack.traced, stand_ins=True)
     graph = traced.graph()
     nodes = {node.name: node for node in graph}
-    nodes["node_3.scaled"].replace_input_with(0, nodes["node_1.out"].outputs[0])
-    with pytest.raises(WholeError, match=r"'node_3\.scaled' reads a layer that is further back"):
+    nodes["node_3.in"].replace_input_with(0, nodes["node_1.out"].outputs[0])
+    with pytest.raises(WholeError, match=r"'node_3\.in' reads a layer that is further back"):
         find_block(graph, stack, traced.used)
 
 
