@@ -12,7 +12,29 @@ import pytest
 TESTS = Path(__file__).parent
 
 # Files that take more than some twenty seconds of a core, longest first; the others follow.
-LONGEST = ("clada_export/test_real_model.py",)
+LONGEST = (
+    "clada_export/test_real_model.py",
+    "op/test_sanitizers.py",
+    "op/test_plugin.py",
+    "clada_export/test_real_engines.py",
+    "op/test_contract.py",
+    "clada_export/decoder/test_decoder_forms.py",
+    "clada_export/targets/test_tensorrt_target.py",
+    "clada_export/methods/test_moe_import.py",
+    "clada_export/methods/test_policy_engines.py",
+    "clada_export/test_pipeline.py",
+    "clada_export/calibration/test_degenerate_models.py",
+    "exporters/test_other_exporters.py",
+    "benchmarks/test_decode.py",
+    "clada_export/cli/test_inspection.py",
+    "graph_passes/test_rewrite.py",
+    "clada_export/lab/test_sweep.py",
+    "fuzz/test_fuzz_engine.py",
+    "fuzz/test_fuzz_onnx.py",
+    "fuzz/test_fuzz_plan.py",
+    "op/test_cuda_kernels.py",
+    "benchmarks/test_policies.py",
+)
 
 
 def longest_first(items: list[pytest.Item]) -> None:
