@@ -99,8 +99,10 @@ def export(
         with stages("calibrate") as note:
             plan, details = make_plan(source, data, given, options, target, stages.inner, note)
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
-        with stages("trace" if source.graph is None else "read graph"):
+        with stages("trace" if source.graph is None else "read graph") as note:
             traced = _traced(source, target, options.dtype)
+            if traced.way is not None:
+                note(traced.way.told())
         with stages("rewrite and write") as note:
             built = target.build(_build_request(source, traced, plan, writer.path, options, stages))
             del traced

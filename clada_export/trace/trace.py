@@ -30,6 +30,10 @@ class Way:
     traced: int | None
     reason: str | None
 
+    def told(self) -> str:
+        """In words, for the line of the stage."""
+        return f"{self.traced} layers traced, the others repeat them" if self.reason is None else f"as a whole: {self.reason}"
+
 
 @dataclass(frozen=True)
 class TracedModel:
