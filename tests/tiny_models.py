@@ -20,6 +20,7 @@ from tests.kept import kept, versions
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "opt", "gpt2")
 MOE_KINDS = ("mixtral",)
 
+GRAPH = "model.onnx"
 SLIDING_WINDOW = 16
 
 _BASE: dict[str, Any] = {
@@ -94,19 +95,28 @@ def export_tiny(
         opset: of the graph; None is the exporter's own choice.
     """
     made_by = (versions(), repr(_SETTINGS), inspect.getsource(tiny_model), inspect.getsource(_export))
+    key = "\n".join((*made_by, kind, str(seed), str(dtype), str(opset)))
+    exported = kept("tiny_models", key, lambda folder: _save(_export(tiny_model(kind, seed).to(dtype), opset), folder))
+    if fusions is not None:
+        plain = exported / GRAPH
+        exported = kept("tiny_models", f"{key}\n{fusions}", lambda folder: _save(_fused(plain, fusions), folder))
+    return _loaded(exported / GRAPH)
 
-    def make(folder: Path) -> None:
-        ir.save(_export(tiny_model(kind, seed).to(dtype), fusions, opset), folder / "model.onnx")
 
-    key = "\n".join((*made_by, kind, str(fusions), str(seed), str(dtype), str(opset)))
-    model = ir.load(kept("tiny_models", key, make) / "model.onnx")
+def _save(model: ir.Model, folder: Path) -> None:
+    ir.save(model, folder / GRAPH)
+
+
+def _loaded(path: Path) -> ir.Model:
+    """A model with its weights in memory, as the exporter makes it."""
+    model = ir.load(path)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
     return model
 
 
-def _export(model: PreTrainedModel, fusions: str | None, opset: int | None) -> ir.Model:
+def _export(model: PreTrainedModel, opset: int | None, fusions: str | None = None) -> ir.Model:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
@@ -119,6 +129,15 @@ def _export(model: PreTrainedModel, fusions: str | None, opset: int | None) -> i
     config = OnnxConfig(dynamic=True, ort_fusions=fusions, opset_version=opset)
     exported = OnnxExporter().export(module, inputs, config=config)
     return exported.program.model if hasattr(exported.program, "model") else exported.program
+
+
+def _fused(path: Path, fusions: str) -> ir.Model:
+    """What the exporter makes with these `ort_fusions`, of what it made without: they are its last step, the others a trace."""
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+    model = _loaded(path)
+    fuse_for_onnxruntime(model, fusions)
+    return model
 
 
 def session(model: ir.Model, library: Path | None = None) -> Any:
