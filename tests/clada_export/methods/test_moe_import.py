@@ -404,7 +404,7 @@ def test_the_engine_is_the_checkpoint(policy: str, folder: Folder, kept_traces: 
     assert verify_folder(tmp_path / "out", str(folder(policy)), calibration_data=folder(policy).with_suffix(".txt")).passed
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["llama-moe", pytest.param("ds-moe", marks=pytest.mark.long)])
 def test_reduced_weights(policy: str, folder: Folder, kept_traces: None, tmp_path: Path) -> None:
     result = exported(policy, folder, tmp_path / "out", dtype="bfloat16")
     assert result.verification is not None and result.verification.passed

@@ -69,7 +69,7 @@ def test_a_mask_of_the_prompt_stays(model_folder: Folder, kept_traces: None, tmp
     assert denser.active is not None and (denser.active > np.array(ks)).all()
 
 
-@pytest.mark.parametrize("prune", ["wanda=0.5", "sparsegpt=2:4", "wanda=neurons:0.25"])
+@pytest.mark.parametrize("prune", ["wanda=0.5", pytest.param("sparsegpt=2:4", marks=pytest.mark.long), "wanda=neurons:0.25"])
 def test_pruning_composes_with_a_dynamic_policy(prune: str, model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export(model_folder("llama"), out, replace(OPTIONS, prune=prune, sparsity=0.4))
