@@ -65,7 +65,7 @@ def test_repeated_layers_are_those_of_the_whole(kind: str, layers: int, fusions:
     check_same(deep_model(kind, layers), fusions, 6 if kind == "gemma3_text" else 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "layers", "fusions"), SLOW)
 def test_repeated_layers_are_those_of_the_whole_for_every_kind(kind: str, layers: int, fusions: str | None) -> None:
     check_same(deep_model(kind, layers), fusions, 6 if kind == "gemma3_text" else 4)
