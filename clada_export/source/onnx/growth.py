@@ -181,8 +181,8 @@ def longest_list(model: ir.Model) -> int:
         *model.graph.initializers.values(),
         *(value for node in model.graph.all_nodes() for value in node.outputs),
     )
-    sizes = (_known(value) for value in values if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, None))
-    return max((found[0] for found in sizes if len(found) == 1), default=0)
+    lists = (value for value in values if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, None))
+    return max((size for value in lists if len(value.shape or ()) == 1 for size in _known(value)), default=0)
 
 
 def check_values(model: ir.Model, stored: int, path: Path) -> None:
