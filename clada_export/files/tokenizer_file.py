@@ -7,10 +7,8 @@ characters of one there, and a library that runs out of memory ends the process.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,21 +138,26 @@ def _check_tables(objects: Sequence[dict[str, Any]], part: str, path: Path) -> N
         UsageError: there is less.
     """
     for table in (rule.get("precompiled_charsmap") for rule in objects):
-        try:
-            data = base64.b64decode(table, validate=True) if isinstance(table, str) else b""
-        except ValueError:
-            continue  # the library refuses it
-        size = int.from_bytes(data[:4], "little")
-        there = max(0, len(data) - 4)
-        if size > there:
-            raise UsageError(f"{path}: {part}: precompiled_charsmap says that its trie has {size} bytes, and {there} are there")
+        size, data = _table(table) if isinstance(table, str) else (0, b"")
+        if size > len(data):
+            raise UsageError(
+                f"{path}: {part}: precompiled_charsmap says that its trie has {size} bytes, and {len(data)} are there"
+            )
+
+
+def _table(table: str) -> tuple[int, bytes]:
+    """A table of SentencePiece: the size that it gives its trie, and what it has: the trie, then texts with a NUL after each.
+
+    (0, nothing) for one that is none, which the library refuses.
+    """
+    try:
+        data = base64.b64decode(table, validate=True)
+    except ValueError:
+        return 0, b""
+    return int.from_bytes(data[:4], "little"), data[4:]
 
 
 def _longest(table: str) -> float:
-    """The longest text that a table of SentencePiece writes for a character: a trie, then the texts with a NUL after each."""
-    try:
-        data = base64.b64decode(table, validate=True)
-        (size,) = struct.unpack_from("<I", data)
-    except (binascii.Error, ValueError, struct.error):
-        return 1.0  # the library refuses it
-    return float(max(map(len, data[4 + size :].split(b"\0")), default=1) or 1)
+    """The longest text that a table writes for a character."""
+    size, data = _table(table)
+    return float(max(map(len, data[size:].split(b"\0"))) or 1)
