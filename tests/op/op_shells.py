@@ -62,21 +62,22 @@ class Case:
     def mask(self) -> Tensor:
         return sparse_ffn(self.x, self.load, self.tensors, self.attributes, score=self.score, past_stat=self.past_stat).mask
 
-    def is_clear(self) -> bool:
-        """No choice hangs on rounding: small changes of the inputs leave the mask as it is."""
-        mask, generator = self.mask(), torch.Generator().manual_seed(0)
+    def moved(self) -> Iterator[Case]:
+        """This case with small changes of its inputs, as rounding might make them."""
+        generator = torch.Generator().manual_seed(0)
         for step in (1e-4, -1e-4):
-            tensors = replace(self.tensors, threshold=self.tensors.threshold * (1 + step))
-            if not torch.equal(mask, replace(self, tensors=tensors).mask()):
-                return False
+            yield replace(self, tensors=replace(self.tensors, threshold=self.tensors.threshold * (1 + step)))
         for _ in range(3):
             noise = 1 + 1e-5 * torch.randn(self.x.shape, generator=generator)
             stat = None if self.past_stat is None else self.past_stat * (1 + 1e-5 * torch.randn(1, generator=generator))
             if stat is not None:
                 stat = stat * (1 + 1e-5 * torch.randn(stat.shape, generator=generator))
-            if not torch.equal(mask, replace(self, x=self.x.float() * noise, past_stat=stat).mask()):
-                return False
-        return True
+            yield replace(self, x=self.x.float() * noise, past_stat=stat)
+
+    def is_clear(self) -> bool:
+        """No choice hangs on rounding: small changes of the inputs leave the mask as it is."""
+        mask = self.mask()
+        return all(torch.equal(mask, case.mask()) for case in self.moved())
 
 
 def make_case(
