@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from clada_export.methods.training.experts import require_k
+from clada_export.methods.training.gates import LinearGates
 from clada_export.methods.training.layer import ExpertLayer, Reconstruction
 from clada_export.methods.training.metrics import captured_share, output_error, top_mask
 from clada_export.methods.training.train import (
@@ -15,8 +15,6 @@ from clada_export.methods.training.train import (
     TrainingReport,
     TrainingSettings,
     arrays,
-    input_size,
-    linear_weight,
     no_progress,
     train_router,
 )
@@ -76,25 +74,20 @@ def train_ds_moe(
     return train_router(make, layer.rows, settings, progress)
 
 
-class _Gates(RouterTask):
+class _Gates(LinearGates):
     def __init__(
         self, layer: ExpertLayer, errors: Reconstruction, k: int, information: float, generator: torch.Generator
     ) -> None:
-        self._layer, self._errors, self._k, self._information = layer, errors, k, information
-        self._size = input_size(layer.x)
-        self._inputs = layer.x / self._size
-        self._weight = linear_weight(layer.experts, layer.hidden_size, generator) * 0.1
+        super().__init__(layer, errors, generator)
+        self._k, self._information = k, information
         self.parameters = (self._weight,)
 
-    def _gates(self, rows: Tensor) -> Tensor:
-        return functional.linear(self._inputs[rows], self._weight).softmax(-1)
-
     def loss(self, rows: Tensor) -> Tensor:
-        gate = self._gates(rows)
+        gate = self._softmax(rows)
         return self._errors.error(rows, gate * self._k).mean() - self._information * mutual_information(gate)
 
     def metrics(self, heldout: Tensor) -> dict[str, float]:
-        gate, k = self._gates(heldout), self._k
+        gate, k = self._softmax(heldout), self._k
         mask = top_mask(gate, k)
         captured, oracle = captured_share(gate, self._layer.expert_norms(heldout), k)
         return {

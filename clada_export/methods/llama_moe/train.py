@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from clada_export.methods.training.experts import require_k
+from clada_export.methods.training.gates import LinearGates
 from clada_export.methods.training.layer import ExpertLayer, Reconstruction
 from clada_export.methods.training.metrics import captured_share, output_error, top_mask
 from clada_export.methods.training.train import (
@@ -17,8 +17,6 @@ from clada_export.methods.training.train import (
     TrainingReport,
     TrainingSettings,
     arrays,
-    input_size,
-    linear_weight,
     no_progress,
     train_router,
 )
@@ -75,20 +73,15 @@ def train_llama_moe(
     return train_router(make, layer.rows, settings, progress)
 
 
-class _Gates(RouterTask):
+class _Gates(LinearGates):
     def __init__(self, layer: ExpertLayer, errors: Reconstruction, k: int, balance: float, generator: torch.Generator) -> None:
-        self._layer, self._errors, self._k, self._balance = layer, errors, k, balance
-        self._size = input_size(layer.x)
-        self._inputs = layer.x / self._size
-        self._weight = linear_weight(layer.experts, layer.hidden_size, generator) * 0.1
+        super().__init__(layer, errors, generator)
+        self._k, self._balance = k, balance
         self._log_scale = torch.tensor(math.log(k))
         self.parameters = (self._weight, self._log_scale)
 
-    def _gates(self, rows: Tensor) -> Tensor:
-        return functional.linear(self._inputs[rows], self._weight).softmax(-1)
-
     def _chosen(self, rows: Tensor) -> Tensor:
-        gate = self._gates(rows)
+        gate = self._softmax(rows)
         mask = top_mask(gate.detach(), self._k)
         # The second term is zero, but lets the gates of the experts left out hear of the error that they leave.
         return gate * mask + (gate - gate.detach()) * ~mask
@@ -104,7 +97,7 @@ class _Gates(RouterTask):
         return float(self._log_scale.exp())
 
     def metrics(self, heldout: Tensor) -> dict[str, float]:
-        gate = self._gates(heldout)
+        gate = self._softmax(heldout)
         captured, oracle = captured_share(gate, self._layer.expert_norms(heldout), self._k)
         return {
             "error": output_error(self._errors, heldout, self._chosen(heldout) * self._scale),

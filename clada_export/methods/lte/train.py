@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clada_export.errors import UsageError
+from clada_export.methods.training.gates import LinearGates
 from clada_export.methods.training.layer import ExpertLayer, Reconstruction
 from clada_export.methods.training.metrics import captured_share, output_error
 from clada_export.methods.training.train import (
@@ -20,8 +21,6 @@ from clada_export.methods.training.train import (
     TrainingReport,
     TrainingSettings,
     arrays,
-    input_size,
-    linear_weight,
     no_progress,
     split_rows,
     train_router,
@@ -148,12 +147,10 @@ def lte_for_sparsity(
     return best.gates.router(), watch.report(best.fitted, {**metrics, **search})
 
 
-class _Gates(RouterTask):
+class _Gates(LinearGates):
     def __init__(self, layer: ExpertLayer, errors: Reconstruction, weights: LossWeights, generator: torch.Generator) -> None:
-        self._layer, self._errors, self._weights = layer, errors, weights
-        self._size = input_size(layer.x)
-        self._inputs = layer.x / self._size
-        self._weight = linear_weight(layer.experts, layer.hidden_size, generator) * 0.1
+        super().__init__(layer, errors, generator)
+        self._weights = weights
         self._bias = torch.full((layer.experts,), OPEN_BIAS)
         self.parameters = (self._weight, self._bias)
 
