@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +12,8 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn.projections import Snapshot
 from clada_export.plan.adapters import apply_adapters
 from clada_export.plan.tensors import LayerTensors
+
+Made = TypeVar("Made")
 
 
 class PruningReport(Protocol):
@@ -54,7 +56,8 @@ class FFNWeights:
     def __init__(self, decoder: Decoder, windows: Tensor, rounded: Callable[[], None] = lambda: None) -> None:
         self._decoder, self._windows, self._rounded = decoder, windows, rounded
         self._originals: Snapshot | None = None
-        self._adapted = False
+        self.adapters: Mapping[str, LayerTensors] = {}
+        """The arrays whose adapters are in the weights now."""
         self.pruning: Pruning | None = None
         """How the weights are pruned now; `report` is what that did."""
         self.report: PruningReport | None = None
@@ -65,7 +68,7 @@ class FFNWeights:
         Raises:
             UsageError: as `Pruning.apply`.
         """
-        if pruning == self.pruning and not self._adapted:
+        if pruning == self.pruning and not self.adapted:
             return
         self._restore()
         if pruning is not None:
@@ -83,7 +86,7 @@ class FFNWeights:
         if not any(tensors.adapters for tensors in arrays.values()):
             return
         self._keep()
-        self._adapted = apply_adapters(self._decoder.ffns, arrays)
+        self.adapters = arrays if apply_adapters(self._decoder.ffns, arrays) else {}
         self._rounded()
 
     def follow(self, pruning: Pruning | None, arrays: Mapping[str, LayerTensors]) -> None:
@@ -98,12 +101,28 @@ class FFNWeights:
     @property
     def adapted(self) -> bool:
         """Whether there are adapters in them."""
-        return self._adapted
+        return bool(self.adapters)
+
+    def as_given(self, make: Callable[[], Made]) -> Made:
+        """Call with the weights as they were given; they are after it what they were before."""
+        if self._originals is None or not self.changed:
+            return make()
+        changed = Snapshot(self._decoder.ffns)
+        self._originals.restore()
+        try:
+            return make()
+        finally:
+            changed.restore()
+
+    @property
+    def changed(self) -> bool:
+        """Whether they are not as they were given."""
+        return self.report is not None or self.adapted
 
     def _keep(self) -> None:
         self._originals = self._originals or Snapshot(self._decoder.ffns)
 
     def _restore(self) -> None:
-        if self._originals is not None and (self.report is not None or self._adapted):
+        if self._originals is not None and self.changed:
             self._originals.restore()
-        self.pruning, self.report, self._adapted = None, None, False
+        self.pruning, self.report, self.adapters = None, None, {}
