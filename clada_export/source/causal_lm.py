@@ -59,7 +59,7 @@ def require_decoder(config: PreTrainedConfig, place: str) -> None:
             f"{place}: {kind!r} is an encoder-decoder model; only decoder-only language models are supported"
         )
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if _loader(config) is None and not remote:
+    if loader_of(config) is None and not remote:
         raise UnsupportedModelError(f"{place}: {kind!r} is not a decoder: transformers has no causal language model for it")
     # Encoders such as BERT can be *turned into* a causal model with `is_decoder`; as they come they look both ways.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
@@ -68,7 +68,7 @@ def require_decoder(config: PreTrainedConfig, place: str) -> None:
         )
 
 
-def _loader(config: PreTrainedConfig) -> Any:
+def loader_of(config: PreTrainedConfig) -> Any:
     """What loads the decoder of a configuration, or None if transformers has none.
 
     The decoder of a model of text and images may be saved alone; its configuration names a class of transformers then.
@@ -109,7 +109,7 @@ def load_causal_lm(
         UsageError: damaged weights, or some that do not fit the config.
         BackendError: a package that it needs is missing.
     """
-    loader = _loader(config) or AutoModelForCausalLM
+    loader = loader_of(config) or AutoModelForCausalLM
     if not trust_remote_code:
         settings = place if "gguf_file" in arguments else str(Path(location) / "config.json")
         check_counts(config, stored, settings)
