@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from clada_export.source.model import SourceFile, SourceModel, SourceRequest
 from clada_export.source.onnx.files import is_onnx
 from clada_export.source.onnx.source import load_onnx
 
-__all__ = ["SourceFile", "SourceModel", "load_source"]
+__all__ = ["SourceFile", "SourceModel", "load_source", "source_request"]
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,8 @@ def load_source(
         UnsupportedModelError: not a decoder, an architecture unknown to transformers, or weights that are already quantised.
         BackendError: a package that the format needs is missing.
     """
-    path = _path(model)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UsageError(f"{model}: it is neither a file nor a folder")
-    request = SourceRequest(
+    request = source_request(
         model,
-        path,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -85,7 +82,19 @@ def load_source(
         import_experts=import_experts,
         dtype=dtype,
     )
-    return next(kind for kind in KINDS if kind.holds(path)).load(request)
+    return next(kind for kind in KINDS if kind.holds(request.path)).load(request)
+
+
+def source_request(model: str, **options: Any) -> SourceRequest:
+    """What `load_source` was asked for, with the path looked at.
+
+    Raises:
+        UsageError: what is there is neither a file nor a folder, or the system can't say.
+    """
+    path = _path(model)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{model}: it is neither a file nor a folder")
+    return SourceRequest(model, path, **options)
 
 
 def _path(model: str) -> Path:
