@@ -28,11 +28,13 @@ from clada_export.runtime import load_engine
 from tests.processes import start
 from tests.tiny_models import KINDS, ffn_names, tiny_model
 
+FEW = ("llama", "gemma3_text", "phi3", "gpt2")
+"""Of each form of FFN one: SwiGLU, GeGLU, packed, and with biases. The others of `KINDS` are like one of these."""
 OPTIONS = ExportOptions(sparsity=0.5, calibration_context=48, load_response=False)
 Folder = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in FEW else pytest.mark.long) for kind in KINDS])
 def test_every_family_compiles_and_verifies(kind: str, model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export(model_folder(kind), out, OPTIONS)

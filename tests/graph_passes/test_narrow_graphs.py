@@ -30,8 +30,15 @@ SHADOW = FFNRewrite(ATTRIBUTES, np.array([0.1], dtype=np.float32), score_constan
 EXACT = replace(SHADOW, attributes=replace(ATTRIBUTES, score="exact"))
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, torch.float16) for kind in KINDS),
+        ("gemma3_text", torch.bfloat16),
+        *(pytest.param(kind, torch.bfloat16, marks=pytest.mark.long) for kind in ("llama", "gpt2")),
+    ],
+    ids=str,
+)
 def test_every_layer_is_rewritten_in_the_graphs_type(kind: str, dtype: torch.dtype) -> None:
     names, narrow = tiny_models.ffn_names(kind), TYPES[dtype]
     model = tiny_models.export_tiny(kind, dtype=dtype)

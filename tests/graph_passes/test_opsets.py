@@ -19,7 +19,12 @@ NEWEST = 24
 
 @pytest.mark.parametrize(
     ("kind", "opset"),
-    [*(("llama", opset) for opset in (MIN_OPSET, 21, 23, NEWEST)), ("gpt2", MIN_OPSET), ("gpt2", NEWEST)],
+    [
+        ("llama", MIN_OPSET),
+        ("gpt2", NEWEST),
+        *(pytest.param("llama", opset, marks=pytest.mark.long) for opset in (21, 23, NEWEST)),
+        pytest.param("gpt2", MIN_OPSET, marks=pytest.mark.long),
+    ],
 )
 def test_an_opset(kind: str, opset: int) -> None:
     model = tiny_models.export_tiny(kind, opset=opset)

@@ -80,7 +80,7 @@ def assert_close(case: Case, call: Call) -> None:
         np.testing.assert_array_equal(call.active.cpu().numpy(), reference["active"])
 
 
-@settings(max_examples=200 if ON_GPU else 25)
+@settings(max_examples=200 if ON_GPU else 10)
 @given(data=st.data())
 def test_any_size(data: st.DataObject) -> None:
     draw = data.draw

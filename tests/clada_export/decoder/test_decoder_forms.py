@@ -28,6 +28,7 @@ def test_a_model_of_text_and_images_keeps_the_settings_of_its_text_apart(model_t
     assert source.decoder.sequence_limit == text_config(source.decoder.module).max_position_embeddings  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_an_ffn_that_a_token_runs_more_than_once(tmp_path: Path) -> None:
     result = exported("hrm_text", tmp_path)
     assert result.verification is not None and result.verification.passed

@@ -226,6 +226,7 @@ def test_a_finetuned_engine(model_folder: Folder, tmp_path: Path) -> None:
         SparsityPlan.load_file(tmp_path / "plan.json")
 
 
+@pytest.mark.long
 def test_a_finetuned_engine_in_bfloat16(model_folder: Folder, tmp_path: Path) -> None:
     result = export(model_folder("llama"), tmp_path / "out", replace(OPTIONS, dtype="bfloat16"))
     assert result.verification is not None and result.verification.passed

@@ -488,7 +488,10 @@ def test_what_an_imported_mixture_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("policy", "rewritten"), [("clada", "shared_mlp"), ("ds-moe", "block_sparse_moe")])
+@pytest.mark.parametrize(
+    ("policy", "rewritten"),
+    [("clada", "shared_mlp"), pytest.param("ds-moe", "block_sparse_moe", marks=pytest.mark.long)],
+)
 def test_a_shared_expert_is_an_ffn_beside_the_routed_ones(policy: str, rewritten: str, tmp_path: Path) -> None:
     model = write_granite_moe(tmp_path / "model", shared_intermediate_size=48)
     result = export(model, tmp_path / "out", replace(OPTIONS, policy=policy, sparsity=0.3, calibration_cache=None))

@@ -319,6 +319,7 @@ def test_threads_out_of_range(tmp_path: Path, threads: Any) -> None:
         load_engine(tmp_path, threads=threads)
 
 
+@pytest.mark.long
 def test_as_many_threads_as_there_may_be(tmp_path: Path) -> None:
     engine = load_engine(write_export(tmp_path / "x"), threads=MOST_THREADS)
     assert len(engine.generate([[1]], 2, eos_token_id=[]).tokens[0]) == 2

@@ -71,7 +71,7 @@ def test_repeated_layers_are_those_of_the_whole_for_every_kind(kind: str, layers
     check_same(deep_model(kind, layers), fusions, 6 if kind == "gemma3_text" else 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_equal_weights_become_one_as_in_the_whole() -> None:
     """Norms of a fresh model are ones and biases zeros: the exporter makes one constant of them all."""
     model = deep_model("qwen2", 6)
