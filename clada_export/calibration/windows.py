@@ -17,6 +17,7 @@ from clada_export.calibration.weights import FFNWeights
 from clada_export.decoder.decoder import Decoder
 
 Part = TypeVar("Part")
+Given = TypeVar("Given", covariant=True)
 Made = TypeVar("Made")
 
 
@@ -44,13 +45,13 @@ class Desk:
         return make() if self.weights is None else self.weights.as_given(make)
 
 
-class Job(Protocol[Part]):
+class Job(Protocol[Given]):
     """What is to be measured of windows: data that can be sent to other machines.
 
     A part depends on the job, the model and its window alone: not on windows before it, nor on what else the process did.
     """
 
-    def open(self, desk: Desk) -> Callable[[int], Part]:
+    def open(self, desk: Desk) -> Callable[[int], Given]:
         """Make what all windows need; the function that it returns measures one, from its number.
 
         Raises:

@@ -59,7 +59,7 @@ def named_arrays(arrays: Mapping[str, LayerTensors]) -> dict[str, np.ndarray]:
     return named
 
 
-def tensors_digest(arrays: dict[str, LayerTensors]) -> str:
+def tensors_digest(arrays: Mapping[str, LayerTensors]) -> str:
     """The sha256 of the arrays: names, types, shapes and bytes, in the order of the names."""
     return arrays_digest(named_arrays(arrays))
 

@@ -13,10 +13,11 @@ from clada_export.console import ConsoleProgress
 from clada_export.errors import UsageError
 from clada_export.lab.sweep.cells import Cell, Outcome, make_cells
 from clada_export.lab.sweep.picture import table
-from clada_export.lab.sweep.ray_pool import PoolOptions, require_ray
+from clada_export.lab.sweep.ray_pool import INSTEAD, PoolOptions
 from clada_export.lab.sweep.run import Listener, run_sweep
 from clada_export.lab.sweep.worker import SweepJob
 from clada_export.plan.ranges import require_between
+from clada_export.workers.session import require_ray
 
 MOST = 2**14
 """Of workers, of their threads, and of times that a cell is tried again."""
@@ -92,7 +93,7 @@ def pool_options(address: str | None, workers: int | None, threads: int | None, 
     asked = address is not None or (workers is not None and workers > 1)
     if not asked and importlib.util.find_spec("ray") is None:
         return None
-    require_ray()
+    require_ray(INSTEAD)
     processors = len(os.sched_getaffinity(0))
     if address is not None:
         return PoolOptions(address, workers or cells, threads or 1, retries)

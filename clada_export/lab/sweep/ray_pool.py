@@ -7,36 +7,20 @@ worker without a cell costs none.
 
 from __future__ import annotations
 
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from clada_export.errors import BackendError, CladaError, UsageError
 from clada_export.lab.sweep.cells import LOST, Cell, Outcome
+from clada_export.workers.session import RaySession, in_short
 
 if TYPE_CHECKING:
     from clada_export.lab.sweep.worker import Worker
 
-WAIT_S = 1.0
-"""How long one wait for Ray lasts at most, seconds: Ctrl-C is seen after it."""
-
-
-def require_ray() -> Any:
-    """The module `ray`.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise BackendError(
-            "workers in parallel need Ray: pip install 'clada-export[sweep]' (or leave --workers and --ray-address out: cells "
-            "then run one after the other)"
-        ) from error
-    return ray
+INSTEAD = "or leave --workers and --ray-address out: cells then run one after the other"
 
 
 @dataclass(frozen=True)
@@ -77,41 +61,24 @@ class RayPool:
     """
 
     def __init__(self, make: Callable[[], Worker], options: PoolOptions, tell: Callable[[str], None]) -> None:
-        self._ray = require_ray()
         self._make, self._options, self._tell = make, options, tell
+        processors = options.workers * options.threads
+        self._session = RaySession(options.address, processors, INSTEAD)
         self._pending: dict[Any, _Call] = {}
         self._queue: deque[Cell] = deque()
         self._attempts: Counter[Cell] = Counter()
         self._identity: Any = None
         self._idle: list[Any] = []
-        self._ours = False
 
     def __enter__(self) -> RayPool:
-        options = self._options
-        # Ray sends statistics of its use to its makers unless it is told not to.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if options.address is None:
-            # "local" starts an instance of its own even where RAY_ADDRESS is set.
-            settings |= {"address": "local", "num_cpus": options.workers * options.threads, "include_dashboard": False}
-        else:
-            settings |= {"address": options.address}
-        self._ours = not self._ray.is_initialized()
-        if self._ours:
-            try:
-                self._ray.init(**settings)
-            except Exception as error:  # Ray raises whatever its parts do
-                place = "on this machine" if options.address is None else f"at {options.address}"
-                raise BackendError(f"Ray can't be started or reached {place}: {type(error).__name__}: {error}") from error
-        self._actor = self._ray.remote(num_cpus=options.threads, max_restarts=0)(_actor_class())
+        self._session.__enter__()
+        self._actor = self._session.actor(_actor_class(), self._options.threads)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for worker in {id(call.worker): call.worker for call in self._pending.values()}.values():
-            self._discard(worker)
-        if self._ours:
-            self._ray.shutdown()
+            self._session.kill(worker)
+        self._session.__exit__(kind, error, trace)
 
     def describe(self) -> dict[str, Any]:
         """Start one worker, and have it open the model.
@@ -122,7 +89,7 @@ class RayPool:
         """
         self._start()
         while True:
-            for call, result in self._finished():
+            for call, result in self._session.finished(self._pending):
                 if isinstance(result, BaseException):
                     self._restart_opening(call, result)
                     continue
@@ -144,7 +111,7 @@ class RayPool:
             self._next(worker)
         # Workers that a full cluster never placed do not hold up the end.
         while self._queue or any(call.cell is not None for call in self._pending.values()):
-            for call, result in self._finished():
+            for call, result in self._session.finished(self._pending):
                 if call.cell is None:
                     self._opened(call, result)
                 else:
@@ -164,7 +131,7 @@ class RayPool:
 
     def _ran(self, call: _Call, cell: Cell, result: Any, finished: Callable[[Outcome], None]) -> None:
         attempt = self._attempts[cell]
-        lost = isinstance(result, self._ray.exceptions.RayError)
+        lost = self._session.lost(result)
         if not isinstance(result, BaseException):
             finished(replace(result, attempts=attempt))
         elif isinstance(result, CladaError):
@@ -175,12 +142,12 @@ class RayPool:
             self._queue.append(cell)
         elif lost:
             times = "once" if attempt == 1 else f"{attempt} times"
-            reason = f"its worker died {times} (killed, out of memory, or its machine is gone): {_in_short(result)}"
+            reason = f"its worker died {times} (killed, out of memory, or its machine is gone): {in_short(result)}"
             finished(Outcome(cell, None, reason, LOST, attempt))
         else:
             finished(Outcome.failed(cell, result, attempt))
         if lost:
-            self._discard(call.worker)
+            self._session.kill(call.worker)
             if self._queue:
                 self._start()
         else:
@@ -191,41 +158,24 @@ class RayPool:
         self._pending[worker.describe.remote()] = _Call(worker, None, opening)
 
     def _restart_opening(self, call: _Call, error: BaseException) -> None:
-        if not isinstance(error, self._ray.exceptions.RayError):
+        if not self._session.lost(error):
             raise error
-        self._discard(call.worker)
+        self._session.kill(call.worker)
         if call.opening > self._options.retries:
             raise BackendError(
-                f"a worker died {call.opening} times while it opened the model: {_in_short(error)}. If it was killed: each "
+                f"a worker died {call.opening} times while it opened the model: {in_short(error)}. If it was killed: each "
                 "worker holds the whole model, so give fewer --workers"
             ) from error
         self._tell(f"a worker died while it opened the model; another is started (attempt {call.opening + 1})")
         self._start(call.opening + 1)
 
-    def _discard(self, worker: Any) -> None:
-        self._ray.kill(worker, no_restart=True)
-
     def _next(self, worker: Any) -> None:
         if not self._queue:
-            self._discard(worker)
+            self._session.kill(worker)
             return
         cell = self._queue.popleft()
         self._attempts[cell] += 1
         self._pending[worker.run.remote(cell)] = _Call(worker, cell)
-
-    def _finished(self) -> list[tuple[_Call, Any]]:
-        """Calls that are over, with their result or what they raised."""
-        ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=WAIT_S)
-        return [(self._pending.pop(reference), self._result(reference)) for reference in ready]
-
-    def _result(self, reference: Any) -> Any:
-        try:
-            return self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            return cause if isinstance(cause, BaseException) else RuntimeError(_in_short(error))
-        except self._ray.exceptions.RayError as error:
-            return error
 
 
 def _actor_class() -> type:
@@ -242,9 +192,3 @@ def _actor_class() -> type:
             return self._worker.run(cell)
 
     return SweepActor
-
-
-def _in_short(error: BaseException) -> str:
-    """What Ray says in many lines, in one: the end of a traceback, else the beginning."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return lines[-1 if any("Traceback" in line for line in lines) else 0].strip()
