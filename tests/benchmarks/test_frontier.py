@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ from benchmarks.frontier.ffn import Exact, Kitchen
 from benchmarks.frontier.grids import Grid, round_input
 from benchmarks.frontier.llama import LlamaFormat
 from benchmarks.frontier.model import Plan, Simulation, Yardstick
+from benchmarks.frontier.page import main as page_main
+from benchmarks.frontier.read import bits_at, envelope, megabytes, points
 from benchmarks.frontier.tables import Choice, choices, share_out
+from benchmarks.markers import BEGIN, END
 from benchmarks.rotate import orthogonal
 from clada_export.decoder.torch_decoder import TorchDecoder
 from tests.benchmarks.tiny import write_tiny_llama
@@ -258,3 +262,52 @@ def test_cells_are_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "FFN@BITS,ATTENTION,HEAD" in capsys.readouterr().err
     assert main([*command[:-4], "--families", "no such"]) != 0
     assert "no curve is called" in capsys.readouterr().err
+
+
+def _result(cells: list[tuple[str, float | None, float, float]]) -> dict[str, Any]:
+    quality = {"kl_error": 0.001, "ppl_increase": 0.01, "ppl_increase_error": 0.002, "top1": 0.9, "dense_ppl": 20.0}
+    return {
+        "key": {
+            "model": {"name": "m"},
+            "texts": [{"name": "t", "windows": 2, "window_tokens": 64}],
+            "settings": {"prompt": 16, "rotated": True, "precision": "bf16"},
+        },
+        "sizes": {"layers": 2, "hidden_size": 64, "intermediate_size": 96, "ffn": 8e6, "attention": 4e6, "head": 2e6},
+        "machine": {"cpu": "c", "threads": 2},
+        "commit": "0123456789abcdef",
+        "cells": [
+            {"key": [name, budget, None, None], "bits": {"ffn": bits, "attention": 16, "head": 16}, "kl": kl}
+            | {"whole": 0.4, "medium": 0.1, "predicted_kl": 0.02}
+            | quality
+            for name, budget, bits, kl in cells
+        ],
+    }
+
+
+def test_bits_at_equal_kl() -> None:
+    # Straight in log KL: from 0.08 to 0.02 in 2 bits, so 0.04 lies in the middle. The point above the line is not on the hull.
+    result = _result([("Q4_K", None, 4.0, 0.08), ("Q5_K", None, 5.0, 0.06), ("Q6_K", None, 6.0, 0.02)])
+    found = points(result)
+    assert [point.family for point in envelope(found)] == ["Q4_K", "Q6_K"]
+    assert bits_at(found, 0.04) == pytest.approx(5.0)
+    assert bits_at(found, 0.02) == pytest.approx(6.0)
+    assert bits_at(found, 0.01) is None and bits_at(found, 0.1) is None
+    assert megabytes(result, {"ffn": 4, "attention": 8, "head": 16}) == pytest.approx(4 + 4 + 4)
+
+
+def test_the_page_is_made_of_results(tmp_path: Path) -> None:
+    dense = [("Q4_K", None, 4.5, 0.06), ("Q6_K", None, 6.5, 0.01)]
+    result = _result([*dense, ("4+2 search, two", 4.0, 4.0, 0.06), ("4+2 search, two", 5.0, 5.0, 0.015)])
+    result["cells"].append(result["cells"][0] | {"key": ["Q4_K", None, "Q8_0", "Q6_K"]})
+    (tmp_path / "frontier-m.json").write_text(json.dumps(result))
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    assert page_main(["--check"], tmp_path, path) == 1
+    assert page_main([], tmp_path, path) == 0
+    assert page_main(["--check"], tmp_path, path) == 0
+    text = path.read_text()
+    assert "4+2 search, two" in text and "frontier-m.svg" in text and text.endswith("after\n")
+    wanted = bits_at([point for point in points(result) if point.group == "skip"], 0.05)
+    ratio = wanted / bits_at([point for point in points(result) if point.group == "users"], 0.05)
+    assert f"{wanted:.2f} ({ratio:.2f})" in text
+    assert (tmp_path / "frontier-m.svg").read_text().count("<svg") == 1
