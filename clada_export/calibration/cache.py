@@ -212,7 +212,7 @@ class CalibrationCache:
             prompt: tokens of a window that are its prompt.
             collect: makes those that are missing, in one pass over the text.
         """
-        keys = [self._key("statistics", {"prompt": prompt, **_what_selects(method)}) for method in selectors.methods]
+        keys = [self._key("statistics", {"prompt": prompt, **what_selects(method)}) for method in selectors.methods]
         known = [self._find("statistics", key, _unpack_statistics) for key in keys]
         missing = [index for index, item in enumerate(known) if item is None]
         if missing:
@@ -236,6 +236,18 @@ class CalibrationCache:
         return (
             self if self.store.folder is None else replace(self, base={**self.base, "weights": weights_digest(decoder.module)})
         )
+
+    def arrays(self, kind: str, what: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+        """Arrays that were kept under these JSON values, or None."""
+        if self.store.folder is None:
+            return None
+        piece = self.store.get(kind, self._key(kind, what))
+        return None if piece is None else piece.arrays
+
+    def keep_arrays(self, kind: str, what: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep arrays under JSON values, which with what all keys share say all that the arrays depend on."""
+        if self.store.folder is not None:
+            self.store.put(kind, self._key(kind, what), Piece(dict(arrays)))
 
     def _key(self, kind: str, what: Mapping[str, Any]) -> str:
         return hashlib.sha256(_canonical({**self.base, "kind": kind, "what": what}, default=str).encode()).hexdigest()
@@ -282,7 +294,7 @@ def _canonical(value: Any, default: Callable[[Any], Any] | None = None) -> str:
     return json.dumps(value, sort_keys=True, default=default)
 
 
-def _what_selects(method: Method) -> dict[str, Any]:
+def what_selects(method: Method) -> dict[str, Any]:
     """Of a method what its tables depend on; its label and how it was trained do not matter."""
     return {
         "score": method.score,

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clada_export.calibration.selector import LayerSelector, decide
-from clada_export.calibration.soundness import bounded, perplexity, require_finite, require_perplexity, rise
+from clada_export.calibration.cache import CalibrationCache, what_selects
+from clada_export.calibration.heldout import HeldOut, groups_of
+from clada_export.calibration.selector import MethodSelectors
+from clada_export.calibration.soundness import perplexity, require_perplexity, rise
+from clada_export.calibration.teacher import Teacher
+from clada_export.calibration.windows import Desk, InProcess, Runner
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.tap import FFNTap
-from clada_export.load.surprisal import surprisal_entropy
-
-KEEP_LIMIT = 640 * 2**20
-"""Bytes of dense logits that are kept in memory between measurements; beyond it they are in a temporary file."""
+from clada_export.plan.method import Method
+from clada_export.plan.tensors import arrays_digest
 
 
 @dataclass(frozen=True)
@@ -96,31 +96,94 @@ class Meter(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DensePart:
+    """Surprisal and entropy of every token but the first of a group's windows, float32 [windows, 2, context - 1]."""
+
+    signals: Tensor
+
+
+@dataclass(frozen=True)
+class DenseJob:
+    """The dense side of a group of held-out windows (`HeldOut.groups`)."""
+
+    fast: bool
+
+    def open(self, desk: Desk) -> Callable[[int], DensePart]:
+        """See `Job.open`."""
+        heldout = HeldOut.at(desk)
+
+        def run(group: int) -> DensePart:
+            with torch.inference_mode():
+                return DensePart(heldout.signals(group, self.fast))
+
+        return run
+
+
+@dataclass(frozen=True)
+class DriftPart:
+    """Of a group: what `compare` gives, float32 [5, rows]; the neurons that ran, and all."""
+
+    rows: Tensor
+    active: int
+    total: int
+
+
+@dataclass(frozen=True)
+class DriftJob:
+    """The drift of a method on a group of held-out windows, by `DriftMeter.measure`."""
+
+    method: Method
+    levels: np.ndarray
+    multiplier: Tensor | None
+    fast: bool
+
+    def open(self, desk: Desk) -> Callable[[int], DriftPart]:
+        """See `Job.open`."""
+        heldout = HeldOut.at(desk)
+
+        def run(group: int) -> DriftPart:
+            with torch.inference_mode():
+                layers = heldout.selectors(self.method, self.fast)
+                return DriftPart(*heldout.sparse(group, layers, self.levels, self.multiplier, self.fast))
+
+        return run
+
+
 class DriftMeter:
     """Measures methods on held-out windows as an engine runs them: the prompt dense, every later token sparse.
 
-    The dense side is computed once, from the model as it is then. Drift is that of the sparse tokens' predictions.
+    The dense side is computed once, from the model as it is given. Drift is that of the sparse tokens' predictions.
 
     Args:
         windows: int64 [N, context].
         prompt: tokens of every window that run dense, at least 1.
+        fast: measure with products of bfloat16 (`clada_export.calibration.precision`), on both sides, where nobody asks for an
+            exact measurement.
+        cache: keeps what was measured; for the weights as they are. Whoever changes them changes it.
+        runner: runs the windows; by default this process.
 
     Raises:
         UnsupportedModelError: logits that are not finite, or a text so unlikely that it has no perplexity.
     """
 
-    def __init__(self, decoder: Decoder, windows: Tensor, prompt: int = 1) -> None:
-        self._decoder, self._windows = decoder, windows
-        self.prompt = prompt
-        self._dense: list[Tensor] = []
-        signals: list[Tensor] = []
-        with torch.inference_mode():
-            for window in windows:
-                logits = self._logits(window)
-                require_finite(decoder, window, logits)
-                self._dense.append(hold(logits[prompt:], logits[prompt:].nbytes * len(windows)))
-                signals.append(bounded(torch.stack(surprisal_entropy(logits[:-1], window[1:]))))
-        self.signals = torch.stack(signals)
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Tensor,
+        prompt: int = 1,
+        *,
+        fast: bool = False,
+        cache: CalibrationCache | None = None,
+        runner: Runner | None = None,
+    ) -> None:
+        self.prompt, self.fast = prompt, fast
+        self.cache = cache or CalibrationCache()
+        self._runner = runner or InProcess(Desk(decoder, windows, windows, prompt))
+        self._windows = windows
+        self._groups = groups_of(windows, prompt, decoder.vocab_size)
+        self._text = {"windows": arrays_digest({"windows": windows.numpy()}), "prompt": prompt, "groups": len(self._groups)}
+        self.signals = self._signals()
         """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""
         require_perplexity(float(self.signals[:, 0].double().mean()))
 
@@ -129,15 +192,15 @@ class DriftMeter:
         """Tokens of a window."""
         return int(self._windows.shape[1])
 
-    def _logits(self, window: Tensor) -> Tensor:
-        return self._decoder.logits(window).float()
-
     def measure(
         self,
-        layers: Sequence[LayerSelector],
+        layers: MethodSelectors,
         levels: np.ndarray,
         multiplier: Tensor | None = None,
         step: Callable[[], None] = lambda: None,
+        *,
+        exact: bool = False,
+        enough: Callable[[Drift], bool] = lambda drift: False,
     ) -> Drift:
         """Run the sparse model.
 
@@ -147,27 +210,37 @@ class DriftMeter:
             multiplier: m(load), float32 [N, context], or None for 1. Token t of a window runs under the load of the step
                 before it: the surprisal of token t and the entropy of the distribution that it came from.
             step: called after every window.
+            exact: with float32 products, whatever this meter does else.
+            enough: asked with the drift of the windows so far whether they are enough.
         """
+        fast = self.fast and not exact
+        job = DriftJob(layers.method, np.asarray(levels, dtype=np.float64), multiplier, fast)
+        key = {
+            **self._text,
+            "method": what_selects(layers.method),
+            "levels": job.levels.tolist(),
+            "multiplier": None if multiplier is None else arrays_digest({"m": multiplier.numpy()}),
+            "fast": fast,
+        }
+        kept = self.cache.arrays("drift", key)
+        if kept is not None:
+            for _ in self._windows:
+                step()
+            return drift_of([torch.from_numpy(kept["rows"])], float(kept["sparsity"]))
+        parts: list[Tensor] = []
         active = total = 0
-        prompt = self.prompt
-
-        def inner(current: int, index: int, x: Tensor, h: Tensor) -> Tensor:
-            nonlocal active, total
-            selector = layers[index]
-            rows = h.reshape(-1, h.shape[-1])
-            selection = decide(selector, x.reshape(-1, x.shape[-1]), rows, prompt)
-            level: Tensor | float = float(levels[index])
-            if multiplier is not None:
-                level = selector.axis.moved(torch.tensor(level), multiplier[current, prompt:].unsqueeze(-1))
-            remaining, keep = selector.hidden(rows[prompt:], selection, level)
-            decided = len(rows) - prompt
-            width = selector.layer.granule
-            active += int(keep.sum()) * width * (decided if len(keep) == 1 else 1)
-            total += selector.layer.width * decided
-            return torch.cat((rows[:prompt], remaining)).reshape(h.shape)
-
-        drift = self.through(lambda current: self._decoder.tap(inner=partial(inner, current)), step)
-        return replace(drift, sparsity=1.0 - active / total)
+        drift: Drift | None = None
+        for group, part in zip(self._groups, self._runner.run(job, range(len(self._groups))), strict=False):
+            parts.append(part.rows)
+            active, total = active + part.active, total + part.total
+            drift = drift_of(parts, 1.0 - active / total)
+            for _ in group:
+                step()
+            if len(parts) < len(self._groups) and enough(drift):
+                return drift
+        assert drift is not None
+        self.cache.keep_arrays("drift", key, {"rows": torch.cat(parts, dim=1).numpy(), "sparsity": np.array(drift.sparsity)})
+        return drift
 
     def through(self, tap: Callable[[int], FFNTap], step: Callable[[], None] = lambda: None) -> Drift:
         """Run the model with taps that make it sparse after the prompt; the drift's sparsity is not known here, and 0.
@@ -176,30 +249,23 @@ class DriftMeter:
             tap: makes the tap of a window, from its number.
             step: called after every window.
         """
+        heldout = HeldOut.at(self._runner.desk)
         parts: list[Tensor] = []
         with torch.inference_mode():
-            for current, window in enumerate(self._windows):
-                dense = self._dense[current]
-                with tap(current):
-                    sparse = self._logits(window)[self.prompt :]
-                parts.append(compare(dense[:-1], sparse[:-1], window[self.prompt + 1 :], current))
+            for current in range(len(self._windows)):
+                parts.append(heldout.through(current, tap(current), False))
                 step()
         return drift_of(parts, 0.0)
 
-
-def hold(values: Tensor, size: int) -> Tensor:
-    """A copy of the values, in memory if it and its like take no more than `KEEP_LIMIT`, else in a file that goes with it.
-
-    Args:
-        values: float32.
-        size: bytes of all that is held.
-    """
-    if size <= KEEP_LIMIT:
-        return values.clone()
-    with tempfile.TemporaryFile() as stream:
-        mapped = np.memmap(stream, dtype=np.float32, mode="w+", shape=tuple(values.shape))
-    mapped[:] = values.numpy()
-    return torch.from_numpy(mapped)
+    def _signals(self) -> Tensor:
+        key = {**self._text, "fast": self.fast}
+        kept = self.cache.arrays("signals", key)
+        if kept is not None:
+            return torch.from_numpy(kept["signals"])
+        parts = self._runner.run(DenseJob(self.fast), range(len(self._groups)))
+        found = torch.cat([part.signals for part in parts])
+        self.cache.keep_arrays("signals", key, {"signals": found.numpy()})
+        return found
 
 
 def drift_of(parts: Sequence[Tensor], sparsity: float) -> Drift:
@@ -215,14 +281,5 @@ def compare(dense: Tensor, sparse: Tensor, targets: Tensor, window: int) -> Tens
         dense, sparse: logits, float32 [rows, vocabulary].
         targets: the tokens that followed, int64 [rows].
     """
-    dense_log, sparse_log = dense.log_softmax(-1), sparse.log_softmax(-1)
-    place = targets.unsqueeze(-1)
-    return torch.stack(
-        (
-            bounded(-sparse_log.gather(-1, place).squeeze(-1)),
-            bounded(-dense_log.gather(-1, place).squeeze(-1)),
-            bounded((dense_log.exp() * (dense_log - sparse_log)).sum(-1).clamp(min=0.0)),
-            (dense.argmax(-1) == sparse.argmax(-1)).float(),
-            torch.full((len(targets),), float(window)),
-        )
-    )
+    found = Teacher.of(dense, targets, 0).compare(sparse, targets)
+    return torch.cat((found, torch.full((1, len(targets)), float(window))))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from clada_export.calibration.axis import AXES, Axis
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.op.reference import granule_prior, per_granule, prompt_shares
 from clada_export.op.router import RouterModule
-from clada_export.op.scorer import LayerScorer, make_scorer
+from clada_export.op.scorer import LayerScorer
 from clada_export.plan.layer import LayerPlan, layer_attributes
 from clada_export.plan.method import Method
 from clada_export.plan.tensors import LayerTensors
@@ -30,24 +31,35 @@ class LayerSelector:
     """Simulates one FFN of a method on rows of one sequence. Masks and hidden activations are in the model's neuron order.
 
     Args:
-        scorer: the neurons' scores, shared between methods that differ in other things; None if they come from elsewhere.
+        scorer: makes what scores the neurons, which methods that differ in other things share; None if scores come from
+            elsewhere.
     """
 
     def __init__(
-        self, ffn: EagerFFN, layer: LayerPlan, score: str, rule: str, tensors: LayerTensors, scorer: LayerScorer | None
+        self, layer: LayerPlan, score: str, rule: str, tensors: LayerTensors, scorer: Callable[[], LayerScorer] | None
     ) -> None:
         self.axis: Axis = AXES[rule]
         self.layer = layer
-        self.scorer = scorer
+        self._scorer = scorer
         self._attributes = layer_attributes(layer, score, rule)
         self._order = None if tensors.neurons is None else torch.from_numpy(tensors.neurons)
         self._router = None if tensors.router is None else RouterModule(tensors.router)
         self.granules = layer.width // layer.granule
 
     @property
+    def scorer(self) -> LayerScorer | None:
+        """The neurons' scores, made when they are first asked for; None if they come from elsewhere."""
+        return None if self._scorer is None else self._scorer()
+
+    @property
     def needs_stat(self) -> bool:
         """Whether the prompt decides."""
         return self._attributes.use_stat
+
+    @property
+    def stat_kind(self) -> tuple[str, bytes]:
+        """What `stat` depends on beside the activations; selectors of a layer with the same kind have the same statistic."""
+        return self._attributes.stat_norm, b"" if self._order is None else self._order.numpy().tobytes()
 
     def stat(self, h: Tensor) -> Tensor:
         """The prompt statistic [1, f'] of a prompt's hidden activations [rows, f]."""
@@ -98,36 +110,67 @@ class LayerSelector:
         return values if self._order is None else values[..., self._order]
 
 
+class ScorerShelf:
+    """The scorers of a model's FFNs, each made when it is first asked for, and kept.
+
+    Args:
+        ffns: with weights that do not change while the shelf is used.
+    """
+
+    def __init__(self, ffns: Sequence[EagerFFN]) -> None:
+        self._ffns = tuple(ffns)
+        self._made: dict[tuple[str, int], LayerScorer] = {}
+
+    def scorer(self, score: str, index: int) -> LayerScorer:
+        """Of the FFN with this index."""
+        if (score, index) not in self._made:
+            self._made[score, index] = LayerScorer(self._ffns[index], score)
+        return self._made[score, index]
+
+
+class MethodSelectors(tuple[LayerSelector, ...]):
+    """The selectors of all layers of one method."""
+
+    method: Method
+
+    @classmethod
+    def of(cls, method: Method, layers: Sequence[LayerSelector]) -> MethodSelectors:
+        """Of a method with these layers."""
+        found = cls(layers)
+        found.method = method
+        return found
+
+
 class Selectors:
     """All layers of several methods over one model; methods with the same score share their scorers.
 
     Args:
         methods: their layers are those of `ffns`, in the same order.
+        shelf: scorers of the same FFNs that others use too.
     """
 
-    def __init__(self, ffns: Sequence[EagerFFN], methods: Sequence[Method]) -> None:
+    def __init__(self, ffns: Sequence[EagerFFN], methods: Sequence[Method], shelf: ScorerShelf | None = None) -> None:
         self.ffns = tuple(ffns)
         self.methods = tuple(methods)
-        scores = {method.score for method in methods} - {"prefix", "external"}
-        scorers = {score: [make_scorer(ffn, score) for ffn in ffns] for score in scores}
-        self.layers = tuple(
-            tuple(
-                LayerSelector(
-                    ffn,
-                    layer,
-                    method.score,
-                    method.rule,
-                    method.arrays.get(layer.name, LayerTensors()),
-                    scorers[method.score][index] if method.score in scorers else None,
-                )
-                for index, (ffn, layer) in enumerate(zip(ffns, method.layers, strict=True))
-            )
-            for method in methods
-        )
+        self.shelf = shelf or ScorerShelf(ffns)
+        self.layers = tuple(MethodSelectors.of(method, self._layers(method)) for method in methods)
 
-    def of(self, method: Method) -> tuple[LayerSelector, ...]:
+    def of(self, method: Method) -> MethodSelectors:
         """The selectors of one method."""
         return self.layers[self.methods.index(method)]
+
+    def _layers(self, method: Method) -> list[LayerSelector]:
+        scored = method.score not in ("prefix", "external")
+        return [
+            LayerSelector(
+                layer,
+                method.score,
+                method.rule,
+                method.arrays.get(layer.name, LayerTensors()),
+                partial(self.shelf.scorer, method.score, index) if scored else None,
+            )
+            for index, (_, layer) in enumerate(zip(self.ffns, method.layers, strict=True))
+        ]
 
 
 def decide(selector: LayerSelector, x: Tensor, h: Tensor, prompt: int, known: dict[int, Tensor] | None = None) -> Selection:
@@ -140,9 +183,10 @@ def decide(selector: LayerSelector, x: Tensor, h: Tensor, prompt: int, known: di
     """
     stat = selector.stat(h[:prompt]) if selector.needs_stat else None
     scores = None
-    if selector.scorer is not None:
+    scorer = selector.scorer
+    if scorer is not None:
         memo = {} if known is None else known
-        if id(selector.scorer) not in memo:
-            memo[id(selector.scorer)] = selector.scorer(x[prompt:], h[prompt:])
-        scores = memo[id(selector.scorer)]
+        if id(scorer) not in memo:
+            memo[id(scorer)] = scorer(x[prompt:], h[prompt:])
+        scores = memo[id(scorer)]
     return selector.decide(x[prompt:], scores, stat)

@@ -7,15 +7,17 @@ comes from the first window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clada_export.calibration.precision import products
 from clada_export.calibration.selector import LayerSelector, Selection, Selectors, decide
 from clada_export.calibration.soundness import bounded
+from clada_export.calibration.teacher import chunks
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UsageError
 from clada_export.load.signal import LoadSignal
@@ -27,6 +29,8 @@ CETT_EVERY = 4
 """Every how many levels the error is measured too; it costs one down projection each."""
 CETT_ROWS = 24
 """Rows a window on which the error is measured."""
+VALUES = 2**20
+"""About how many scores of a window are counted: of more, every n-th row."""
 HIGHEST_SPARSITY = 0.97
 HIGHEST_CETT = 1e6
 """Of one row, whose neurons may all but cancel out."""
@@ -83,79 +87,66 @@ class CalibrationStatistics:
     load: LoadSignal
 
 
-class _Accumulator:
-    """The running sums of one FFN under one method."""
+@dataclass(frozen=True)
+class LayerSums:
+    """Sums over some rows of one FFN under one method, float64.
 
-    def __init__(self, selector: LayerSelector) -> None:
-        self.selector = selector
-        self.grid: Tensor | None = None
-        self.below = torch.zeros(GRID, dtype=torch.float64)
-        self.count = 0
-        self.cett = torch.zeros(len(range(0, GRID, CETT_EVERY)), dtype=torch.float64)
-        self.error = torch.zeros_like(self.cett)
-        self.rows = 0
+    Of values: those `below` each level [GRID], and their `count`. Of `rows`: `cett` and `error` [GRID / CETT_EVERY].
+    """
 
-    def add(self, selection: Selection, h: Tensor, w_out: Tensor) -> None:
-        values = selection.values
-        if self.grid is None:
-            self.grid = self._make_grid(values)
-        bins = torch.bucketize(values.flatten(), self.grid, right=True)
-        # A value v is below grid[k] iff its bin (the number of grid values <= v) is at most k.
-        self.below += torch.bincount(bins, minlength=GRID + 1)[:GRID].cumsum(0).double()
-        self.count += values.numel()
-        rows = torch.linspace(0, len(h) - 1, min(CETT_ROWS, len(h))).long()
-        chosen = Selection(
-            values if len(values) == 1 else values[rows],
-            selection.scores if selection.scores is None or len(selection.scores) == 1 else selection.scores[rows],
+    below: Tensor
+    count: int
+    cett: Tensor
+    error: Tensor
+    rows: int
+
+    def plus(self, other: LayerSums) -> LayerSums:
+        """Of the rows of both."""
+        return LayerSums(
+            self.below + other.below,
+            self.count + other.count,
+            self.cett + other.cett,
+            self.error + other.error,
+            self.rows + other.rows,
         )
-        h = h[rows]
-        remaining = torch.stack([self.selector.hidden(h, chosen, float(level))[0] for level in self.grid[::CETT_EVERY]])
-        # In float64: squares of what is large in float32 are infinite.
-        norm = (h @ w_out).double().norm(dim=-1)
-        usable = norm > 0
-        error = ((h - remaining) @ w_out).double().norm(dim=-1)[:, usable]
-        self.cett += (error / norm[usable]).clamp(max=HIGHEST_CETT).sum(-1)
-        self.error += error.square().sum(-1)
-        self.rows += int(usable.sum())
 
-    def _make_grid(self, values: Tensor) -> Tensor:
-        levels = torch.linspace(0.0, HIGHEST_SPARSITY, GRID)
-        ordered = values.flatten().sort().values.clamp(min=0.0, max=self.selector.axis.highest)
-        grid = ordered[(levels * (ordered.numel() - 1)).long()].clamp(max=HIGHEST_LEVEL)
-        # A value that many granules share (ReLU: 0) would make the grid stand still; interpolation needs it ascending.
-        step = torch.arange(GRID) * (grid[-1].clamp(min=1e-30) * 1e-6)
-        return torch.cummax(grid, 0).values + step
-
-    def table(self) -> LayerTable:
-        assert self.grid is not None
-        grid = self.grid.double().numpy()
-        rows = max(self.rows, 1)
+    def table(self, grid: Tensor) -> LayerTable:
+        """The means, at the levels of the grid."""
+        levels, rows = grid.double().numpy(), max(self.rows, 1)
         cett, error = (np.maximum.accumulate((total / rows).numpy()) for total in (self.cett, self.error))
-        return LayerTable(grid, (self.below / self.count).numpy(), grid[::CETT_EVERY], cett, error)
+        return LayerTable(levels, (self.below / self.count).numpy(), levels[::CETT_EVERY], cett, error)
 
 
-def collect_statistics(
-    decoder: Decoder,
-    selectors: Selectors,
-    windows: Tensor,
-    prompt: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> CalibrationStatistics:
-    """Run the dense decoder over the windows once, for all methods.
+Grids = tuple[tuple[Tensor, ...], ...]
+"""For each method one grid of levels [GRID] an FFN."""
+
+
+@dataclass(frozen=True)
+class StatisticsPart:
+    """What one window adds, for each method and FFN; and of its surprisals and entropies the count, sums and sums of squares,
+    float64 [5]. `grids` are those that were given, or those that the window makes."""
+
+    grids: Grids
+    sums: tuple[tuple[LayerSums, ...], ...]
+    moments: Tensor
+
+
+def window_statistics(
+    decoder: Decoder, selectors: Selectors, window: Tensor, prompt: int, grids: Grids | None, fast: bool = False
+) -> StatisticsPart:
+    """Run the dense decoder over one window, for all methods.
 
     Args:
-        selectors: of the decoder's FFNs.
-        windows: int64 [N, context].
-        prompt: tokens of every window that are its prompt: they give the prompt statistic, and are not measured.
-        progress: called with (windows done, windows in all).
+        window: int64 [context].
+        grids: None for the first window, which makes them.
+        fast: with products of bfloat16 (`clada_export.calibration.precision`).
 
     Raises:
-        UsageError: an activation or a score is NaN or infinite; names the layer.
+        UsageError: as `collect_statistics`.
     """
     ffns = selectors.ffns
-    sums = [[_Accumulator(selector) for selector in layers] for layers in selectors.layers]
-    w_outs = [ffn.w_out() for ffn in ffns]
-    moments = torch.zeros(5, dtype=torch.float64)
+    sums: list[list[LayerSums]] = [[] for _ in selectors.layers]
+    made: list[list[Tensor]] = [[] for _ in selectors.layers]
 
     def inner(index: int, x: Tensor, h: Tensor) -> None:
         if not bool(torch.isfinite(h).all()):
@@ -164,26 +155,117 @@ def collect_statistics(
             )
         x, h = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1])
         known: dict[int, Tensor] = {}
-        for layers, totals in zip(selectors.layers, sums, strict=True):
+        sample = _Sample.of(h[prompt:], ffns[index].w_out())
+        for place, layers in enumerate(selectors.layers):
             selection = decide(layers[index], x, h, prompt, known)
             # -inf marks a granule that may not run.
             if bool((selection.values.isnan() | (selection.values == float("inf"))).any()):
                 raise UsageError(
                     f"{ffns[index].name}: a score is not finite on the calibration text; the router or the weights are broken"
                 )
-            totals[index].add(selection, h[prompt:], w_outs[index])
+            grid = _make_grid(layers[index], selection.values) if grids is None else grids[place][index]
+            made[place].append(grid)
+            sums[place].append(_layer_sums(layers[index], selection, sample, grid))
 
-    with torch.inference_mode(), decoder.tap(inner=inner, only=ffns):
+    with products(fast), decoder.tap(inner=inner, only=ffns):
+        logits = decoder.logits(window)[:-1]
+        parts = [torch.stack(surprisal_entropy(logits[part], window[1:][part])) for part in chunks(logits)]
+    s, e = bounded(torch.cat(parts, dim=1).double())
+    moments = torch.stack((torch.tensor(float(len(s))).double(), s.sum(), s.square().sum(), e.sum(), e.square().sum()))
+    return StatisticsPart(tuple(map(tuple, made)), tuple(map(tuple, sums)), moments)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The rows of a window on which the error is measured: `places` in h, their h [n, f], the norm of their output [n]."""
+
+    places: Tensor
+    h: Tensor
+    w_out: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, h: Tensor, w_out: Tensor) -> _Sample:
+        places = torch.linspace(0, len(h) - 1, min(CETT_ROWS, len(h))).long()
+        # In float64: squares of what is large in float32 are infinite.
+        return cls(places, h[places], w_out, (h[places] @ w_out).double().norm(dim=-1))
+
+
+def _layer_sums(selector: LayerSelector, selection: Selection, sample: _Sample, grid: Tensor) -> LayerSums:
+    values = _some_rows(selection.values)
+    bins = torch.bucketize(values.flatten(), grid, right=True)
+    # A value v is below grid[k] iff its bin (the number of grid values <= v) is at most k.
+    below = torch.bincount(bins, minlength=GRID + 1)[:GRID].cumsum(0).double()
+    chosen = Selection(
+        selection.values if len(selection.values) == 1 else selection.values[sample.places],
+        selection.scores if selection.scores is None or len(selection.scores) == 1 else selection.scores[sample.places],
+    )
+    remaining = torch.stack([selector.hidden(sample.h, chosen, float(level))[0] for level in grid[::CETT_EVERY]])
+    usable = sample.norm > 0
+    error = ((sample.h - remaining) @ sample.w_out).double().norm(dim=-1)[:, usable]
+    cett = (error / sample.norm[usable]).clamp(max=HIGHEST_CETT).sum(-1)
+    return LayerSums(below, values.numel(), cett, error.square().sum(-1), int(usable.sum()))
+
+
+def _make_grid(selector: LayerSelector, values: Tensor) -> Tensor:
+    levels = torch.linspace(0.0, HIGHEST_SPARSITY, GRID)
+    ordered = _some_rows(values).flatten().sort().values.clamp(min=0.0, max=selector.axis.highest)
+    grid = ordered[(levels * (ordered.numel() - 1)).long()].clamp(max=HIGHEST_LEVEL)
+    # A value that many granules share (ReLU: 0) would make the grid stand still; interpolation needs it ascending.
+    step = torch.arange(GRID) * (grid[-1].clamp(min=1e-30) * 1e-6)
+    return torch.cummax(grid, 0).values + step
+
+
+def _some_rows(values: Tensor) -> Tensor:
+    """Every n-th row, so that they have about `VALUES` values or fewer."""
+    return values[:: max(1, math.ceil(values.numel() / VALUES))]
+
+
+def collect_statistics(
+    decoder: Decoder,
+    selectors: Selectors,
+    windows: Tensor,
+    prompt: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    fast: bool = False,
+) -> CalibrationStatistics:
+    """Run the dense decoder over the windows once, for all methods.
+
+    Args:
+        selectors: of the decoder's FFNs.
+        windows: int64 [N, context].
+        prompt: tokens of every window that are its prompt: they give the prompt statistic, and are not measured.
+        progress: called with (windows done, windows in all).
+        fast: with products of bfloat16 (`clada_export.calibration.precision`).
+
+    Raises:
+        UsageError: an activation or a score is NaN or infinite; names the layer.
+    """
+    parts: list[StatisticsPart] = []
+    with torch.inference_mode():
         for done, window in enumerate(windows):
-            logits = decoder.logits(window)[:-1]
-            surprisal, entropy = surprisal_entropy(logits, window[1:])
-            s, e = bounded(surprisal.double()), bounded(entropy.double())
-            moments += torch.stack((torch.tensor(float(len(s))).double(), s.sum(), s.square().sum(), e.sum(), e.square().sum()))
+            parts.append(window_statistics(decoder, selectors, window, prompt, parts[0].grids if parts else None, fast))
             progress(done + 1, len(windows))
+    return summed_statistics(parts)
+
+
+def summed_statistics(parts: Iterable[StatisticsPart]) -> CalibrationStatistics:
+    """The tables of all windows from what each of them adds, summed up in their order."""
+    first, *rest = parts
+    sums, moments = [list(layers) for layers in first.sums], first.moments
+    for part in rest:
+        moments = moments + part.moments
+        for mine, others in zip(sums, part.sums, strict=True):
+            mine[:] = [one.plus(other) for one, other in zip(mine, others, strict=True)]
     count, s1, s2, e1, e2 = moments.tolist()
 
-    def deviation(first: float, second: float) -> float:
-        return max(math.sqrt(max(second / count - (first / count) ** 2, 0.0)), 1e-6)
+    def deviation(total: float, squares: float) -> float:
+        return max(math.sqrt(max(squares / count - (total / count) ** 2, 0.0)), 1e-6)
 
     load = LoadSignal(s1 / count, deviation(s1, s2), e1 / count, deviation(e1, e2), 0.0, 0.0)
-    return CalibrationStatistics(tuple(tuple(item.table() for item in layers) for layers in sums), load)
+    tables = (
+        tuple(item.table(grid) for item, grid in zip(layers, grids, strict=True))
+        for layers, grids in zip(sums, first.grids, strict=True)
+    )
+    return CalibrationStatistics(tuple(tables), load)

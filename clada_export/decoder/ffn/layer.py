@@ -40,10 +40,13 @@ class EagerFFN:
 
     def w_in(self) -> Tensor:
         """A new float32 tensor [f, n, d], neuron-major."""
-        weights = [weight_rows(module) for module in self.inputs]
+        return torch.stack(self.input_rows(), dim=1).float()
+
+    def input_rows(self) -> tuple[Tensor, ...]:
+        """(gate, up) or (up,), each [f, d], in the model's type and memory."""
         if self.packing is not None:
-            weights = list(unpack(weights[0], self.packing, 0))
-        return torch.stack(weights, dim=1).float()
+            return unpack(weight_rows(self.inputs[0]), self.packing, 0)
+        return tuple(weight_rows(module) for module in self.inputs)
 
     def w_out(self) -> Tensor:
         """The down projection [f, d], one row a neuron, float32 (may share memory with the model)."""

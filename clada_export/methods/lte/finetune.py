@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from clada_export.calibration.drift import hold
+from clada_export.calibration.teacher import hold
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UsageError

@@ -22,7 +22,7 @@ from clada_export.calibration.allocation import ALLOCATIONS, Layers, allocate
 from clada_export.calibration.axis import AXES
 from clada_export.calibration.budget import HIGHEST, LOWEST, search_sparsity
 from clada_export.calibration.drift import Drift, DriftMeter
-from clada_export.calibration.selector import LayerSelector, Selectors
+from clada_export.calibration.selector import MethodSelectors, Selectors
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.calibration.statistics import collect_statistics
 from clada_export.calibration.text import default_text, make_windows, read_text, read_tokens
@@ -32,7 +32,7 @@ from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.methods import POLICIES, PolicySettings, get_policy
 from clada_export.op.reference import sparse_ffn
-from clada_export.op.scorer import make_scorer
+from clada_export.op.scorer import LayerScorer
 from clada_export.plan.method import Method, draft_layers
 from clada_export.plan.plan import SparsityPlan
 from clada_export.verify.eager import ReferenceModel
@@ -151,7 +151,7 @@ def selectors_of(ffns: tuple[EagerFFN, ...], score: str = "gate") -> Selectors:
 def test_tables_equal_brute_force(kind: str, score: str) -> None:
     model = tiny_model(kind, 0)
     ffns = find_eager_ffns(model).found
-    scorers = [make_scorer(ffn, score) for ffn in ffns]
+    scorers = [LayerScorer(ffn, score) for ffn in ffns]
     data = windows(3)
     tables = collect_statistics(TorchDecoder(model), selectors_of(ffns, score), data).tables[0]
     scores: list[list[torch.Tensor]] = [[] for _ in ffns]
@@ -373,9 +373,9 @@ def test_a_budget_that_nothing_meets_says_what_the_least_costs() -> None:
 # --- drift and plan ---
 
 
-def simulated(ffns: tuple[EagerFFN, ...], plan: SparsityPlan) -> list[LayerSelector]:
+def simulated(ffns: tuple[EagerFFN, ...], plan: SparsityPlan) -> MethodSelectors:
     method = Method("plan", plan.score, plan.rule, plan.layers, plan.arrays)
-    return list(Selectors(ffns, (method,)).layers[0])
+    return Selectors(ffns, (method,)).layers[0]
 
 
 @pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"wanda", "sparsegpt", "lory"}))
@@ -448,7 +448,7 @@ def test_a_policy_that_needs_a_gate_names_the_layer_without() -> None:
 
 def test_the_shadow_scorer_is_the_op(seed: int = 0) -> None:
     ffn = find_eager_ffns(tiny_model("llama", 0)).found[0]
-    scorer = make_scorer(ffn, "shadow")
+    scorer = LayerScorer(ffn, "shadow")
     from clada_export.op.scorer import layer_attributes, layer_tensors
 
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
