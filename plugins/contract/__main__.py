@@ -1,4 +1,4 @@
-"""`python -m plugins.contract [--check]`: write what is made from `plugins/sparse_ffn.yaml`, or say what is behind it."""
+"""`python -m plugins.contract [--check]`: write what is made from the contracts in `plugins/`, or say what is behind them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from plugins.contract import quant_matmul
 from plugins.contract.cpp_text import cpp_text
 from plugins.contract.markdown_text import fill_page
 from plugins.contract.python_text import python_text
@@ -28,11 +29,12 @@ def texts(root: Path) -> Mapping[Path, str]:
     """
     contract = read_contract(root / SOURCE)
     page = (root / PAGE).read_text(encoding="utf-8")
-    return {PYTHON: python_text(contract), HEADER: cpp_text(contract), PAGE: fill_page(page, contract)}
+    sparse_ffn = {PYTHON: python_text(contract), HEADER: cpp_text(contract), PAGE: fill_page(page, contract)}
+    return {**sparse_ffn, **quant_matmul.texts(root)}
 
 
 def stale(root: Path) -> list[Path]:
-    """The files that are not what `plugins/sparse_ffn.yaml` makes, or are not there."""
+    """The files that are not what their contract makes, or are not there."""
     return [path for path, text in texts(root).items() if _content(root / path) != text]
 
 
@@ -61,7 +63,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         return 1
     for path in behind:
         if check:
-            print(f"{path} is not what {SOURCE} makes: run `{COMMAND}` and commit it", file=sys.stderr)
+            source = SOURCE if path in (PYTHON, HEADER, PAGE) else quant_matmul.SOURCE
+            print(f"{path} is not what {source} makes: run `{COMMAND}` and commit it", file=sys.stderr)
         else:
             print(f"wrote {path}")
     return int(check and bool(behind))

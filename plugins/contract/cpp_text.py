@@ -59,7 +59,14 @@ struct TensorInfo {
   TensorShape shapes[kMaxShapes];
 };
 """
-_POINTED = {"float32": "float", "float16": "uint16_t", "bfloat16": "uint16_t", "int8": "uint8_t", "int32": "int32_t"}
+_POINTED = {
+    "float32": "float",
+    "float16": "uint16_t",
+    "bfloat16": "uint16_t",
+    "int8": "uint8_t",
+    "uint8": "uint8_t",
+    "int32": "int32_t",
+}
 """What a pointer to a tensor's data points to: 16-bit floats and packed bytes are bits. W and X depend on the call."""
 _NAMES = {"bfloat16": "BFloat16"}
 _WIDTH = 128

@@ -13,7 +13,7 @@ import yaml
 
 from graph_passes.contract_types import Attribute, Condition, Constraint, Scalar, Tensor, When
 
-TYPES = ("float32", "float16", "bfloat16", "int8", "int32")
+TYPES = ("float32", "float16", "bfloat16", "int8", "uint8", "int32")
 """Element types of tensors. Another one also needs a line in `cpp_text` and in each shell's conversion."""
 SIZES = ("rows", "B", "d", "f", "n", "E")
 OUTPUT_SIZES = ("rows", "B", "d", "f")

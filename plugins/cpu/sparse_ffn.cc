@@ -10,14 +10,6 @@
 namespace clada {
 namespace {
 
-#if defined(__x86_64__)
-bool HasAvx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
-bool HasAvx512() {
-  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-#endif
-
 // The prior and the prefix score: functions of the sequence's statistic alone.
 void MakePrior(const Problem& problem, const Kernels& kernels, const Plan& plan, int64_t sequence) {
   const Attributes& a = problem.attributes;
@@ -40,17 +32,6 @@ void MakePrior(const Problem& problem, const Kernels& kernels, const Plan& plan,
 }
 
 }  // namespace
-
-const Kernels* FindKernels(const char* name) {
-  const auto wanted = [name](const char* isa) { return name == nullptr || *name == 0 || std::strcmp(name, isa) == 0; };
-#if defined(__x86_64__)
-  if (wanted("avx512") && HasAvx512()) return &kAvx512Kernels;
-  if (wanted("avx2") && HasAvx2()) return &kAvx2Kernels;
-#endif
-  return wanted("baseline") ? &kBaselineKernels : nullptr;
-}
-
-const char* KernelsName(const Kernels* kernels) { return kernels->name; }
 
 float Energy(const float* hidden, int64_t count) {
   float lanes[8] = {};

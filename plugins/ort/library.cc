@@ -4,6 +4,7 @@
 #include <mutex>
 #include <string>
 
+#include "quant_matmul_op.h"
 #include "sparse_ffn_op.h"
 #ifdef CLADA_ORT_CUDA
 #include "cuda_op.h"
@@ -34,8 +35,9 @@ CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
   }
   Ort::InitApi(api);
   try {
-    // Sessions keep pointers to both, so they live as long as the library.
+    // Sessions keep pointers to all of them, so they live as long as the library.
     static const clada::ort::SparseFFNOp op;
+    static const clada::ort::QuantMatMulOp quant_op;
 #ifdef CLADA_ORT_CUDA
     static const clada::ort::SparseFFNCudaOp cuda_op;
 #endif
@@ -47,6 +49,7 @@ CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
 #ifndef CLADA_CUDA_EMULATION  // there the emulated op takes the CPU's place
       made.Add(&op);
 #endif
+      made.Add(&quant_op);
       return made;
     }();
     Ort::UnownedSessionOptions(options).Add(domain);

@@ -12,6 +12,28 @@
 
 namespace clada::ort {
 
+// A node's attributes; `op` names it in messages.
+class NodeAttributes final : public AttributeReader {
+ public:
+  NodeAttributes(const char* op, const std::string& node, const OrtKernelInfo* info) : op_(op), node_(node), info_(info) {}
+  bool Int(const char* name, int64_t* value) const override;
+  bool Float(const char* name, float* value) const override;
+  bool String(const char* name, std::string* value) const override;
+
+ private:
+  bool Has(const char* name, const char* wanted, bool found) const;
+
+  const char* op_;
+  const std::string& node_;
+  const OrtKernelInfo* info_;
+};
+
+// Throws ContractError: CLADA_ISA names an instruction set that is unknown or that the machine lacks.
+[[noreturn]] void RefuseInstructionSet(const char* op, const std::string& node);
+
+// The runtime's threads, for the time of a call.
+ParallelFor HostThreads(OrtKernelContext* context);
+
 // Reads and checks the node's attributes, and its numbers of inputs and outputs.
 Attributes ReadNode(const std::string& node, const OrtKernelInfo* info);
 
@@ -37,7 +59,7 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-// Runs a body that may throw, and turns what it throws, whatever it is, into a status that names the op: nothing may pass the
+// Runs a body that may throw, and turns what it throws, whatever it is, into a status: nothing may pass the
 // runtime's C interface. `Body` returns nothing, or a status.
 template <class Body>
 OrtStatusPtr Guard(Body body) noexcept {
@@ -51,11 +73,11 @@ OrtStatusPtr Guard(Body body) noexcept {
   } catch (const ContractError& error) {
     return Ort::GetApi().CreateStatus(ORT_INVALID_ARGUMENT, error.what());
   } catch (const std::bad_alloc&) {
-    return Ort::GetApi().CreateStatus(ORT_FAIL, "SparseFFN: out of memory");
+    return Ort::GetApi().CreateStatus(ORT_FAIL, "com.clada: out of memory");
   } catch (const std::exception& error) {
     return Ort::GetApi().CreateStatus(ORT_FAIL, error.what());
   } catch (...) {
-    return Ort::GetApi().CreateStatus(ORT_FAIL, "SparseFFN: an unknown exception");
+    return Ort::GetApi().CreateStatus(ORT_FAIL, "com.clada: an unknown exception");
   }
 }
 

@@ -14,11 +14,9 @@ class FlagReader {
   explicit FlagReader(OrtShapeInferContext* context) : context_(context) {}
 
   void Flag(const char* name, bool& value) const {
-    const OrtOpAttr* attribute = nullptr;
-    if (!Ort::Status(Ort::GetApi().ShapeInferContext_GetAttribute(context_, name, &attribute)).IsOK()) return;
-    int64_t found = 0;
-    size_t size = 0;
-    value = Ort::Status(Ort::GetApi().ReadOpAttr(attribute, ORT_OP_ATTR_INT, &found, sizeof(found), &size)).IsOK() && found == 1;
+    int64_t found = value;
+    ReadIntAttribute(context_, name, &found);
+    value = found == 1;
   }
   template <class Enum, size_t N>
   void Choice(const char*, Enum&, const char* const (&)[N]) const {}
@@ -29,55 +27,11 @@ class FlagReader {
   OrtShapeInferContext* context_;
 };
 
-struct TypeAndShape {
-  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  std::vector<int64_t> sizes;        // -1: not known
-  std::vector<std::string> symbols;  // a name where the size is not known, else empty
-
-  void Add(int64_t size, const std::string& symbol) { sizes.push_back(size), symbols.push_back(symbol); }
-};
-
 // The runtime takes a size of -1 without a name for a real size, so every open size needs a name; a new one each time, since
 // equal names mean equal sizes.
 std::string NewSymbol() {
   static std::atomic<uint64_t> count{0};
   return "com.clada.size_" + std::to_string(count++);
-}
-
-// The C++ wrapper of the headers is avoided: it writes -2 for symbolic sizes, which the runtime refuses.
-bool Read(OrtShapeInferContext* context, size_t input, TypeAndShape* shape) {
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  const OrtApi& api = Ort::GetApi();
-  if (!Ort::Status(api.ShapeInferContext_GetInputTypeShape(context, input, &info)).IsOK() || info == nullptr) return false;
-  if (!Ort::Status(api.GetTensorElementType(info, &shape->type)).IsOK()) return false;
-  size_t rank = 0;
-  if (!Ort::Status(api.GetDimensionsCount(info, &rank)).IsOK()) return false;
-  std::vector<const char*> names(rank, nullptr);
-  shape->sizes.assign(rank, -1);
-  if (rank == 0) return true;
-  if (!Ort::Status(api.GetDimensions(info, shape->sizes.data(), rank)).IsOK()) return false;
-  if (!Ort::Status(api.GetSymbolicDimensions(info, names.data(), rank)).IsOK()) return false;
-  for (size_t i = 0; i < rank; ++i) {
-    shape->symbols.emplace_back(names[i] ? names[i] : "");
-    if (shape->sizes[i] < 0 && shape->symbols[i].empty()) shape->symbols[i] = NewSymbol();
-  }
-  return true;
-}
-
-OrtStatusPtr Write(OrtShapeInferContext* context, size_t output, const TypeAndShape& shape) {
-  const OrtApi& api = Ort::GetApi();
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  if (OrtStatusPtr status = api.CreateTensorTypeAndShapeInfo(&info)) return status;
-  OrtStatusPtr status = api.SetTensorElementType(info, shape.type);
-  if (!status && !shape.sizes.empty()) {
-    status = api.SetDimensions(info, shape.sizes.data(), shape.sizes.size());
-    std::vector<const char*> names;
-    for (const std::string& symbol : shape.symbols) names.push_back(symbol.c_str());
-    if (!status) status = api.SetSymbolicDimensions(info, names.data(), names.size());
-  }
-  if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, output, info);
-  api.ReleaseTensorTypeAndShapeInfo(info);
-  return status;
 }
 
 ONNXTensorElementDataType FromElementType(ElementType type) {
@@ -86,6 +40,7 @@ ONNXTensorElementDataType FromElementType(ElementType type) {
     case ElementType::kFloat16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
     case ElementType::kBFloat16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
     case ElementType::kInt8: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    case ElementType::kUint8: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
     case ElementType::kInt32: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
     default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   }
@@ -117,12 +72,56 @@ TypeAndShape Follow(const TensorInfo& info, const Known& known) {
 
 }  // namespace
 
+// The C++ wrapper of the headers is avoided: it writes -2 for symbolic sizes, which the runtime refuses.
+bool ReadShape(OrtShapeInferContext* context, size_t input, TypeAndShape* shape) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  const OrtApi& api = Ort::GetApi();
+  if (!Ort::Status(api.ShapeInferContext_GetInputTypeShape(context, input, &info)).IsOK() || info == nullptr) return false;
+  if (!Ort::Status(api.GetTensorElementType(info, &shape->type)).IsOK()) return false;
+  size_t rank = 0;
+  if (!Ort::Status(api.GetDimensionsCount(info, &rank)).IsOK()) return false;
+  std::vector<const char*> names(rank, nullptr);
+  shape->sizes.assign(rank, -1);
+  if (rank == 0) return true;
+  if (!Ort::Status(api.GetDimensions(info, shape->sizes.data(), rank)).IsOK()) return false;
+  if (!Ort::Status(api.GetSymbolicDimensions(info, names.data(), rank)).IsOK()) return false;
+  for (size_t i = 0; i < rank; ++i) {
+    shape->symbols.emplace_back(names[i] ? names[i] : "");
+    if (shape->sizes[i] < 0 && shape->symbols[i].empty()) shape->symbols[i] = NewSymbol();
+  }
+  return true;
+}
+
+OrtStatusPtr WriteShape(OrtShapeInferContext* context, size_t output, const TypeAndShape& shape) {
+  const OrtApi& api = Ort::GetApi();
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  if (OrtStatusPtr status = api.CreateTensorTypeAndShapeInfo(&info)) return status;
+  OrtStatusPtr status = api.SetTensorElementType(info, shape.type);
+  if (!status && !shape.sizes.empty()) {
+    status = api.SetDimensions(info, shape.sizes.data(), shape.sizes.size());
+    std::vector<const char*> names;
+    for (const std::string& symbol : shape.symbols) names.push_back(symbol.c_str());
+    if (!status) status = api.SetSymbolicDimensions(info, names.data(), names.size());
+  }
+  if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, output, info);
+  api.ReleaseTensorTypeAndShapeInfo(info);
+  return status;
+}
+
+bool ReadIntAttribute(OrtShapeInferContext* context, const char* name, int64_t* value) {
+  const OrtOpAttr* attribute = nullptr;
+  if (!Ort::Status(Ort::GetApi().ShapeInferContext_GetAttribute(context, name, &attribute)).IsOK()) return false;
+  size_t size = 0;
+  return Ort::Status(Ort::GetApi().ReadOpAttr(attribute, ORT_OP_ATTR_INT, value, sizeof(*value), &size)).IsOK();
+}
+
 ElementType ToElementType(ONNXTensorElementDataType type) {
   switch (type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return ElementType::kFloat32;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return ElementType::kFloat16;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return ElementType::kBFloat16;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return ElementType::kInt8;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8: return ElementType::kUint8;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return ElementType::kInt32;
     default: return ElementType::kOther;
   }
@@ -132,7 +131,7 @@ OrtStatusPtr ORT_API_CALL InferShapes(const OrtCustomOp*, OrtShapeInferContext* 
   return Guard([&]() -> OrtStatusPtr {
     Known known;
     TypeAndShape &x = known.x, &load = known.load;
-    const auto read = [&](Input input, TypeAndShape* shape) { return Read(context, static_cast<size_t>(input), shape); };
+    const auto read = [&](Input input, TypeAndShape* shape) { return ReadShape(context, static_cast<size_t>(input), shape); };
     if (!read(Input::kX, &x)) return nullptr;
     const bool has_load = read(Input::kLoad, &load);
     if (!read(Input::kWIn, &known.w_in)) known.w_in.sizes.clear();
@@ -153,7 +152,7 @@ OrtStatusPtr ORT_API_CALL InferShapes(const OrtCustomOp*, OrtShapeInferContext* 
       const bool like_x = info.rule != TypeRule::kFixed, by_row = info.shapes[0].axes[0].size == Size::kRows;
       const size_t at = index++;
       if (like_x ? x.sizes.empty() : by_row && !has_load) continue;
-      if (OrtStatusPtr status = Write(context, at, like_x ? x : Follow(info, known))) return status;
+      if (OrtStatusPtr status = WriteShape(context, at, like_x ? x : Follow(info, known))) return status;
     }
     return nullptr;
   });

@@ -7,25 +7,14 @@
 #include "shape_inference.h"
 
 namespace clada::ort {
-namespace {
-
-const Kernels* ChooseKernels(const std::string& node) {
-  const char* wanted = std::getenv("CLADA_ISA");
-  const Kernels* kernels = FindKernels(wanted);
-  if (kernels == nullptr)
-    throw ContractError("SparseFFN node '" + node + "': CLADA_ISA is '" + wanted +
-                        "'; wanted avx512, avx2 or baseline, and one that this machine has");
-  return kernels;
-}
-
-}  // namespace
 
 SparseFFNKernel::SparseFFNKernel(const OrtKernelInfo* raw)
     : node_(Ort::ConstKernelInfo(raw).GetNodeName()),
       memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
   const Ort::ConstKernelInfo info(raw);
   attributes_ = ReadNode(node_, raw);
-  kernels_ = ChooseKernels(node_);
+  kernels_ = FindKernels(std::getenv("CLADA_ISA"));
+  if (kernels_ == nullptr) RefuseInstructionSet(kOpName, node_);
   int constant = 0;
   const Ort::ConstValue threshold = info.GetTensorConstantInput(static_cast<size_t>(Input::kThreshold), &constant);
   if (constant) {
@@ -42,10 +31,7 @@ void SparseFFNKernel::Compute(OrtKernelContext* raw) {
   Ort::KernelContext context(raw);
   const Problem problem = Bind(node_, attributes_, context, !threshold_checked_);
   Host host;
-  host.parallel_for.host = raw;
-  host.parallel_for.run = [](void* at, size_t count, ParallelBody body, void* user) {
-    Ort::KernelContext(static_cast<OrtKernelContext*>(at)).ParallelFor(body, count, 0, user);
-  };
+  host.parallel_for = HostThreads(raw);
   host.kernels = kernels_;
 
   const Scratch scratch(raw, memory_, ScratchBytes(problem) + 64);

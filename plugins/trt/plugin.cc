@@ -24,6 +24,7 @@ ElementType ToElementType(DataType type) {
     case DataType::kHALF: return ElementType::kFloat16;
     case DataType::kBF16: return ElementType::kBFloat16;
     case DataType::kINT8: return ElementType::kInt8;
+    case DataType::kUINT8: return ElementType::kUint8;
     case DataType::kINT32: return ElementType::kInt32;
     default: return ElementType::kOther;
   }
@@ -49,6 +50,7 @@ DataType ToDataType(ElementType type) {
     case ElementType::kFloat16: return DataType::kHALF;
     case ElementType::kBFloat16: return DataType::kBF16;
     case ElementType::kInt8: return DataType::kINT8;
+    case ElementType::kUint8: return DataType::kUINT8;
     case ElementType::kInt32: return DataType::kINT32;
     default: return DataType::kFLOAT;
   }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from graph_passes.contract_types import Condition, Constraint
+from plugins.contract import quant_matmul
 from plugins.contract.__main__ import HEADER, PAGE, PYTHON, ROOT, SOURCE, main, stale, texts
 from plugins.contract.cpp_text import cpp_text
 from plugins.contract.python_text import python_text
@@ -27,7 +28,7 @@ PROBES = """\
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The files that are read and made, in a folder of their own."""
-    for path in (SOURCE, PYTHON, HEADER, PAGE):
+    for path in (SOURCE, quant_matmul.SOURCE, *texts(ROOT)):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     return tmp_path

@@ -19,8 +19,8 @@ inline constexpr int kShadowBlock = 32;  // weights that share one (scale, offse
 enum class FloatType { kFloat32, kFloat16, kBFloat16 };
 
 // Types of all tensors. Those of weights come first, with the numbers that they have in FloatType.
-enum class ElementType { kFloat32, kFloat16, kBFloat16, kInt8, kInt32, kOther };
-inline constexpr const char* kElementTypeNames[] = {"float32", "float16", "bfloat16", "int8", "int32", "another type"};
+enum class ElementType { kFloat32, kFloat16, kBFloat16, kInt8, kUint8, kInt32, kOther };
+inline constexpr const char* kElementTypeNames[] = {"float32", "float16", "bfloat16", "int8", "uint8", "int32", "another type"};
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity };
 inline constexpr const char* kActivationNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};

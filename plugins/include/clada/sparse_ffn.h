@@ -54,7 +54,11 @@ struct ParallelFor {
   void* host = nullptr;
 };
 
-// An instruction set: "avx512", "avx2" or "baseline".
+// The names of all instruction sets, for messages. Which there are, and which kernels each op has for them, is
+// cpu/instruction_sets.cc.
+const char* InstructionSetNames();
+
+// The kernels of this op for an instruction set.
 struct Kernels;
 // The named one, or the best this machine has when name is null or empty. Null when it is unknown or the machine lacks it.
 const Kernels* FindKernels(const char* name);
