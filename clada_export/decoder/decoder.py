@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from clada_export.decoder.digest import state, weights_digest
 from clada_export.decoder.ffn import EagerFFN, EagerFFNs, SkippedFFN
 from clada_export.decoder.model_config import text_config_of
 from clada_export.decoder.tap import FFNTap, Inner, Outer, Replace
@@ -132,6 +133,24 @@ class Decoder(ABC):
             reasons = "; ".join(f"{item.name}: {item.reason}" for item in self.skipped[:4]) or "no module looks like one"
             raise UnsupportedModelError(f"{self.name}: no feed-forward layer that could be compiled ({reasons})")
         return self.ffns
+
+    def rest(self) -> None:
+        """Give the memory of the weights back, where that can be done: for stages that are done with them for a while.
+
+        They stay what they are, and are read again when they are next used. Here it does nothing.
+        """
+        return
+
+    def weights_digest(self) -> str:
+        """What tells its weights from those of every other (`clada_export.decoder.digest`).
+
+        Hashed again only if PyTorch has written to a weight since.
+        """
+        now = state(self.module)
+        kept: tuple[Any, str] | None = vars(self).get("_digest")
+        if kept is None or now is None or kept[0] != now:
+            kept = vars(self)["_digest"] = now, weights_digest(self.module)
+        return kept[1]
 
     @property
     def vocab_size(self) -> int:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_PIECE = 1 << 24
+"""Elements that are hashed at once, where they have to be copied first."""
 
 
 def weights_digest(model: nn.Module) -> str:
     """The sha256 of a model's state dict: names, types, shapes and bytes, in the order of the names.
 
-    Tensors that share their memory (tied embeddings) are hashed once.
+    Tensors that share their memory (tied embeddings) are hashed once. No tensor is copied as a whole.
 
     Args:
         model: the model, on any device.
@@ -28,6 +32,30 @@ def weights_digest(model: nn.Module) -> str:
             digest.update(f"= {first_name[key]}\n".encode())
             continue
         first_name[key] = name
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
+        for piece in pieces(tensor.detach()):
+            data = piece.cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(data.numpy()))
     return digest.hexdigest()
+
+
+def pieces(tensor: Tensor, most: int = _PIECE) -> Iterator[Tensor]:
+    """A tensor in pieces along its first axis, views of it, each of about `most` elements at most.
+
+    What is done to a piece at a time needs no memory as large as the tensor.
+    """
+    if tensor.dim() == 0 or tensor.numel() <= most:
+        yield tensor
+        return
+    yield from tensor.split(max(1, most * tensor.shape[0] // tensor.numel()))
+
+
+def state(model: nn.Module) -> tuple[tuple[str, int, int], ...] | None:
+    """What changes whenever PyTorch changes a weight: of each its name, where it is, and how often it was written to.
+
+    A write that PyTorch does not see (through NumPy, or through `.data`) does not show. None where a weight does not count its
+    writes: it was made in inference mode.
+    """
+    try:
+        return tuple((name, item.data_ptr(), item._version) for name, item in sorted(model.state_dict(keep_vars=True).items()))
+    except RuntimeError:
+        return None

@@ -6,10 +6,12 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from clada_export.decoder.digest import pieces
 from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.spool import Spool, room
 from clada_export.errors import UnsupportedModelError
 
 TORCH_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,15 +29,10 @@ def round_ffn_weights(ffns: Sequence[EagerFFN], dtype: str) -> str:
         A sentence for the manifest: the type, and the largest relative change of a layer's weights.
     """
     worst = 0.0
-    with torch.no_grad():
-        for ffn in ffns:
-            for module in (*ffn.inputs, ffn.down):
-                weight = module.weight
-                assert isinstance(weight, torch.Tensor)
-                rounded = weight.to(TORCH_TYPES[dtype]).to(weight.dtype)
-                change = float((rounded - weight).norm() / weight.norm().clamp(min=1e-30))
-                worst = max(worst, change)
-                weight.copy_(rounded)
+    for ffn in ffns:
+        for module in (*ffn.inputs, ffn.down):
+            assert isinstance(module.weight, Tensor)
+            worst = max(worst, _round(module.weight, dtype))
     return (
         f"FFN weights are stored as {dtype} (largest relative change of a matrix: {worst:.2g}); "
         "parity is against the model with these weights"
@@ -54,14 +51,8 @@ def round_all_weights(model: nn.Module, dtype: str) -> str:
     Raises:
         UnsupportedModelError: a weight is too large for the type; names it.
     """
-    worst = 0.0
+    worst = max((_round(weight, dtype, name) for name, weight in model.named_parameters()), default=0.0)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            rounded = weight.to(TORCH_TYPES[dtype]).to(weight.dtype)
-            if not bool(torch.isfinite(rounded).all()) and bool(torch.isfinite(weight).all()):
-                raise UnsupportedModelError(f"{name}: a weight of {float(weight.abs().max()):.3g} does not fit {dtype}")
-            worst = max(worst, float((rounded - weight).norm() / weight.norm().clamp(min=1e-30)))
-            weight.copy_(rounded)
         for buffer in model.buffers():
             if buffer.is_floating_point() and buffer.numel() == 1:
                 buffer.copy_(buffer.to(TORCH_TYPES[dtype]))
@@ -71,16 +62,51 @@ def round_all_weights(model: nn.Module, dtype: str) -> str:
     )
 
 
-def in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+def _round(weight: Tensor, dtype: str, name: str | None = None) -> float:
+    """Round a weight in place, a piece at a time.
+
+    Args:
+        name: of one that has to stay finite.
+
+    Returns:
+        The norm of what changed, relative to its own.
+
+    Raises:
+        UnsupportedModelError: it has a number that is too large for the type.
+    """
+    changed = whole = 0.0
+    with torch.no_grad():
+        for piece in pieces(weight):
+            rounded = piece.to(TORCH_TYPES[dtype]).to(weight.dtype)
+            if name is not None and not bool(torch.isfinite(rounded).all()) and bool(torch.isfinite(piece).all()):
+                raise UnsupportedModelError(f"{name}: a weight of {float(piece.abs().max()):.3g} does not fit {dtype}")
+            changed += float((rounded - piece).norm()) ** 2
+            whole += float(piece.norm()) ** 2
+            piece.copy_(rounded)
+    return float(changed**0.5 / max(whole**0.5, 1e-30))
+
+
+def in_dtype(model: PreTrainedModel, dtype: str, spool: Spool | None = None) -> PreTrainedModel:
     """A copy whose parameters have another type. Buffers (rotary frequencies) keep theirs: rounded angles lose their place.
 
     Args:
         dtype: `float16` or `bfloat16`.
+        spool: gets the parameters; None leaves them in memory.
+
+    Raises:
+        UsageError: the spool has no room for them.
     """
+    wanted = TORCH_TYPES[dtype]
+    weights = list(model.parameters())
+    if spool is not None:
+        spool.reserve(room((weight.numel(), wanted.itemsize) for weight in weights))
     # deepcopy takes what is in `memo` as copied already, so the parameters are never copied in float32, and ties stay ties.
     memo = {
-        id(weight): nn.Parameter(weight.detach().to(TORCH_TYPES[dtype]), requires_grad=False) for weight in model.parameters()
+        id(weight): nn.Parameter(
+            weight.detach().to(wanted) if spool is None else spool.copy(weight.detach(), wanted), requires_grad=False
+        )
+        for weight in weights
     }
     made = copy.deepcopy(model, memo)
-    made.config.dtype = TORCH_TYPES[dtype]
+    made.config.dtype = wanted
     return made

@@ -13,6 +13,7 @@ from clada_export.decoder.decoder import Decoder, DecoderOutput
 from clada_export.decoder.ffn import EagerFFNs, find_eager_ffns, on_copy
 from clada_export.decoder.padding import padding_of
 from clada_export.decoder.positions import first_position
+from clada_export.decoder.residency import Residency
 from clada_export.decoder.rounding import in_dtype
 from clada_export.errors import UsageError
 
@@ -23,11 +24,13 @@ class TorchDecoder(Decoder):
     Args:
         model: run on token ids; stages that change or trace its modules take it from here.
         ffns: its FFNs, where they are known; None searches for them when they are first asked for.
+        residency: of its weights, where they lie in a spool; None leaves them in memory.
     """
 
-    def __init__(self, model: PreTrainedModel, ffns: EagerFFNs | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, ffns: EagerFFNs | None = None, residency: Residency | None = None) -> None:
         self.model = model
         self._known = ffns
+        self._residency = residency
 
     @property
     def name(self) -> str:
@@ -85,15 +88,27 @@ class TorchDecoder(Decoder):
         output = self.model(input_ids=ids, use_cache=keep_cache, **given)
         return DecoderOutput(output.logits, output.past_key_values if keep_cache else None)
 
+    def rest(self) -> None:
+        """See `Decoder.rest`."""
+        if self._residency is not None:
+            self._residency.rest()
+
     def in_dtype(self, dtype: str) -> TorchDecoder:
         """A copy whose parameters have another type (`clada_export.decoder.rounding.in_dtype`), with the same FFNs.
 
+        It lies in a spool where this one does.
+
         Args:
             dtype: `float16` or `bfloat16`.
+
+        Raises:
+            UsageError: there is no room on the disk for it.
         """
-        copy = in_dtype(self.model, dtype)
+        spool = None if self._residency is None else self._residency.spool.beside()
+        copy = in_dtype(self.model, dtype, spool)
         # Rounding makes activations alike, so the copy is not searched again.
-        return TorchDecoder(copy, EagerFFNs(on_copy(self.ffns, self.model, copy), self.skipped))
+        residency = None if spool is None or self._residency is None else Residency(copy, spool, self._residency.large)
+        return TorchDecoder(copy, EagerFFNs(on_copy(self.ffns, self.model, copy), self.skipped), residency)
 
     def _search(self) -> EagerFFNs:
         return find_eager_ffns(self.model) if self._known is None else self._known

@@ -13,11 +13,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 
+from clada_export.decoder.spool import Spool
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.files.json_files import read_json
 from clada_export.source.config_file import Stored, check_counts, check_size
 from clada_export.source.loading import check_finite, check_loading
 from clada_export.source.mixtures import import_blocks
+from clada_export.source.placing import placed_in, reserve
 from clada_export.source.pretrained import load_config, load_model, model_without_memory
 
 
@@ -87,6 +89,7 @@ def load_causal_lm(
     place: str,
     config: PreTrainedConfig,
     stored: Stored,
+    spool: Spool,
     *,
     import_experts: bool,
     dtype: torch.dtype,
@@ -99,6 +102,7 @@ def load_causal_lm(
         location: what `from_pretrained` takes.
         place: for messages.
         stored: what the weight files hold.
+        spool: gets the weights, one after the other.
         import_experts: see `clada_export.source.load.load_source`.
         arguments: of `load_model`.
 
@@ -106,7 +110,7 @@ def load_causal_lm(
         The model, in eval mode, without gradients.
 
     Raises:
-        UsageError: damaged weights, or some that do not fit the config.
+        UsageError: damaged weights, some that do not fit the config, or no room on the disk for them.
         BackendError: a package that it needs is missing.
     """
     loader = loader_of(config) or AutoModelForCausalLM
@@ -114,22 +118,25 @@ def load_causal_lm(
         settings = place if "gguf_file" in arguments else str(Path(location) / "config.json")
         check_counts(config, stored, settings)
         empty = model_without_memory(loader, config, place=settings, most=stored.most_parts)
-        check_size(empty, stored, settings, dtype.itemsize)
-    model, info = load_model(
-        loader, location, place=place, trust_remote_code=trust_remote_code, config=config, dtype=dtype, **arguments
-    )
+        check_size(empty, stored, settings)
+        reserve(spool, empty, dtype)
+    with placed_in(spool, dtype):
+        model, info = load_model(
+            loader, location, place=place, trust_remote_code=trust_remote_code, config=config, dtype=dtype, **arguments
+        )
     check_loading(info, place)
     if import_experts:
         import_blocks(model)
-    return finished(model, place)
+    return finished(model, place, spool)
 
 
-def finished(model: PreTrainedModel, place: str) -> PreTrainedModel:
-    """A model whose weights are all there, in eval mode and without gradients.
+def finished(model: PreTrainedModel, place: str, spool: Spool) -> PreTrainedModel:
+    """A model whose weights are all there and lie in the spool, in eval mode and without gradients.
 
     Raises:
         UsageError: a weight is no number.
     """
+    spool.adopt(model)
     check_finite(model, place)
     model.train(False)
     model.requires_grad_(False)

@@ -11,13 +11,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from clada_export.capacity import available_memory
 from clada_export.errors import UsageError
 
 MOST_LAYERS = 2_000
@@ -162,14 +162,13 @@ def check_counts(config: PreTrainedConfig, stored: Stored, place: str) -> None:
             raise UsageError(f"{place}: {where} is {_shown(item)}, and the weights hold {stored.elements} numbers in all")
 
 
-def check_size(model: nn.Module, stored: Stored, place: str, item: int) -> None:
+def check_size(model: nn.Module, stored: Stored, place: str) -> None:
     """Hold a model without memory (on PyTorch's meta device) against its weight files and this machine.
 
-    Args:
-        item: bytes of a weight, once loaded.
+    Weights lie in a file (`clada_export.decoder.spool`), so that the disk has to have room for them, not the memory.
 
     Raises:
-        UsageError: it has many times the parameters that are stored, or it does not fit into memory.
+        UsageError: it has many times the parameters that are stored, or its tables do not fit into memory.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > _SPARE * stored.elements + 1024:
@@ -178,38 +177,12 @@ def check_size(model: nn.Module, stored: Stored, place: str, item: int) -> None:
             f"{place}: it asks for {parameters} parameters, and the weights hold {stored.elements}; the largest is {largest}, "
             f"{list(weight.shape)}"
         )
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    needed, free = parameters * item + buffers, free_memory()
+    needed, free = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()), available_memory()
     if free is not None and needed > free + _SPARE_BYTES:
-        what = f"{parameters * item / 1e9:.1f} GB of weights and {buffers / 1e9:.1f} GB of tables that are made from its sizes"
-        raise UsageError(f"{place}: the model needs {what}, and {free / 1e9:.1f} GB of memory are free")
-
-
-def free_memory() -> int | None:
-    """Bytes that can still be had, by the system and by the control group of this process; None if neither says."""
-    found = [value for value in (_available(), *_group()) if value is not None]
-    return min(found, default=None)
-
-
-def _available() -> int | None:
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    match = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(match[1]) << 10 if match else None
-
-
-def _group() -> Iterator[int]:
-    """What is left of a container's limit."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            yield max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such hierarchy, or "max"
+        raise UsageError(
+            f"{place}: the model needs {needed / 1e9:.1f} GB for tables that are made from its sizes, and {free / 1e9:.1f} GB "
+            "of memory are free"
+        )
 
 
 def _entries(value: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

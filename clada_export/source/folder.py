@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from clada_export.decoder.digest import weights_digest
+from clada_export.decoder.residency import Residency
+from clada_export.decoder.spool import Spool
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.files.json_files import read_json
 from clada_export.source.causal_lm import decoder_config, finished, load_causal_lm
@@ -47,8 +48,9 @@ def read_folder(
         source_dtype, stored = check_safetensors(weights)
     # Of a layout that is imported, transformers does not know the type that the config names.
     described_by: dict[str, Any] = {}
+    spool = Spool()
     if (layout := folder_layout(folder)) is not None:
-        model: PreTrainedModel = finished(layout.load(folder, weights, stored, request.dtype), str(folder))
+        model: PreTrainedModel = finished(layout.load(folder, weights, stored, request.dtype), str(folder), spool)
         config = described_by["config"] = model.config
         named: Any = read_json(folder / "config.json").get("torch_dtype", request.dtype)
     else:
@@ -59,6 +61,7 @@ def read_folder(
             place,
             config,
             stored,
+            spool,
             import_experts=request.import_experts,
             dtype=request.dtype,
             trust_remote_code=request.trust_remote_code,
@@ -68,15 +71,16 @@ def read_folder(
     warnings: list[str] = []
     tokenizer = folder_tokenizer(folder, name, warnings, trust_remote_code=request.trust_remote_code, **described_by)
     check_vocabulary(model, tokenizer, warnings)
+    decoder = TorchDecoder(model, residency=Residency(model, spool))
     return SourceModel(
-        decoder=TorchDecoder(model),
+        decoder=decoder,
         tokenizer=tokenizer,
         name=name,
         revision=revision,
         kind=kind,
         path=folder,
         files=digests(folder, weights),
-        weights_digest=weights_digest(model),
+        weights_digest=decoder.weights_digest(),
         license=license_of(folder, config, warnings),
         source_dtype=str(named).removeprefix("torch.") if source_dtype == _UNKNOWN else source_dtype,
         warnings=warnings,

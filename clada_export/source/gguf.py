@@ -5,14 +5,17 @@ from __future__ import annotations
 import transformers
 from transformers.utils.quantization_config import GgufConfig
 
-from clada_export.decoder.digest import weights_digest
+from clada_export.decoder.residency import Residency
+from clada_export.decoder.spool import Spool
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.foreign import GGUF_ARCHITECTURE
 from clada_export.patches.gguf_reader import one_gguf_reader
+from clada_export.patches.gguf_weights import gguf_weights
 from clada_export.source.causal_lm import load_causal_lm, require_decoder
 from clada_export.source.config_file import Stored
 from clada_export.source.description import check_vocabulary, digest_file, tokenizer_at
+from clada_export.source.gguf_blocks import block_reader
 from clada_export.source.gguf_header import GgufHeader, check_layers, read_gguf_header
 from clada_export.source.loading import forget_gguf
 from clada_export.source.model import SourceModel, SourceRequest
@@ -31,15 +34,16 @@ def load_gguf(request: SourceRequest) -> SourceModel:
             f"{path}: a single file must be a .gguf file; for safetensors give the folder that holds config.json too"
         )
     request.refuse_revision(str(path), "file")
-    with one_gguf_reader():
+    spool = Spool()
+    with one_gguf_reader(), block_reader(path, spool) as blocks, gguf_weights(blocks.unpack, spool.give_back):
         header = read_gguf_header(path)
         check_layers(header, header.layers, path)
         # What lies beside the file is no part of it: a config.json, an adapter, code.
         with alone(path) as folder:
-            return _load_alone(folder, header, request)
+            return _load_alone(folder, header, request, spool)
 
 
-def _load_alone(folder: str, header: GgufHeader, request: SourceRequest) -> SourceModel:
+def _load_alone(folder: str, header: GgufHeader, request: SourceRequest, spool: Spool) -> SourceModel:
     path = request.path
     architecture = header.metadata.get("general.architecture", "unknown")
     place = f"{path}: GGUF architecture {architecture!r}, transformers {transformers.__version__}"
@@ -53,6 +57,7 @@ def _load_alone(folder: str, header: GgufHeader, request: SourceRequest) -> Sour
         str(path),
         config,
         Stored.of([tensor.shape for tensor in header.tensors]),
+        spool,
         import_experts=request.import_experts,
         dtype=request.dtype,
         gguf_file=path.name,
@@ -62,15 +67,16 @@ def _load_alone(folder: str, header: GgufHeader, request: SourceRequest) -> Sour
     warnings: list[str] = []
     tokenizer = tokenizer_at(folder, warnings, gguf_file=path.name)
     check_vocabulary(model, tokenizer, warnings)
+    decoder = TorchDecoder(model, residency=Residency(model, spool))
     return SourceModel(
-        decoder=TorchDecoder(model),
+        decoder=decoder,
         tokenizer=tokenizer,
         name=path.stem,
         revision=None,
         kind="gguf",
         path=path,
         files={path.name: digest_file(path)},
-        weights_digest=weights_digest(model),
+        weights_digest=decoder.weights_digest(),
         license=header.metadata.get("general.license"),
         source_dtype=header.main_type,
         warnings=warnings,

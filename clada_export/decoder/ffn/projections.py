@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.ffn.layer import unpack
+from clada_export.decoder.spool import Spool, room
 from clada_export.op.reference import activate
 
 
@@ -43,11 +44,19 @@ def parameters(ffn: EagerFFN) -> Iterator[nn.Parameter]:
 
 
 class Snapshot:
-    """The parameters of some FFNs as they are now, to go back to."""
+    """The parameters of some FFNs as they are now, to go back to. They lie in a file: they are most of a model.
+
+    Raises:
+        UsageError: there is no room on the disk for them.
+    """
 
     def __init__(self, ffns: Sequence[EagerFFN]) -> None:
         owned = {id(item): item for ffn in ffns for item in parameters(ffn)}
-        self._values = [(item, item.detach().clone()) for item in owned.values()]
+        spool = Spool()
+        spool.reserve(room((item.numel(), item.element_size()) for item in owned.values()))
+        self._values = [(item, spool.copy(item.detach())) for item in owned.values()]
+        # They are read once, if ever.
+        spool.pages(value for _, value in self._values).rest()
 
     def restore(self) -> None:
         """Put them back, in place."""

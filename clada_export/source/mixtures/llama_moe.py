@@ -133,7 +133,7 @@ def load_llama_moe(folder: Path, files: Sequence[Path], stored: Stored, dtype: t
         )
     # Weights come from the files: nothing is allocated for them before.
     model: LlamaForCausalLM = model_without_memory(LlamaForCausalLM, config, place=folder, most=stored.most_parts)
-    check_size(model, stored, place, dtype.itemsize)
+    check_size(model, stored, place)
     tied = bool(config.tie_word_embeddings)
     ignored = _ignored(tied)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if ".mlp." not in name}
