@@ -162,6 +162,7 @@ class DriftMeter:
             exact measurement.
         cache: keeps what was measured; for the weights as they are. Whoever changes them changes it.
         runner: runs the windows; by default this process.
+        progress: called for every window of the dense side.
 
     Raises:
         UnsupportedModelError: logits that are not finite, or a text so unlikely that it has no perplexity.
@@ -176,14 +177,15 @@ class DriftMeter:
         fast: bool = False,
         cache: CalibrationCache | None = None,
         runner: Runner | None = None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.prompt, self.fast = prompt, fast
         self.cache = cache or CalibrationCache()
         self._runner = runner or InProcess(Desk(decoder, windows, windows, prompt))
         self._windows = windows
-        self._groups = groups_of(windows, prompt, decoder.vocab_size)
+        self._groups = groups_of(windows, prompt, decoder.vocab_size, self._runner.desk.at_once)
         self._text = {"windows": arrays_digest({"windows": windows.numpy()}), "prompt": prompt, "groups": len(self._groups)}
-        self.signals = self._signals()
+        self.signals = self._signals(progress)
         """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""
         require_perplexity(float(self.signals[:, 0].double().mean()))
 
@@ -257,13 +259,17 @@ class DriftMeter:
                 step()
         return drift_of(parts, 0.0)
 
-    def _signals(self) -> Tensor:
+    def _signals(self, progress: Callable[[], None]) -> Tensor:
         key = {**self._text, "fast": self.fast}
         kept = self.cache.arrays("signals", key)
         if kept is not None:
             return torch.from_numpy(kept["signals"])
-        parts = self._runner.run(DenseJob(self.fast), range(len(self._groups)))
-        found = torch.cat([part.signals for part in parts])
+        signals: list[Tensor] = []
+        for group, part in zip(self._groups, self._runner.run(DenseJob(self.fast), range(len(self._groups))), strict=True):
+            signals.append(part.signals)
+            for _ in group:
+                progress()
+        found = torch.cat(signals)
         self.cache.keep_arrays("signals", key, {"signals": found.numpy()})
         return found
 

@@ -66,6 +66,7 @@ class HeldOut:
         windows: int64 [N, context].
         prompt: tokens of every window that run dense, at least 1.
         as_given: calls with the weights that drift is measured from.
+        at_once: the most windows of a group; None is as many as their logits allow.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class HeldOut:
         windows: Tensor,
         prompt: int,
         as_given: Callable[[Callable[[], Teacher]], Teacher] = lambda make: make(),
+        at_once: int | None = None,
     ) -> None:
         self._decoder, self._windows, self._prompt, self._as_given = decoder, windows, prompt, as_given
-        self.groups = groups_of(windows, prompt, decoder.vocab_size)
+        self.groups = groups_of(windows, prompt, decoder.vocab_size, at_once)
         self._teachers: dict[tuple[int, bool], Teacher] = {}
         self._signals: dict[int, Tensor] = {}
         self._goes_on: bool | None = None
@@ -86,7 +88,7 @@ class HeldOut:
     def at(cls, desk: Desk) -> HeldOut:
         """That of a desk, made once."""
         if cls not in desk.memo:
-            desk.memo[cls] = cls(desk.decoder, desk.heldout, desk.prompt, desk.as_given)
+            desk.memo[cls] = cls(desk.decoder, desk.heldout, desk.prompt, desk.as_given, desk.at_once)
         found = desk.memo[cls]
         assert isinstance(found, cls)
         return found
@@ -119,10 +121,15 @@ class HeldOut:
         if id(method) not in state.selectors:
             if len(state.selectors) >= METHODS:
                 state.selectors.clear()
-            state.shelf = state.shelf or ScorerShelf(self._decoder.ffns)
             # The method is kept with them, so that no other takes its id.
-            state.selectors[id(method)] = method, Selectors(self._decoder.ffns, (method,), state.shelf).layers[0]
+            state.selectors[id(method)] = method, Selectors(self._decoder.ffns, (method,), self.shelf(fast)).layers[0]
         return state.selectors[id(method)][1]
+
+    def shelf(self, fast: bool) -> ScorerShelf:
+        """The scorers for the weights as they are now."""
+        state = self._state(fast)
+        state.shelf = state.shelf or ScorerShelf(self._decoder.ffns)
+        return state.shelf
 
     def sparse(
         self, group: int, layers: Sequence[LayerSelector], levels: np.ndarray, multiplier: Tensor | None, fast: bool
@@ -279,14 +286,14 @@ class HeldOut:
         return self._goes_on
 
 
-def groups_of(windows: Tensor, prompt: int, vocabulary: int) -> list[list[int]]:
-    """The numbers of the windows that are run at once: as many as their logits allow, at least one.
+def groups_of(windows: Tensor, prompt: int, vocabulary: int, most: int | None = None) -> list[list[int]]:
+    """The numbers of the windows that are run at once: as many as their logits and `most` allow, at least one.
 
     Args:
         windows: int64 [N, context].
     """
     rows = windows.shape[1] - prompt
-    size = max(1, min(len(windows), LOGITS_LIMIT // max(4 * rows * vocabulary, 1)))
+    size = max(1, min(most or len(windows), len(windows), LOGITS_LIMIT // max(4 * rows * vocabulary, 1)))
     return [list(range(start, min(start + size, len(windows)))) for start in range(0, len(windows), size)]
 
 

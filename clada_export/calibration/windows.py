@@ -30,6 +30,7 @@ class Desk:
         calibration, heldout: token windows, int64 [N, context] and [M, context].
         prompt: tokens of every window that are its prompt.
         weights: what changes the model's weights; None if nothing does.
+        at_once: the most held-out windows that are run as one batch; None is as many as their logits allow.
         memo: what jobs of this process keep for each other, by keys of their own.
     """
 
@@ -38,6 +39,7 @@ class Desk:
     heldout: Tensor
     prompt: int
     weights: FFNWeights | None = None
+    at_once: int | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def as_given(self, make: Callable[[], Made]) -> Made:
