@@ -21,7 +21,7 @@ from benchmarks.rotate import orthogonal
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.decoder.torch_decoder import TorchDecoder
 
-TABLE_ROWS = 96
+TABLE_ROWS = 64
 """Tokens that errors are measured on for the tables of choices."""
 PRICED = 2
 """Calibration windows for the prices."""

@@ -18,7 +18,7 @@ from benchmarks.frontier.ffn import Exact, Quantised
 
 DROPPED = (0.0, 0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
 """Shares of neurons below the first threshold."""
-MEDIUM = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+MEDIUM = (0.15, 0.3, 0.45, 0.6)
 """Shares of neurons between the two thresholds, where there are two."""
 SKIPS = ("none", "one", "two")
 
@@ -63,7 +63,7 @@ def _shares(skip: str, form: Quantised) -> list[tuple[float, float]]:
         return [(0.0, 0.0)]
     pairs = [(dropped, 0.0) for dropped in DROPPED]
     if skip == "two" and form.low_bits:
-        pairs += [(dropped, medium) for dropped in DROPPED for medium in MEDIUM if dropped + medium < 0.95]
+        pairs += [(dropped, medium) for dropped in DROPPED[::2] for medium in MEDIUM if dropped + medium < 0.95]
     return pairs
 
 
