@@ -5,6 +5,8 @@ It decodes the whole matrix in every call: for tests and comparisons.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from graph_passes.quant.contract import BLOCK, LEAST_AMAX, OP_TYPE
@@ -33,7 +35,7 @@ def quant_matmul(
         raise ContractError(f"{OP_TYPE}: x has {x.shape[-1]} columns and the weight {codes.shape[1]}")
     if (bias is not None) != attributes.has_bias:
         raise ContractError(f"{OP_TYPE}: has_bias is {int(attributes.has_bias)}, but a bias is {'not ' * (bias is None)}given")
-    xq, sx = quantise_rows(x.reshape(-1, x.shape[-1]))
+    xq, sx = quantise_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     sums = xq.sum(axis=-1).astype(np.float32)
     values = codes.reshape(len(codes), -1, BLOCK).astype(np.float64) - attributes.zero
     total = np.zeros((len(xq), len(codes)), np.float32)
@@ -51,7 +53,7 @@ def quant_matmul(
 
 def quantise_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows [r, K] in 8 bits: integers int32 [r, B, 32], within -127 .. 127, and scales float32 [r, B]."""
-    blocks = x.astype(np.float32, copy=False).reshape(len(x), -1, BLOCK)
+    blocks = x.astype(np.float32, copy=False).reshape(len(x), x.shape[1] // BLOCK, BLOCK)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         largest = np.abs(blocks).max(axis=-1)
         finite = np.isfinite(blocks).all(axis=-1)

@@ -13,12 +13,12 @@ namespace {
 OrtStatusPtr ORT_API_CALL InferShape(const OrtCustomOp*, OrtShapeInferContext* context) {
   return Guard([&]() -> OrtStatusPtr {
     TypeAndShape x;
-    int64_t out_features = 0;
     if (!ReadShape(context, 0, &x) || x.sizes.empty()) return nullptr;
-    if (!ReadIntAttribute(context, "out_features", &out_features) || out_features < 1) return nullptr;
+    int64_t out_features = 0;
+    const bool known = ReadIntAttribute(context, "out_features", &out_features) && out_features > 0;
     x.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    x.sizes.back() = out_features;
-    x.symbols.back().clear();
+    x.sizes.back() = known ? out_features : -1;
+    x.symbols.back() = known ? "" : NewSymbol();
     return WriteShape(context, 0, x);
   });
 }

@@ -27,13 +27,6 @@ class FlagReader {
   OrtShapeInferContext* context_;
 };
 
-// The runtime takes a size of -1 without a name for a real size, so every open size needs a name; a new one each time, since
-// equal names mean equal sizes.
-std::string NewSymbol() {
-  static std::atomic<uint64_t> count{0};
-  return "com.clada.size_" + std::to_string(count++);
-}
-
 ONNXTensorElementDataType FromElementType(ElementType type) {
   switch (type) {
     case ElementType::kFloat32: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -71,6 +64,13 @@ TypeAndShape Follow(const TensorInfo& info, const Known& known) {
 }
 
 }  // namespace
+
+// The runtime takes a size of -1 without a name for a real size, so every open size needs a name; a new one each time, since
+// equal names mean equal sizes.
+std::string NewSymbol() {
+  static std::atomic<uint64_t> count{0};
+  return "com.clada.size_" + std::to_string(count++);
+}
 
 // The C++ wrapper of the headers is avoided: it writes -2 for symbolic sizes, which the runtime refuses.
 bool ReadShape(OrtShapeInferContext* context, size_t input, TypeAndShape* shape) {

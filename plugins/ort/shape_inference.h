@@ -14,6 +14,8 @@ struct TypeAndShape {
   void Add(int64_t size, const std::string& symbol) { sizes.push_back(size), symbols.push_back(symbol); }
 };
 
+// A name for a size that is not known, another each time.
+std::string NewSymbol();
 // What is known of an input; false if nothing is. One of unknown rank reads like a scalar.
 bool ReadShape(OrtShapeInferContext* context, size_t input, TypeAndShape* shape);
 OrtStatusPtr WriteShape(OrtShapeInferContext* context, size_t output, const TypeAndShape& shape);
