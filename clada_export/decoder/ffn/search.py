@@ -33,6 +33,8 @@ Exports search in float32. In 16 bits gelu and gelu_tanh, which differ by less t
 """
 RANGE = 12.0
 """Numbers of the second pass are within it; clamps of published models (7, 10) are too."""
+SAMPLE = 64
+"""Columns that refuse a form before all are computed."""
 FEW = 3
 """A module with more projections than an FFN has is attention, or another mixer."""
 
@@ -135,34 +137,48 @@ def _forms(sources: _Sources, values: Sequence[Tensor], down: Record, tolerance:
     h, dtype = down.x, down.given.dtype
     if dtype.itemsize < torch.float32.itemsize:
         tolerance = max(tolerance, NARROW * torch.finfo(dtype).eps)
-    for form, narrow in _hidden(sources, [each.to(dtype) for each in values]):
-        if narrow.shape != h.shape:
+    sample = slice(None, None, max(1, h.shape[1] // SAMPLE))
+    h_sample, largest = h[:, sample], float(torch.where(h.isfinite(), h.abs(), 0.0).max())
+    for form, gate, up in _candidates(sources, [each.to(dtype) for each in values]):
+        if up.shape != h.shape:
             continue
-        hidden = narrow.float()
-        # What is not finite can't be compared; the second pass puts finite numbers in its place.
-        usable = hidden.isfinite() & h.isfinite()
-        difference, size = (float(torch.where(usable, values.abs(), 0.0).max()) for values in (hidden - h, hidden))
+        # What is as near as that is no larger than this, so a few columns refuse most: in a model of many layers, nearly all.
+        few = _hidden(form, None if gate is None else gate[:, sample], up[:, sample]).float()
+        if _difference(few, h_sample)[0] > tolerance * largest / (1.0 - tolerance):
+            continue
+        difference, size = _difference(_hidden(form, gate, up).float(), h)
         if difference <= tolerance * size:
             found.append((difference, form))
     return [form for _, form in sorted(found, key=lambda item: item[0])]
 
 
-def _hidden(sources: _Sources, values: Sequence[Tensor]) -> Iterator[tuple[_Form, Tensor]]:
+def _difference(hidden: Tensor, h: Tensor) -> tuple[float, float]:
+    """The largest distance, and the largest hidden value."""
+    # What is not finite can't be compared; the second pass puts finite numbers in its place.
+    usable = hidden.isfinite() & h.isfinite()
+    difference, size = (float(torch.where(usable, values.abs(), 0.0).max()) for values in (hidden - h, hidden))
+    return difference, size
+
+
+def _hidden(form: _Form, gate: Tensor | None, up: Tensor) -> Tensor:
+    return activate(form.activation, up) if gate is None else activate(form.activation, gate) * up
+
+
+def _candidates(sources: _Sources, values: Sequence[Tensor]) -> Iterator[tuple[_Form, Tensor | None, Tensor]]:
+    """Every form, with its gate, if it has one, and up."""
     if not sources.gated:
         # Two projections in a row without an activation are one that was factorised.
         for name in ACTIVATIONS:
             if name != "identity":
-                yield _Form(name), activate(name, values[0])
+                yield _Form(name), None, values[0]
         return
     for name in ACTIVATIONS:
         if sources.packed:
             for packing in PACKINGS:
-                gate, up = unpack(values[0], packing, -1)
-                yield _Form(name, packing), activate(name, gate) * up
+                yield _Form(name, packing), *unpack(values[0], packing, -1)
         else:
-            for swapped in (False, True):
-                gate, up = reversed(values) if swapped else values
-                yield _Form(name, swapped=swapped), activate(name, gate) * up
+            yield _Form(name), values[0], values[1]
+            yield _Form(name, swapped=True), values[1], values[0]
 
 
 def _not_an_ffn(down: Record, sources: _Sources, width: int | None) -> str | None:
