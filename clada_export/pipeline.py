@@ -28,6 +28,7 @@ from clada_export.plan.fit import require_fit
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.targets import TARGET_TRAITS
 from clada_export.planning import calibration_context, check_goals, make_plan, read_data, round_weights, weights_again
+from clada_export.price.room import require_room
 from clada_export.progress import Progress, Stages
 from clada_export.source.companions import write_companions
 from clada_export.source.load import SourceModel, load_source
@@ -89,6 +90,8 @@ def export(
             note(f"{source.name}, {len(ffns)} FFNs, {source.source_dtype}")
             _check_graph_source(source, options, given)
             check_import(source.decoder, source.name, policy, options.prune)
+            if (short := require_room(source, Path(output), options, given)) is not None:
+                note(short)
         warnings = [*source.warnings, *(f"{item.name} is left dense: {item.reason}" for item in source.decoder.skipped)]
         warnings += ignored_options(source.decoder, options.budget, ExportOptions.budget, options.sparsity, options.settings)
         if options.dtype != "float32":

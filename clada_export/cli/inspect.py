@@ -6,11 +6,14 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clada_export.cli.options import hub_arguments, hub_options
 from clada_export.cli.shown import say
 from clada_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from clada_export.price import Machine, ModelSize, Price
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what clada-export wrote, an .onnx file or a folder with one, or a model as clada-export takes it",
     )
     parser.add_argument("--trace", action="store_true", help="of a model: export the graph too, and match it (minutes)")
+    priced = parser.add_argument_group("what an export of a model would cost, with")
+    priced.add_argument("--target", default="ort", help="ort or trt (default: ort)")
+    priced.add_argument("--policy", default="clada", help="a policy, or auto (default: clada)")
+    priced.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
     hub_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -34,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from clada_export.artifact.manifest import MANIFEST_NAME
     from clada_export.cli.inspection import inspect_model, inspect_onnx
+    from clada_export.price.told import told
     from clada_export.source.onnx.files import is_onnx, locate_onnx
 
     place = Path(options.subject)
@@ -44,12 +52,17 @@ def run(options: argparse.Namespace) -> int:
         found = inspect_onnx(locate_onnx(place))
     else:
         found = inspect_model(options.subject, traced=options.trace, **hub_options(options))
+    priced = _price(found.size, options)
     if options.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        price, machine = (None, None) if priced is None else (priced[0].to_dict(), priced[1].to_dict())
+        print(json.dumps({**found.to_dict(), "price": price, "machine": machine}, indent=2))
         return 0
     say(f"{found.what:<9} {found.name}")
     for note in found.notes:
         say(f"note      {note}")
+    if priced is not None:
+        for line in told(*priced):
+            say(line)
     sparse = [layer for layer in found.layers if layer.rewritten]
     say(f"layers    {len(sparse)} would be rewritten, {len(found.layers) - len(sparse)} would be left dense")
     say()
@@ -57,6 +70,20 @@ def run(options: argparse.Namespace) -> int:
         mark, text = ("✓", f"{layer.form}, {layer.hidden_size} x {layer.intermediate_size}") if layer.rewritten else ("✗", "")
         say(f"[{mark}] {layer.name:<44} {'; '.join(part for part in (text, layer.reason) if part)}")
     return 0
+
+
+def _price(size: ModelSize | None, options: argparse.Namespace) -> tuple[Price, Machine] | None:
+    """What an export would cost here; None where no FFN would be sparse, which is no export."""
+    from clada_export.decoder.spool import spool_folder
+    from clada_export.export_options import ExportOptions
+    from clada_export.price import measure_machine, price, work_of
+
+    asked = ExportOptions(target=options.target, policy=options.policy, dtype=options.dtype)
+    asked.check()
+    if size is None or not size.layers:
+        return None
+    machine = measure_machine(Path.cwd(), spool_folder(size.float32_bytes))
+    return price(size, machine, work_of(asked)), machine
 
 
 def _require_place(place: Path) -> None:

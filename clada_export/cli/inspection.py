@@ -11,12 +11,17 @@ import onnx_ir as ir
 
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.torch_decoder import require_torch
-from clada_export.source.load import load_source
+from clada_export.price import ModelSize
+from clada_export.price.outline import outline
+from clada_export.price.room import size_of
+from clada_export.source.load import load_source, source_request
 from clada_export.source.onnx.graph import compilable_ffns, readable_graph
 from clada_export.trace.trace import trace
 from graph_passes.matchers.common import FFNMatch
 from graph_passes.rewrite_check import require_rewritable
 from graph_passes.search import FFNSearch, find_ffns, rewritten_ffns
+
+_UNTRACED = "layers of the PyTorch model; --trace exports the graph too, and matches it"
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,13 @@ class LayerFinding:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was looked at (`model` or `graph`), its name, its layers in order, and what concerns all of them."""
+    """What was looked at (`model` or `graph`), its name, its layers in order, what concerns all of them, and its size."""
 
     what: str
     name: str
     layers: tuple[LayerFinding, ...]
     notes: tuple[str, ...] = field(default=())
+    size: ModelSize | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
@@ -53,12 +59,15 @@ def inspect_onnx(path: Path) -> Inspection:
     """
     model = readable_graph(path)
     done = [LayerFinding(name, False, reason="it is a SparseFFN node already") for name in sorted(rewritten_ffns(model))]
-    layers = (*_layers(compilable_ffns(find_ffns(model))), *done)
-    return Inspection("graph", str(path), layers, tuple(_graph_notes(model)))
+    search = compilable_ffns(find_ffns(model))
+    size = ModelSize.of_graph(model, search.matches)
+    return Inspection("graph", str(path), (*_layers(search), *done), tuple(_graph_notes(model)), size)
 
 
 def inspect_model(model: str, *, traced: bool = False, **source_options: Any) -> Inspection:
     """Look at a model as `clada-export` takes it.
+
+    Its weights are not read, unless it is traced or only they tell what it is: what an FFN computes does not depend on them.
 
     Args:
         traced: trace it too, and match the graph. Without it the layers are those that the PyTorch model has.
@@ -67,16 +76,19 @@ def inspect_model(model: str, *, traced: bool = False, **source_options: Any) ->
     Raises:
         UsageError, UnsupportedModelError, BackendError: see `load_source` and `trace`.
     """
+    if not traced and (found := outline(source_request(model, **source_options))) is not None:
+        decoder: Decoder = found.decoder()
+        size = ModelSize.of_model(found.model, decoder.ffns, found.stored)
+        return Inspection("model", found.name, tuple(_eager_layers(decoder)), (_UNTRACED,), size)
     source = load_source(model, **source_options)
     decoder = source.decoder
-    ffns, skipped = decoder.ffns, decoder.skipped
+    size = size_of(source)
     if not traced:
-        note = "layers of the PyTorch model; --trace exports the graph too, and matches it"
-        return Inspection("model", source.name, tuple(_eager_layers(decoder)), (note, *source.warnings))
+        return Inspection("model", source.name, tuple(_eager_layers(decoder)), (_UNTRACED, *source.warnings), size)
     graph = trace(require_torch(decoder, "--trace")).graph
-    search = find_ffns(graph, expected=[ffn.name for ffn in ffns])
-    left = (LayerFinding(item.name, False, reason=item.reason) for item in skipped)
-    return Inspection("model", source.name, (*_layers(search), *left), tuple(source.warnings))
+    search = find_ffns(graph, expected=[ffn.name for ffn in decoder.ffns])
+    left = (LayerFinding(item.name, False, reason=item.reason) for item in decoder.skipped)
+    return Inspection("model", source.name, (*_layers(search), *left), tuple(source.warnings), size)
 
 
 def _eager_layers(decoder: Decoder) -> Iterator[LayerFinding]:

@@ -1,0 +1,25 @@
+"""What an export was asked for, as far as its price depends on it."""
+
+from __future__ import annotations
+
+from clada_export.calibration.choose import AUTO
+from clada_export.export_options import ExportOptions
+from clada_export.methods import all_policies, get_policy
+from clada_export.price.model import Work
+
+
+def work_of(options: ExportOptions) -> Work:
+    """The work that options which were checked ask for."""
+    policies = all_policies(options.settings)
+    chosen = policies.values() if options.policy == AUTO else [get_policy(options.policy, options.settings)]
+    untrained = sum(not policy.trained for policy in chosen)
+    trained = len(chosen) - untrained if options.train or options.policy != AUTO else 0
+    return Work(
+        target=options.target,
+        dtype=options.dtype,
+        measured=untrained,
+        trained=trained,
+        planned=options.plan is not None,
+        verified=options.verify,
+        context=options.calibration_context,
+    )
