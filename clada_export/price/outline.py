@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -169,7 +170,7 @@ def _numbers(shape: torch.Size, rows: bool, generator: torch.Generator) -> Tenso
     if rows:
         # As large as it likes: each row begins one number after the row before.
         return torch.randn(shape[0] + shape[1], generator=generator).as_strided(shape, (1, 1))
-    return torch.randn(shape, generator=generator) / float(min(shape[-2:])) ** 0.5
+    return torch.randn(shape, generator=generator) / math.sqrt(min(shape[-2:]))
 
 
 def _few_rows(weight: Tensor, generator: torch.Generator) -> Tensor:
