@@ -141,6 +141,13 @@ class Decoder(ABC):
         """
         return
 
+    def used(self, weight: Tensor) -> None:
+        """Say that a weight was read or changed as a whole, and will not be for a while: of a large model it rests.
+
+        Who goes over all weights says so of each, so that they are never in memory all at once.
+        """
+        return
+
     def weights_digest(self) -> str:
         """What tells its weights from those of every other (`clada_export.decoder.digest`).
 
@@ -149,7 +156,7 @@ class Decoder(ABC):
         now = state(self.module)
         kept: tuple[Any, str] | None = vars(self).get("_digest")
         if kept is None or now is None or kept[0] != now:
-            kept = vars(self)["_digest"] = now, weights_digest(self.module)
+            kept = vars(self)["_digest"] = now, weights_digest(self.module, self.used)
         return kept[1]
 
     @property

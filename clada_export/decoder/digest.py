@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ _PIECE = 1 << 24
 """Elements that are hashed at once, where they have to be copied first."""
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, used: Callable[[Tensor], None] = lambda tensor: None) -> str:
     """The sha256 of a model's state dict: names, types, shapes and bytes, in the order of the names.
 
     Tensors that share their memory (tied embeddings) are hashed once. No tensor is copied as a whole.
 
     Args:
         model: the model, on any device.
+        used: told of each tensor that was read.
 
     Returns:
         64 hexadecimal digits.
@@ -35,6 +36,7 @@ def weights_digest(model: nn.Module) -> str:
         for piece in pieces(tensor.detach()):
             data = piece.cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(memoryview(data.numpy()))
+        used(tensor)
     return digest.hexdigest()
 
 

@@ -7,12 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from clada_export.capacity import available_memory
 from clada_export.decoder.spool import Pages, Spool
-
-LARGE = 0.5
-"""Weights are large if they are more than this part of the memory that is free while they are read: the rest is for all that
-later stages hold (activations, statistics, the graph that is written)."""
 
 
 class Residency:
@@ -21,26 +16,19 @@ class Residency:
     Args:
         model: its weights are where they are to stay.
         spool: holds them.
-        large: whether each layer gives its memory back after every call; None compares the weights with the memory (`LARGE`).
-            Small models are left alone: nothing is added to their calls.
+            If they are large (`clada_export.decoder.spool.LARGE`), each layer gives its memory back after every call. Small
+            models are left alone: nothing is added to their calls.
     """
 
-    def __init__(self, model: nn.Module, spool: Spool, large: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, spool: Spool) -> None:
         self.spool = spool
         self._all = spool.pages(_tensors(model))
-        self.large = is_large(self._all.size) if large is None else large
-        if self.large:
+        if spool.large:
             _rest_after_calls(model, spool)
 
     def rest(self) -> None:
         """Give all memory of the weights back; they stay what they are and come back when they are read."""
         self._all.rest()
-
-
-def is_large(size: int) -> bool:
-    """Whether weights of so many bytes are large beside the memory that is free."""
-    free = available_memory()
-    return free is not None and size > LARGE * free
 
 
 def _rest_after_calls(model: nn.Module, spool: Spool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,14 @@ from clada_export.errors import UnsupportedModelError
 TORCH_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def round_ffn_weights(ffns: Sequence[EagerFFN], dtype: str) -> str:
+def round_ffn_weights(ffns: Sequence[EagerFFN], dtype: str, used: Callable[[Tensor], None] = lambda weight: None) -> str:
     """Round the weights of the FFNs' projections in place, so that calibration and parity see what the engine runs.
 
     Biases stay as they are: the engine keeps them in float32.
 
     Args:
         dtype: `float16` or `bfloat16`.
+        used: told of each weight that was rounded.
 
     Returns:
         A sentence for the manifest: the type, and the largest relative change of a layer's weights.
@@ -33,17 +34,22 @@ def round_ffn_weights(ffns: Sequence[EagerFFN], dtype: str) -> str:
         for module in (*ffn.inputs, ffn.down):
             assert isinstance(module.weight, Tensor)
             worst = max(worst, _round(module.weight, dtype))
+            used(module.weight)
     return (
         f"FFN weights are stored as {dtype} (largest relative change of a matrix: {worst:.2g}); "
         "parity is against the model with these weights"
     )
 
 
-def round_all_weights(model: nn.Module, dtype: str) -> str:
+def round_all_weights(model: nn.Module, dtype: str, used: Callable[[Tensor], None] = lambda weight: None) -> str:
     """Round every parameter in place, for engines that compute in `dtype` throughout.
 
     So are buffers of a single number, such as the scale of Gemma's embeddings, which models use in the type of their weights:
     the square root of 640 is 25.25 in bfloat16, and Gemma was trained with that. Other buffers (rotary frequencies) stay.
+
+    Args:
+        dtype: `float16` or `bfloat16`.
+        used: told of each parameter that was rounded.
 
     Returns:
         A sentence for the manifest: the type, and the largest relative change of a parameter.
@@ -51,7 +57,10 @@ def round_all_weights(model: nn.Module, dtype: str) -> str:
     Raises:
         UnsupportedModelError: a weight is too large for the type; names it.
     """
-    worst = max((_round(weight, dtype, name) for name, weight in model.named_parameters()), default=0.0)
+    worst = 0.0
+    for name, weight in model.named_parameters():
+        worst = max(worst, _round(weight, dtype, name))
+        used(weight)
     with torch.no_grad():
         for buffer in model.buffers():
             if buffer.is_floating_point() and buffer.numel() == 1:
@@ -101,12 +110,14 @@ def in_dtype(model: PreTrainedModel, dtype: str, spool: Spool | None = None) -> 
     if spool is not None:
         spool.reserve(room((weight.numel(), wanted.itemsize) for weight in weights))
     # deepcopy takes what is in `memo` as copied already, so the parameters are never copied in float32, and ties stay ties.
-    memo = {
-        id(weight): nn.Parameter(
-            weight.detach().to(wanted) if spool is None else spool.copy(weight.detach(), wanted), requires_grad=False
-        )
-        for weight in weights
-    }
+    memo = {}
+    for weight in weights:
+        if spool is None:
+            values = weight.detach().to(wanted)
+        else:
+            values = spool.copy(weight.detach(), wanted)
+            spool.used(values)
+        memo[id(weight)] = nn.Parameter(values, requires_grad=False)
     made = copy.deepcopy(model, memo)
     made.config.dtype = wanted
     return made

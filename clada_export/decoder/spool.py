@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clada_export.capacity import disk
+from clada_export.capacity import available_memory, disk
 from clada_export.errors import UsageError
 
 PAGE = mmap.PAGESIZE
+LARGE = 0.5
+"""Weights are large if they are more than this part of the memory that is free before they are read: the rest is for all that
+later stages hold (activations, statistics, the graph that is written)."""
 _LEAST = 1 << 20
 """Bytes of a file that is made because the others are full."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,6 +57,8 @@ class Spool:
     def __init__(self, folders: Sequence[Path] | None = None) -> None:
         self._folders = tuple(folders) if folders is not None else None
         self._parts: list[_Part] = []
+        self.large = False
+        """Whether what it holds is large beside the memory, so that it should not all be there at once."""
 
     @property
     def size(self) -> int:
@@ -76,6 +81,7 @@ class Spool:
         if size <= 0:
             return
         size = _paged(size)
+        self.large = self.large or is_large(self.size + size)
         folders = self._folders if self._folders is not None else folders_for_spools()
         for folder in by_merit(folders, size):
             try:
@@ -135,10 +141,16 @@ class Spool:
         return made
 
     def adopt(self, model: nn.Module) -> None:
-        """Move a model's parameters into it, one after the other. They stay the same parameters, so ties stay ties."""
+        """Move a module's parameters into it, one after the other. They stay the same parameters, so ties stay ties."""
         for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.numel() and not self.holds(parameter):
                 parameter.data = self.copy(parameter.detach())
+                self.used(parameter)
+
+    def used(self, tensor: Tensor) -> None:
+        """Say that a tensor was read or written to, and will not be again for a while: if the weights are large, it rests."""
+        if self.large:
+            self.pages([tensor]).rest()
 
     def pages(self, tensors: Iterable[Tensor]) -> Pages:
         """The pages of those of the tensors that lie in it."""
@@ -174,6 +186,12 @@ class Pages:
             for start, end in ranges:
                 # Of a shared mapping of a file this forgets nothing: what was written is the file's.
                 file.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def is_large(size: int) -> bool:
+    """Whether weights of so many bytes are large (`LARGE`) beside the memory that is free."""
+    free = available_memory()
+    return free is not None and size > LARGE * free
 
 
 def room(tensors: Iterable[tuple[int, int]]) -> int:

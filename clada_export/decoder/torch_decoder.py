@@ -93,6 +93,11 @@ class TorchDecoder(Decoder):
         if self._residency is not None:
             self._residency.rest()
 
+    def used(self, weight: Tensor) -> None:
+        """See `Decoder.used`."""
+        if self._residency is not None:
+            self._residency.spool.used(weight)
+
     def in_dtype(self, dtype: str) -> TorchDecoder:
         """A copy whose parameters have another type (`clada_export.decoder.rounding.in_dtype`), with the same FFNs.
 
@@ -107,7 +112,7 @@ class TorchDecoder(Decoder):
         spool = None if self._residency is None else self._residency.spool.beside()
         copy = in_dtype(self.model, dtype, spool)
         # Rounding makes activations alike, so the copy is not searched again.
-        residency = None if spool is None or self._residency is None else Residency(copy, spool, self._residency.large)
+        residency = None if spool is None else Residency(copy, spool)
         return TorchDecoder(copy, EagerFFNs(on_copy(self.ffns, self.model, copy), self.skipped), residency)
 
     def _search(self) -> EagerFFNs:

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from transformers.integrations.gguf import reader
 
 from clada_export.patches.patch import Patch
 
@@ -70,9 +71,11 @@ def one_gguf_reader() -> Iterator[None]:
     except ImportError:
         yield
         return
-    original = gguf.GGUFReader
+    original, mapped = gguf.GGUFReader, vars(reader)["_mapped"]
     vars(gguf)["GGUFReader"] = cache(type("GGUFReader", (QuickArrays, original), {}))
+    # transformers' own walks, for the tokenizer and for whether it keeps blocks, cut a np.memmap too.
+    vars(reader)["_mapped"] = lambda path: mapped(path).view(np.ndarray)
     try:
         yield
     finally:
-        vars(gguf)["GGUFReader"] = original
+        vars(gguf)["GGUFReader"], vars(reader)["_mapped"] = original, mapped

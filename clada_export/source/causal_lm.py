@@ -126,7 +126,7 @@ def load_causal_lm(
         )
     check_loading(info, place)
     if import_experts:
-        import_blocks(model)
+        import_blocks(model, spool.adopt)
     return finished(model, place, spool)
 
 
@@ -137,7 +137,7 @@ def finished(model: PreTrainedModel, place: str, spool: Spool) -> PreTrainedMode
         UsageError: a weight is no number.
     """
     spool.adopt(model)
-    check_finite(model, place)
+    check_finite(model, place, spool.used)
     model.train(False)
     model.requires_grad_(False)
     return model

@@ -6,9 +6,11 @@ these is an error, because an export of a half-random model would look like a su
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from clada_export.errors import UsageError
@@ -46,8 +48,12 @@ def check_loading(info: dict[str, Any], place: str) -> None:
         )
 
 
-def check_finite(model: PreTrainedModel, place: str) -> None:
+def check_finite(model: PreTrainedModel, place: str, used: Callable[[Tensor], None] = lambda weight: None) -> None:
     """Look for weights that are no numbers.
+
+    Args:
+        place: for messages.
+        used: told of each weight that was looked at.
 
     Raises:
         UsageError: there are some; names the parameter and how many.
@@ -61,6 +67,7 @@ def check_finite(model: PreTrainedModel, place: str) -> None:
                 raise UsageError(
                     f"{place}: {name}: {bad} of {parameter.numel()} weights are NaN or infinite; the file is damaged"
                 )
+        used(parameter)
 
 
 def forget_gguf(model: PreTrainedModel) -> None:

@@ -27,11 +27,12 @@ def placed_in(spool: Spool, dtype: torch.dtype) -> Iterator[None]:
     def place(model: PreTrainedModel, value: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.device.type != "cpu":
             return value
-        if _alone(value) and spool.holds(value):
-            return value
-        if not spool.size:
-            reserve(spool, model, dtype)
-        return spool.copy(value)
+        if not _alone(value) or not spool.holds(value):
+            if not spool.size:
+                reserve(spool, model, dtype)
+            value = spool.copy(value)
+        spool.used(value)
+        return value
 
     with weights_placed(place):
         yield

@@ -10,6 +10,7 @@ mixture gives what the block itself gives: how a block gates can't be seen in it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ PROBE_TOLERANCE = 1e-3
 """Of the probe's largest output: float32 rounding is far below, another way to gate far above."""
 
 
-def import_blocks(model: nn.Module) -> tuple[str, ...]:
+def import_blocks(model: nn.Module, settle: Callable[[nn.Module], None] = lambda module: None) -> tuple[str, ...]:
     """Replace every block of this layout by a `RoutedMLP`, in place.
+
+    Args:
+        settle: called with each `RoutedMLP`, to move its weights, before the next is made.
 
     Returns:
         The blocks' paths. Blocks that are built or gated in another way stay as they are.
@@ -37,6 +41,7 @@ def import_blocks(model: nn.Module) -> tuple[str, ...]:
         if mixture is not None and path and _same(block, mixture):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, mixture)
+            settle(mixture)
             replaced.append(path)
     config: Any = getattr(model, "config", None)
     if replaced and getattr(config, "output_router_logits", False):

@@ -30,10 +30,13 @@ class FolderLayout:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Blocks of a model that transformers can read; `replace` puts `RoutedMLP` in their place and returns their paths."""
+    """Blocks of a model that transformers can read; `replace` puts `RoutedMLP` in their place and returns their paths.
+
+    It calls its second argument with each of them before it makes the next.
+    """
 
     name: str
-    replace: Callable[[nn.Module], tuple[str, ...]]
+    replace: Callable[[nn.Module, Callable[[nn.Module], None]], tuple[str, ...]]
 
 
 FOLDER_LAYOUTS = (FolderLayout(llama_moe.LAYOUT, llama_moe.is_llama_moe, llama_moe.load_llama_moe),)
@@ -45,10 +48,13 @@ def folder_layout(folder: Path) -> FolderLayout | None:
     return next((layout for layout in FOLDER_LAYOUTS if layout.matches(folder)), None)
 
 
-def import_blocks(model: nn.Module) -> tuple[str, ...]:
+def import_blocks(model: nn.Module, settle: Callable[[nn.Module], None] = lambda module: None) -> tuple[str, ...]:
     """Replace every block of a known layout by a `RoutedMLP`, in place.
+
+    Args:
+        settle: called with each `RoutedMLP`, to move its weights, before the next is made.
 
     Returns:
         The blocks' paths. Blocks that are built or gated in another way stay as they are.
     """
-    return tuple(path for layout in BLOCK_LAYOUTS for path in layout.replace(model))
+    return tuple(path for layout in BLOCK_LAYOUTS for path in layout.replace(model, settle))

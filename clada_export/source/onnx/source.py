@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from clada_export.decoder.digest import weights_digest
 from clada_export.errors import BackendError
 from clada_export.source.description import digests, folder_tokenizer, license_of
 from clada_export.source.model import SourceModel, SourceRequest
@@ -36,7 +35,7 @@ def load_onnx(request: SourceRequest) -> SourceModel:
         kind="onnx",
         path=folder,
         files=digests(folder, weight_files_of(path)),
-        weights_digest=weights_digest(decoder.module),
+        weights_digest=decoder.weights_digest(),
         license=license_of(folder, decoder.config, warnings),
         source_dtype="float32",
         warnings=warnings,

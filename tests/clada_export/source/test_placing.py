@@ -97,7 +97,7 @@ def test_a_gguf_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     wanted = AutoModelForCausalLM.from_pretrained(
         str(tmp_path), gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    monkeypatch.setattr(gguf_blocks, "_PIECE", 512)  # so that a matrix comes in pieces
+    monkeypatch.setattr(gguf_blocks, "_JOB", 512)  # so that a matrix comes in pieces
     require_same(load_source(str(path)), wanted)
 
 
@@ -112,7 +112,7 @@ def test_blocks_of_every_type_come_in_pieces(
 ) -> None:
     """Random bytes: whatever gguf makes of them in one piece."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    rows, columns = 37, max(block, 8)
+    rows, columns = 101, max(block, 8)
     data = np.random.default_rng(0).integers(0, 256, (rows, columns // block * size), dtype=np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor("x", data, raw_shape=data.shape, raw_dtype=kind) if block > 1 else writer.add_tensor(
@@ -123,7 +123,8 @@ def test_blocks_of_every_type_come_in_pieces(
     writer.write_tensors_to_file()
     writer.close()
     tensor = gguf.GGUFReader(tmp_path / "a.gguf").tensors[0]
-    monkeypatch.setattr(gguf_blocks, "_PIECE", 5 * columns)
+    monkeypatch.setattr(gguf_blocks, "_JOB", 70 * columns)  # a job of 64 rows in pieces of 32, and one of 37 rows
+    monkeypatch.setattr(gguf_blocks, "_PIECE", 40 * columns)
     with gguf_blocks.block_reader(tmp_path / "a.gguf", Spool([tmp_path])) as blocks:
         found, wanted = blocks.unpack(tensor), gguf.dequantize(tensor.data, kind)
     assert found.shape == wanted.shape == (rows, columns)
