@@ -28,8 +28,8 @@ from benchmarks.environment import ROOT, busy, describe
 from benchmarks.export_page import write_page
 from benchmarks.export_watch import Watched, export_command, parsed, reason, watch
 from benchmarks.random_llama import LlamaShape, write_llama
-from clada_export.capacity import available_memory, disk
 from clada_export.errors import CladaError
+from clada_export.files.capacity import available_memory, disk
 
 RESULT = ROOT / "benchmarks" / "results" / "export-cost.json"
 NARROW = LlamaShape(hidden=768, intermediate=2048, layers=4, heads=12, kv_heads=12)

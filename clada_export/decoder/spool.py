@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clada_export.capacity import available_memory, disk
 from clada_export.errors import UsageError
+from clada_export.files.capacity import available_memory, disk
 
 PAGE = mmap.PAGESIZE
 LARGE = 0.5

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from clada_export.capacity import available_memory, disk
+from clada_export.files.capacity import available_memory, disk
 
 SECONDS = 0.3
 """Of each measurement."""

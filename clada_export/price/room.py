@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from clada_export.calibration.choose import AUTO
-from clada_export.capacity import available_memory, disk
 from clada_export.decoder.model_config import text_config_of
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
+from clada_export.files.capacity import available_memory, disk
 from clada_export.methods import get_policy
 from clada_export.plan.plan import SparsityPlan
 from clada_export.price.model import ITEMS, Work, output_bytes, resident

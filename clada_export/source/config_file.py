@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from clada_export.capacity import available_memory
 from clada_export.errors import UsageError
+from clada_export.files.capacity import available_memory
 
 MOST_LAYERS = 2_000
 MOST_ITEMS = 100_000

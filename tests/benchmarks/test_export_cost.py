@@ -16,7 +16,7 @@ from benchmarks.export_cost import CELLS, Cell, MissingError, Settings, run
 from benchmarks.export_watch import Watched, watch
 from benchmarks.markers import BEGIN, END
 from benchmarks.random_llama import LlamaShape, write_llama
-from clada_export.capacity import Disk
+from clada_export.files.capacity import Disk
 
 MB = 1 << 20
 TINY = LlamaShape(hidden=64, intermediate=96, layers=2, vocabulary=256, heads=4, kv_heads=2)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clada_export.capacity import Disk
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
+from clada_export.files.capacity import Disk
 from clada_export.pipeline import export
 from clada_export.price import room
 from clada_export.price.room import require_room, size_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clada_export.capacity import available_memory, disk
+from clada_export.files.capacity import available_memory, disk
 
 GB = 1 << 30
 
