@@ -99,6 +99,7 @@ sanitize: $(VENV)/.cmake
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DCLADA_SANITIZE=ON -DCLADA_ORT=OFF
 	$(BIN)/cmake --build build/sanitize --parallel $(JOBS)
 	build/sanitize/tests/op/native/clada_kernel_test $(SANITIZE_CASES)
+	build/sanitize/tests/op/native/clada_quant_test $(SANITIZE_CASES)
 
 bench: $(SETUP)
 	@mkdir -p build/bench

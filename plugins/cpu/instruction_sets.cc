@@ -7,6 +7,11 @@
 
 #include "clada/quant_matmul.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace clada {
 namespace {
 
@@ -19,6 +24,9 @@ bool HasAvx512() {
 }
 bool HasAvx512Vnni() { return HasAvx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+bool HasNeonDot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#endif
 bool Always() { return true; }
 
 // Best first.
@@ -28,6 +36,9 @@ constexpr InstructionSet kSets[] = {
     {"avx512", HasAvx512, &kAvx512Kernels, &quant::kAvx2Kernels},
     {"avxvnni", HasAvxVnni, &kAvx2Kernels, &quant::kAvxVnniKernels},
     {"avx2", HasAvx2, &kAvx2Kernels, &quant::kAvx2Kernels},
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+    {"neondot", HasNeonDot, &kBaselineKernels, &quant::kNeonDotKernels},
 #endif
     {"baseline", Always, &kBaselineKernels, &quant::kBaselineKernels},
 };

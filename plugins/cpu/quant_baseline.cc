@@ -88,14 +88,15 @@ struct Baseline {
   // q = x * inverse, rounded to the nearest; their sum. Adding 1.5 * 2^23 leaves no place for a fraction, and the sum is rounded as
   // all sums are: halves to even.
   static int32_t Round(const float* x, float inverse, int8_t* q) {
-    int32_t sum = 0;
+    uint32_t sum = 0;
     for (int i = 0; i < kBlock; ++i) {
-      const float value = x[i] * inverse;
-      const auto rounded = static_cast<int32_t>(value + 12582912.0f) - 12582912;
-      q[i] = static_cast<int8_t>(rounded);
-      sum += rounded;
+      const float shifted = x[i] * inverse + 12582912.0f;
+      uint32_t bits;
+      __builtin_memcpy(&bits, &shifted, sizeof(bits));
+      q[i] = static_cast<int8_t>(bits & 0xff);  // 12582912 ends in zeros
+      sum += static_cast<uint32_t>(q[i]);
     }
-    return sum;
+    return static_cast<int32_t>(sum);
   }
 };
 

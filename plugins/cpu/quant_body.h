@@ -39,6 +39,12 @@ inline int32_t StepOf(const int8_t* x, int step) {
   return bits;
 }
 
+// What a block's sum begins with: -zero times the sum of x. Unsigned, so that an x that changes while it is rounded can't overflow.
+template <int kBits>
+inline int32_t ZeroShare(int32_t sum) {
+  return static_cast<int32_t>(static_cast<uint32_t>(sum) * (0u - (1u << (kBits - 1))));
+}
+
 // The codes of a step, a byte each: step `kStepAt` of the record whose planes begin at `high` and `low`.
 template <class V, int kBits, int kStepAt>
 inline typename V::I Codes(const uint8_t* high, const uint8_t* low) {
@@ -69,7 +75,6 @@ template <class V, int kBits, bool kOffset, int kRows>
 void TileRun(const uint8_t* tile, const XRows& x, int64_t first, float* out) {
   constexpr int kGroups = kTileRows / V::kLanes;
   constexpr int64_t kRecord = RecordBytes(kBits, kOffset), kScales = kHighBytes + LowBytes(kBits);
-  constexpr int32_t kZero = 1 << (kBits - 1);
   typename V::F total[kGroups][kRows];
   for (int g = 0; g < kGroups; ++g)
     for (int r = 0; r < kRows; ++r) total[g][r] = V::Set(0.0f);
@@ -85,7 +90,7 @@ void TileRun(const uint8_t* tile, const XRows& x, int64_t first, float* out) {
     for (int g = 0; g < kGroups; ++g) {
       const uint8_t* high = record + g * V::kLanes * kStep;
       typename V::I sum[kRows];
-      for (int r = 0; r < kRows; ++r) sum[r] = V::SetInt(-kZero * sums[r * x.blocks + b]);
+      for (int r = 0; r < kRows; ++r) sum[r] = V::SetInt(ZeroShare<kBits>(sums[r * x.blocks + b]));
       V::template Sums<kBits, kRows>(high, high + kHighBytes, q, stride, sum);
       const typename V::F weights = V::LoadHalf(record + kScales + g * V::kLanes * 2);
       for (int r = 0; r < kRows; ++r)

@@ -33,6 +33,9 @@ extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx2Kernels;
 #endif
+#if defined(__aarch64__)
+extern const Kernels kNeonDotKernels;
+#endif
 extern const Kernels kBaselineKernels;
 
 }  // namespace clada::quant

@@ -16,10 +16,12 @@ from graph_passes.op import RULES, SCORES, STAT_NORMS, SparseFFNAttributes
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_kernels_under_sanitizers() -> None:
-    folder = native_build("sanitized", [*SANITIZED, "-DCLADA_ORT=OFF"], ["clada_kernel_test"])
-    command = [str(folder / "tests" / "op" / "native" / "clada_kernel_test"), "300"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    programs = ("clada_kernel_test", "clada_quant_test")
+    folder = native_build("sanitized", [*SANITIZED, "-DCLADA_ORT=OFF"], programs)
+    for program in programs:
+        command = [str(folder / "tests" / "op" / "native" / program), "300"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def test_cuda_kernels_under_sanitizers() -> None:
