@@ -30,12 +30,14 @@ class PoolOptions:
 
     Attributes:
         workers: how many at once.
+        threads: of each.
         address: of a running cluster; None starts Ray on this machine.
         retries: how often a window is given out again after its worker died, and a worker is started again that died before it
             had opened the model.
     """
 
     workers: int
+    threads: int = 1
     address: str | None = None
     retries: int = 2
 
@@ -75,7 +77,7 @@ class WorkerPool:
     Args:
         order: what the workers are told.
         tell: told about workers that died or differ.
-        progress: called with ("workers", how many have the model, how many there are).
+        progress: told how many workers have the model.
 
     Raises:
         BackendError: Ray is missing, can't be reached, or has no machine for a worker.
@@ -89,7 +91,7 @@ class WorkerPool:
         progress: Progress = lambda what, done, total: None,
     ) -> None:
         self._order, self._options, self._tell, self._progress = order, options, tell, progress
-        self._session = RaySession(options.address, options.workers * order.threads, INSTEAD)
+        self._session = RaySession(options.address, options.workers * options.threads, INSTEAD)
         self._pending: dict[Any, _Call] = {}
         self._idle: list[_Hand] = []
         self._owner: dict[int, _Hand] = {}
@@ -101,7 +103,7 @@ class WorkerPool:
         self._session.__enter__()
         try:
             self._require_place()
-            self._actor = self._session.actor(_actor_class(), self._order.threads)
+            self._actor = self._session.actor(_actor_class(), self._options.threads)
             for _ in range(self._options.workers):
                 self._start()
         except BaseException as error:
@@ -117,11 +119,13 @@ class WorkerPool:
         self._session.__exit__(kind, error, trace)
 
     def runner(self, desk: Desk) -> WorkerRunner:
-        """What runs the jobs of a process with this desk, whose weights are as they were given.
+        """What runs the jobs of a process with this desk, whose weights are as they were given; its groups of held-out windows
+        are those of the workers.
 
         Workers whose code, packages or weights are not those of the desk are refused when they have opened the model.
         """
         self._identity = identity(desk.decoder)
+        desk.at_once = self._order.at_once
         return WorkerRunner(self, desk)
 
     def run(self, job: Job[Part], windows: Sequence[int], state: _State) -> Iterator[Part]:
@@ -150,7 +154,7 @@ class WorkerPool:
 
     def _require_place(self) -> None:
         """Refuse a cluster on which no worker would ever start."""
-        threads, ray = self._order.threads, self._session.ray
+        threads, ray = self._options.threads, self._session.ray
         largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
         if largest < threads:
             raise BackendError(
@@ -237,7 +241,7 @@ class WorkerPool:
                 "which of them measures a window may show in the last digits"
             )
         self._opened += 1
-        self._progress("workers", self._opened, self._options.workers)
+        self._progress(f"{self._opened} of {self._options.workers} workers have the model", 0, 0)
         self._idle.append(hand)
 
     def _require_same(self, found: Mapping[str, str], host: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from clada_export import __version__
 from clada_export.artifact.versions import installed_versions
 from clada_export.calibration.cache import code_digest
+from clada_export.calibration.precision import has_fast_products
 from clada_export.calibration.weights import FFNWeights, Pruning
 from clada_export.calibration.windows import Desk, Job
 from clada_export.decoder.decoder import Decoder
@@ -39,6 +40,7 @@ class Order:
         calibration, heldout: token windows, int64 [N, context] and [M, context].
         prompt: tokens of every window that are its prompt.
         threads: of a worker.
+        at_once: the most held-out windows that are run as one batch.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Order:
     heldout: Tensor
     prompt: int
     threads: int
+    at_once: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ def identity(decoder: Decoder) -> dict[str, str]:
 
 
 def instructions() -> str:
-    """The instruction set that PyTorch computes with: with another one, sums may be rounded in another way."""
-    return torch.backends.cpu.get_cpu_capability()
+    """What PyTorch computes with: on another instruction set, sums may be rounded in another way."""
+    return f"{torch.backends.cpu.get_cpu_capability()}{' and bfloat16 products' if has_fast_products() else ''}"
 
 
 class CalibrationWorker:
@@ -112,7 +115,7 @@ class CalibrationWorker:
 
         rounded()
         weights = FFNWeights(decoder, order.calibration, rounded)
-        self._desk = Desk(decoder, order.calibration, order.heldout, order.prompt, weights)
+        self._desk = Desk(decoder, order.calibration, order.heldout, order.prompt, weights, order.at_once)
         found = identity(decoder)
         self._digest = found["weights"]
         return {"identity": found, "host": socket.gethostname(), "instructions": instructions()}
