@@ -12,6 +12,7 @@ from clada_export.calibration.choose import AUTO
 from clada_export.errors import UsageError
 from clada_export.methods import PolicySettings, get_policy
 from clada_export.methods.static import PruneSpec
+from clada_export.plan.goal import DEFAULT_BUDGET
 from clada_export.plan.ranges import CONTEXT, SEED, require_between
 from clada_export.plan.targets import merging_refused
 from clada_export.targets.common import WEIGHT_TYPES
@@ -30,7 +31,7 @@ class ExportOptions:
     policy: str = "clada"
     train: bool = False
     settings: PolicySettings = field(default_factory=PolicySettings)
-    budget: str = "ppl=2%"
+    budget: str = DEFAULT_BUDGET
     sparsity: float | None = None
     prune: str | None = None
     plan: Path | None = None

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+SOONEST = 2.0
+"""Seconds after which it is said how long something takes: before, the first step says too little."""
+
 
 class Progress(Protocol):
     """What shows progress to a user."""
@@ -19,6 +22,28 @@ class Progress(Protocol):
 
     def end(self, stage: str, seconds: float, note: str) -> None:
         """The stage is done."""
+
+
+class Remaining:
+    """How long something will take that is counted while it goes on; counts that begin anew are something else."""
+
+    def __init__(self) -> None:
+        self._start, self._first, self._last = 0.0, 0, -1
+
+    def left(self, done: int, total: int, now: float) -> float | None:
+        """Seconds that are left at the pace so far; None where nothing can be said.
+
+        Args:
+            done, total: of the count; total 0 means that it is not known.
+            now: seconds, of any clock.
+        """
+        if not total:
+            return None
+        if self._last < 0 or done < self._last:
+            self._start, self._first = now, done
+        self._last = done
+        taken, counted = now - self._start, done - self._first
+        return None if counted <= 0 or taken < SOONEST else taken / counted * max(total - done, 0)
 
 
 class Stages:

@@ -182,16 +182,17 @@ def _timed(clock: Mapping[str, Any]) -> str:
 
 
 def _search(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    in_percent = str(calibration.get("budget", "")).startswith("ppl")
+    """The search's steps; of plans from before budgets had several bounds what they took of the budget is not known."""
     steps = [
         {
             "sparsity": percent(step["sparsity"]),
-            "cost": percent(step["cost"], 2) if in_percent else number(step["cost"]),
+            "cost": "" if step.get("ppl_increase") is None else percent(step["cost"]),
+            "ppl_increase": "" if step.get("ppl_increase") is None else percent(step["ppl_increase"], 2),
             "kl": number(step["kl"]),
         }
         for step in calibration.get("search") or []
     ]
-    return {"steps": steps, "cost_unit": f"{'rise of perplexity' if in_percent else 'KL'} + 1 standard error"}
+    return {"steps": steps}
 
 
 def _signal(load: Mapping[str, Any]) -> dict[str, float]:

@@ -46,12 +46,20 @@ class Allocation:
             levels: [layers].
             multiplier: [tokens], m(load) of each token; None is 1.
         """
-        factors = torch.ones(1) if multiplier is None else torch.from_numpy(np.asarray(multiplier, dtype=np.float32))
         shares = []
         for table, level in zip(self.layers.tables, levels, strict=True):
-            moved = self.layers.axis.moved(torch.tensor(float(level)), factors)
-            shares.append(float(table.sparsity_at(moved.numpy()).mean()))
+            moved: float | np.ndarray = float(level)
+            if multiplier is not None:
+                factors = torch.from_numpy(np.asarray(multiplier, dtype=np.float32))
+                moved = self.layers.axis.moved(torch.tensor(moved), factors).numpy()
+            shares.append(float(table.sparsity_at(moved).mean()))
         return float(np.average(shares, weights=self.layers.widths))
+
+    def predicted_kl(self, levels: np.ndarray) -> float:
+        """What the tables and the prices make of levels [layers], nats a token, as if errors of layers added up and the second
+        order were all: good for how KL grows, less so for how large it is."""
+        rows = zip(self.layers.tables, self.layers.sensitivity, levels, strict=True)
+        return float(sum(0.5 * price**2 * np.interp(level, table.coarse_level, table.error) for table, price, level in rows))
 
     def levels_for(self, sparsity: float, multiplier: np.ndarray | None = None) -> np.ndarray:
         """The levels whose mean sparsity (under the multiplier) is `sparsity`, by bisection on the knob."""

@@ -38,7 +38,6 @@ from clada_export.calibration.context import MethodMaker, PolicyContext
 from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import CalibrationStatistics, LayerTable
 from clada_export.decoder.decoder import Decoder
-from clada_export.decoder.digest import weights_digest
 from clada_export.errors import CladaError, UsageError
 from clada_export.files.stamps import cache_home
 from clada_export.load.signal import LoadSignal
@@ -185,7 +184,7 @@ class CalibrationCache:
             "format": FORMAT,
             "code": code_digest(),
             "torch": torch.__version__,
-            "weights": weights_digest(decoder.module),
+            "weights": decoder.weights_digest(),
             "config": decoder.config.to_dict(),
             "text": arrays_digest({"windows": windows.numpy()}),
             "seed": seed,
@@ -233,16 +232,18 @@ class CalibrationCache:
 
     def of_weights(self, decoder: Decoder) -> CalibrationCache:
         """The same for a decoder whose weights have changed since."""
-        return (
-            self if self.store.folder is None else replace(self, base={**self.base, "weights": weights_digest(decoder.module)})
-        )
+        return self if self.store.folder is None else replace(self, base={**self.base, "weights": decoder.weights_digest()})
 
-    def arrays(self, kind: str, what: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-        """Arrays that were kept under these JSON values, or None."""
-        if self.store.folder is None:
-            return None
-        piece = self.store.get(kind, self._key(kind, what))
-        return None if piece is None else piece.arrays
+    def arrays(self, kind: str, what: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
+        """Arrays of these shapes that were kept under these JSON values, or None."""
+
+        def unpack(piece: Piece) -> dict[str, np.ndarray]:
+            for name, shape in shapes.items():
+                if piece.arrays[name].shape != shape:
+                    raise ValueError(f"{name!r} has shape {piece.arrays[name].shape}, not {shape}")
+            return piece.arrays
+
+        return None if self.store.folder is None else self._find(kind, self._key(kind, what), unpack)
 
     def keep_arrays(self, kind: str, what: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Keep arrays under JSON values, which with what all keys share say all that the arrays depend on."""

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
-from clada_export.calibration.budget import Budget
-from clada_export.calibration.cache import CalibrationCache
+from clada_export.calibration.cache import CalibrationCache, what_selects
 from clada_export.calibration.context import MethodMaker, PolicyContext, Progress
 from clada_export.calibration.cost import relative_bytes
 from clada_export.calibration.drift import Drift, DriftMeter
-from clada_export.calibration.sensitivity import layer_sensitivity
+from clada_export.calibration.jobs import run_sensitivity, run_statistics
+from clada_export.calibration.precision import has_fast_products
+from clada_export.calibration.selector import Selectors
 from clada_export.calibration.soundness import plain
+from clada_export.calibration.statistics import CalibrationStatistics
 from clada_export.calibration.text import CalibrationData
 from clada_export.calibration.weights import FFNWeights, Pruning
+from clada_export.calibration.windows import Desk, InProcess, Runner
+from clada_export.calibration.work import Work
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
-from clada_export.plan.goal import Goal
+from clada_export.errors import UsageError
+from clada_export.plan.goal import DEFAULT_BUDGET, Budget, Goal
 from clada_export.plan.method import Method
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import CalibrationRecord
@@ -28,6 +33,11 @@ from clada_export.plan.tensors import LayerTensors
 
 SENSITIVITY_TOKENS = 1024
 SENSITIVITY_LENGTH = 256
+SENSITIVITY_UNITS, STATISTICS_UNITS = 2.5, 2.0
+"""What a window costs in these passes, in forward passes of it: about, for the estimate of what is left."""
+SEARCH_PASSES = 8
+"""How often the held-out windows are measured, before more is known."""
+SENSITIVITY, DENSE, STATISTICS, SEARCH = "sensitivity", "dense", "statistics", "search"
 PROMPT = 128
 """Tokens of a window that run dense, as a prompt does; a quarter of shorter windows."""
 
@@ -35,20 +45,24 @@ PROMPT = 128
 @dataclass(frozen=True)
 class CalibrationOptions:
     """What the user asked for: a budget, or a fixed mean sparsity; and how weights are pruned before, whatever the policy.
-    `item` is the bytes of one weight in the engine."""
 
-    budget: Budget = field(default_factory=lambda: Budget("ppl", 0.02))
+    Attributes:
+        item: bytes of one weight in the engine.
+        rival: the bytes, relative to dense, that another policy reads within the budget: a policy that can't read fewer need
+            not be searched for more (`OutdoneError`).
+    """
+
+    budget: Budget = field(default_factory=lambda: Budget.parse(DEFAULT_BUDGET))
     sparsity: float | None = None
     prune: Pruning | None = None
     load_response: bool = True
     seed: int = 0
     item: int = 4
+    rival: float | None = None
 
     def keeps(self, drift: Drift) -> bool:
         """Whether a drift is within the budget; a sparsity sets none, and a CETT is kept by the thresholds themselves."""
-        if self.sparsity is not None or self.budget.metric == "cett":
-            return True
-        return self.budget.cost(drift) <= self.budget.limit
+        return self.sparsity is not None or self.budget.keeps(drift)
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,10 @@ class Policy(Protocol):
         """Whether it trains routers on the calibration text."""
         ...
 
+    def foreseen(self, context: PolicyContext) -> tuple[Method, ...]:
+        """The methods that its plan will ask tables of, as far as they are known before anything is measured."""
+        ...
+
     def check(self, ffns: Sequence[EagerFFN]) -> None:
         """Refuse, before any work, a model that can't carry the policy.
 
@@ -119,6 +137,21 @@ class Ready:
     cache: CalibrationCache
 
 
+class OutdoneError(UsageError):
+    """A policy can't read fewer bytes than another within the budget.
+
+    Attributes:
+        cost: what it costs at `sparsity`, where it would read as many (`Budget.cost`); None if it was not measured.
+    """
+
+    def __init__(self, message: str, cost: float | None, sparsity: float) -> None:
+        super().__init__(message)
+        self.cost, self.sparsity = cost, sparsity
+
+    def __reduce__(self) -> tuple[type[OutdoneError], tuple[str, float | None, float]]:
+        return type(self), (str(self), self.cost, self.sparsity)
+
+
 class Calibrator:
     """What one model and one text cost once, whatever the policy: sensitivity, and the dense side of every measurement.
 
@@ -127,7 +160,10 @@ class Calibrator:
     Args:
         rounded: called after weights were pruned; puts them back on the grid of the engine's type.
         cache: keeps what can be kept for the next time.
-        progress: called with (what, done, total).
+        progress: called with (what, done, total): windows of text, of all that the calibration will take by now's estimate.
+        fast: search with products of bfloat16 (`clada_export.calibration.precision`), and measure what is found in float32;
+            None does so where the CPU has them.
+        runner: makes what runs windows, from this process's desk.
     """
 
     def __init__(
@@ -139,23 +175,99 @@ class Calibrator:
         rounded: Callable[[], None] = lambda: None,
         cache: CalibrationCache | None = None,
         progress: Progress = lambda what, done, total: None,
+        fast: bool | None = None,
+        runner: Callable[[Desk], Runner] = InProcess,
     ) -> None:
         self.decoder, self.data, self.seed, self.progress = decoder, data, seed, progress
-        self.cache = cache or CalibrationCache()
+        self.fast = has_fast_products() if fast is None else fast
+        found = cache or CalibrationCache()
+        self.cache = replace(found, base={**found.base, "fast": self.fast})
         self.prompt = prompt_length(int(data.calibration.shape[1]))
+        self.weights = FFNWeights(decoder, data.calibration, rounded)
+        self.runner = runner(Desk(decoder, data.calibration, data.heldout, self.prompt, self.weights))
+        self.work = Work(progress)
+        self._what = "held-out windows"
+        count, length = _short_windows(data)
+        backward = SENSITIVITY_UNITS * length / data.heldout.shape[1]
+        self.work.expect(SENSITIVITY, backward * count)
+        self.work.expect(DENSE, len(data.heldout))
+        self.work.expect(STATISTICS, STATISTICS_UNITS * len(data.calibration))
+        self.work.expect(SEARCH, SEARCH_PASSES * len(data.heldout))
         self.sensitivity = self.cache.sensitivity(
-            lambda: layer_sensitivity(
-                decoder, _short_windows(data), seed=seed, progress=lambda done, total: progress("sensitivity", done, total)
+            lambda: run_sensitivity(
+                self.runner,
+                count,
+                length,
+                seed=seed,
+                fast=self.fast,
+                progress=lambda done, total: self.work.step(SENSITIVITY, "sensitivity", backward),
             )
         )
-        self.meter = DriftMeter(decoder, data.heldout, self.prompt)
-        self.weights = FFNWeights(decoder, data.calibration, rounded)
-        self._measured = 0
+        self.work.end(SENSITIVITY)
+        self.meter = DriftMeter(
+            decoder,
+            data.heldout,
+            self.prompt,
+            fast=self.fast,
+            cache=self.cache,
+            runner=self.runner,
+            progress=lambda: self.work.step(DENSE, "dense windows"),
+        )
+        self.work.end(DENSE)
+        self._foreseen: dict[str, CalibrationStatistics] = {}
+        self._foreseen_for: Pruning | None = None
 
     def step(self) -> None:
         """Count a held-out window."""
-        self._measured += 1
-        self.progress("held-out windows", self._measured, 0)
+        self.work.step(SEARCH, self._what)
+
+    def expect(self, what: str, passes: int) -> None:
+        """Say what held-out windows are measured for from now on, and how often all of them will be, about."""
+        self._what = f"{what}, held-out windows"
+        self.work.expect(SEARCH, passes * len(self.data.heldout))
+
+    def foresee(self, policies: Sequence[Policy], options: CalibrationOptions, sparsity: float) -> None:
+        """Make the tables of several policies in one pass over the text, for when they are asked for.
+
+        Args:
+            policies: those that can be used here.
+            sparsity: that is aimed at first.
+        """
+        kept = self._pruned(options.prune)
+        context = self._context(options, sparsity, kept)
+        found = [_without_pruned(method, kept) for policy in policies for method in policy.foreseen(context)]
+        methods = list({_named(method): method for method in found}.values())
+        if not methods:
+            return
+        cache = self.cache if options.prune is None else self.cache.of_weights(self.decoder)
+        made = self._tables(cache, Selectors(self.decoder.ffns, methods))
+        self._foreseen_for = options.prune
+        self._foreseen = {
+            _named(method): CalibrationStatistics((tables,), made.load)
+            for method, tables in zip(methods, made.tables, strict=True)
+        }
+
+    def statistics(self, ready: Ready) -> CalibrationStatistics:
+        """The tables of what `prepare` has made, and the statistics of the load."""
+        if self.weights.pruning == self._foreseen_for and not self.weights.adapted:
+            known = [self._foreseen.get(_named(method)) for method in ready.methods]
+            found = [item for item in known if item is not None]
+            if len(found) == len(known):
+                return CalibrationStatistics(tuple(item.tables[0] for item in found), found[0].load)
+        return self._tables(ready.cache, Selectors(self.decoder.ffns, ready.methods))
+
+    def _tables(self, cache: CalibrationCache, selectors: Selectors) -> CalibrationStatistics:
+        def collect(missing: Selectors) -> CalibrationStatistics:
+            return run_statistics(
+                self.runner,
+                missing.methods,
+                fast=self.fast,
+                progress=lambda done, total: self.work.step(STATISTICS, "statistics", STATISTICS_UNITS),
+            )
+
+        found = cache.statistics(selectors, self.prompt, collect)
+        self.work.end(STATISTICS)
+        return found
 
     def calibrate(self, policy: Policy, source: dict[str, Any], options: CalibrationOptions) -> CalibrationResult:
         """Make a sparsity plan; see the function `calibrate`. The model's weights are left pruned as the plan says."""
@@ -168,9 +280,24 @@ class Calibrator:
         Args:
             sparsity: that is aimed at first.
         """
+        kept = self._pruned(pruning)
+        context = self._context(options, sparsity, kept)
+        cache = self.cache if pruning is None else self.cache.of_weights(self.decoder)
+        methods = tuple(_without_pruned(method, kept) for method in cache.methods(maker, context))
+        # All methods of a policy that trains the weights are made for the same ones.
+        self.weights.adapt(methods[0].arrays)
+        if self.weights.adapted:
+            cache = cache.of_weights(self.decoder)
+        self.meter.cache = cache
+        return Ready(methods, cache)
+
+    def _pruned(self, pruning: Pruning | None) -> dict[str, np.ndarray]:
+        """Prune the weights; the neurons that are left, by FFN."""
         self.weights.use(pruning, lambda done, total: self.progress("pruning", done, total))
-        kept = {} if self.weights.report is None else dict(self.weights.report.kept)
-        context = PolicyContext(
+        return {} if self.weights.report is None else dict(self.weights.report.kept)
+
+    def _context(self, options: CalibrationOptions, sparsity: float, kept: dict[str, np.ndarray]) -> PolicyContext:
+        return PolicyContext(
             self.decoder,
             self.data.calibration,
             sparsity=sparsity,
@@ -179,13 +306,6 @@ class Calibrator:
             seed=options.seed,
             progress=self.progress,
         )
-        cache = self.cache if pruning is None else self.cache.of_weights(self.decoder)
-        methods = tuple(_without_pruned(method, kept) for method in cache.methods(maker, context))
-        # All methods of a policy that trains the weights are made for the same ones.
-        self.weights.adapt(methods[0].arrays)
-        if self.weights.adapted:
-            cache = cache.of_weights(self.decoder)
-        return Ready(methods, cache)
 
     def record(self, options: CalibrationOptions, method: Method) -> CalibrationRecord:
         """What a plan says about the text, the goal and the method."""
@@ -223,6 +343,7 @@ def calibrate(
     *,
     rounded: Callable[[], None] = lambda: None,
     cache: CalibrationCache | None = None,
+    runner: Callable[[Desk], Runner] = InProcess,
 ) -> CalibrationResult:
     """Make a sparsity plan for a decoder.
 
@@ -235,12 +356,13 @@ def calibrate(
         progress: called with (what, done, total).
         rounded: called after weights were pruned; puts them back on the grid of the engine's type.
         cache: keeps what can be kept for the next time.
+        runner: makes what runs windows, from this process's desk.
 
     Raises:
         UsageError: a policy that the FFNs can't carry, activations that are not finite, a budget that nothing meets.
     """
     policy.check(decoder.ffns)
-    calibrator = Calibrator(decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
+    calibrator = Calibrator(decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress, runner=runner)
     return calibrator.calibrate(policy, source, options)
 
 
@@ -261,6 +383,12 @@ def _without_pruned(method: Method, kept: dict[str, np.ndarray]) -> Method:
     return replace(method, layers=tuple(layers), arrays=arrays)
 
 
-def _short_windows(data: CalibrationData) -> Tensor:
+def _named(method: Method) -> str:
+    """What a method's tables depend on beside the weights and the text."""
+    return json.dumps(what_selects(method), sort_keys=True, default=str)
+
+
+def _short_windows(data: CalibrationData) -> tuple[int, int]:
+    """How many of the calibration windows the sensitivity reads, and how many tokens of each."""
     length = min(SENSITIVITY_LENGTH, data.calibration.shape[1])
-    return data.calibration[:, :length][: max(1, SENSITIVITY_TOKENS // length)]
+    return min(len(data.calibration), max(1, SENSITIVITY_TOKENS // length)), length

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clada_export.calibration.budget import Budget, BudgetUnmetError
-from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, Calibrator, Policy
+from clada_export.calibration.budget import BudgetUnmetError
+from clada_export.calibration.calibrate import (
+    SEARCH_PASSES,
+    CalibrationOptions,
+    CalibrationResult,
+    Calibrator,
+    OutdoneError,
+    Policy,
+)
 from clada_export.calibration.clock import read_clock
+from clada_export.calibration.thresholds import COMPARE_AT
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import BackendError, UsageError
 from clada_export.plan.goal import Goal
@@ -23,6 +31,8 @@ from clada_export.plan.targets import TARGET_TRAITS
 AUTO = "auto"
 """What `--policy` takes to have the policy chosen."""
 
+RIVAL_PASSES = 2
+"""How often the held-out windows are measured for a policy that is not to be chosen, about."""
 _SKIPPED = "skipped: "
 Clock = Callable[[SparsityPlan], dict[str, Any]]
 
@@ -38,9 +48,11 @@ def choose(
 ) -> CalibrationResult:
     """Calibrate all policies with one calibrator and keep one.
 
-    With a budget, that is the policy that reads the fewest bytes (`cost.relative_bytes`) among those that keep it. With a fixed
-    sparsity there is no budget to keep and no price for KL in bytes, so it is the policy with the lowest measured KL among
-    those that read fewer bytes than the dense model. The model's weights are left as the chosen plan says.
+    With a budget, that is the policy that reads the fewest bytes (`cost.relative_bytes`) among those that keep it. Once one is
+    found, a policy is first measured at the sparsity where it would read as many: if that is over the budget, so is all that
+    reads fewer, and nothing more is measured of it. With a fixed sparsity there is no budget to keep and no price for KL in
+    bytes, so it is the policy with the lowest measured KL among those that read fewer bytes than the dense model. The model's
+    weights are left as the chosen plan says.
 
     Args:
         policies: those to choose among, by name.
@@ -55,18 +67,27 @@ def choose(
     """
     rows: list[PolicyRow] = []
     best: tuple[PolicyRow, CalibrationResult] | None = None
+    reasons = {name: _left_out(policy, calibrator, train) for name, policy in policies.items()}
+    able = [policy for name, policy in policies.items() if reasons[name] is None]
+    calibrator.foresee(able, options, COMPARE_AT if options.sparsity is None else options.sparsity)
+    waiting = len(able)
     for name, policy in policies.items():
-        reason = _left_out(policy, calibrator, train)
+        reason = reasons[name]
         if reason is not None:
             rows.append(PolicyRow(name, f"{_SKIPPED}{reason}"))
             continue
-        calibrator.progress(f"policy {name}", 0, 0)
+        waiting -= 1
+        calibrator.expect(f"policy {name}", (SEARCH_PASSES if best is None else RIVAL_PASSES) + RIVAL_PASSES * waiting)
         start = time.perf_counter()
         try:
-            result = calibrator.calibrate(policy, source, options)
+            result = calibrator.calibrate(policy, source, _against(best, options))
+        except OutdoneError as error:
+            seconds = time.perf_counter() - start
+            rows.append(PolicyRow(name, str(error), sparsity=error.sparsity, cost=error.cost, seconds=seconds))
+            continue
         except BudgetUnmetError as error:
             seconds = time.perf_counter() - start
-            why = f"does not keep the budget: {_price(error.cost, options.budget)} at {error.sparsity:.0%} already"
+            why = f"does not keep the budget: {error.cost:.3g} times what it allows at {error.sparsity:.0%} already"
             rows.append(PolicyRow(name, why, sparsity=error.sparsity, cost=error.cost, seconds=seconds))
             continue
         except UsageError as error:
@@ -89,6 +110,13 @@ def choose(
     text = _sentence(chosen, sum(not row.why.startswith(_SKIPPED) for row in explained), goal, timed or {})
     auto = PolicyChoice(goal, _rule(options), chosen.policy, explained, timed, text)
     return replace(result, plan=replace(result.plan, calibration=replace(result.plan.calibration, auto=auto)))
+
+
+def _against(best: tuple[PolicyRow, CalibrationResult] | None, options: CalibrationOptions) -> CalibrationOptions:
+    """The options for the next policy: it has to read fewer bytes than the best so far."""
+    if best is None or options.sparsity is not None or options.budget.cett is not None:
+        return options
+    return replace(options, rival=best[0].relative_bytes)
 
 
 def _sentence(chosen: PolicyRow, measured: int, goal: str, clock: Mapping[str, Any]) -> str:
@@ -130,7 +158,7 @@ def _measured(name: str, result: CalibrationResult, options: CalibrationOptions,
     cost = None
     if options.sparsity is None:
         cett = max(layer.expected_cett for layer in result.plan.layers)
-        cost = cett if options.budget.metric == "cett" else options.budget.cost(result.drift)
+        cost = options.budget.cost(result.drift) if options.budget.cett is None else cett / options.budget.cett
     return PolicyRow(
         name,
         "",
@@ -175,6 +203,7 @@ def _explained(row: PolicyRow, chosen: PolicyRow, options: CalibrationOptions) -
 
 
 def _nothing(rows: list[PolicyRow], options: CalibrationOptions) -> str:
+    # Nothing keeps the budget, so that nothing was outdone.
     reached = [row for row in rows if row.cost is not None]
     if not reached:
         reasons = "; ".join(f"{row.policy}: {row.why.removeprefix(_SKIPPED)}" for row in rows)
@@ -182,10 +211,6 @@ def _nothing(rows: list[PolicyRow], options: CalibrationOptions) -> str:
     nearest = min(reached, key=lambda row: row.cost or 0.0)
     return (
         f"--policy {AUTO}: no policy keeps the budget {options.budget}. The nearest is {nearest.policy}, which costs "
-        f"{_price(nearest.cost or 0.0, options.budget)} at {nearest.sparsity or 0.0:.0%} of sparsity on the held-out text. "
+        f"{nearest.cost or 0.0:.3g} times what it allows at {nearest.sparsity or 0.0:.0%} of sparsity on the held-out text. "
         "Give a larger --budget, or more calibration text"
     )
-
-
-def _price(cost: float, budget: Budget) -> str:
-    return f"{cost:.3%} of perplexity" if budget.metric == "ppl" else f"{budget.metric} {cost:.4g}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from clada_export.plan.layer import LayerPlan
+from clada_export.plan.layer import LayerPlan, layer_attributes
+from clada_export.plan.method import Method
 from clada_export.plan.plan import SparsityPlan
 from graph_passes.op import SHADOW_BLOCK
 
@@ -63,6 +64,18 @@ def relative_bytes(plan: SparsityPlan, item: int = 4) -> float:
         parameters = 0 if router is None else router.parameters
         weight_format = plan.attributes(layer).weight_format
         read += read_bytes(layer, plan.score, 1.0 - layer.expected_sparsity, item, parameters, weight_format)
+        total += dense_bytes(layer, item)
+    return read / total if total else 1.0
+
+
+def method_bytes(method: Method, active: float, item: int = 4) -> float:
+    """As `relative_bytes`, of a method at which the share `active` of every layer's neurons runs."""
+    read = total = 0.0
+    for layer in method.layers:
+        arrays = method.arrays.get(layer.name)
+        parameters = 0 if arrays is None or arrays.router is None else arrays.router.parameters
+        weight_format = layer_attributes(layer, method.score, method.rule).weight_format
+        read += read_bytes(layer, method.score, active, item, parameters, weight_format)
         total += dense_bytes(layer, item)
     return read / total if total else 1.0
 

@@ -224,11 +224,12 @@ class DriftMeter:
             "multiplier": None if multiplier is None else arrays_digest({"m": multiplier.numpy()}),
             "fast": fast,
         }
-        kept = self.cache.arrays("drift", key)
+        rows = len(self._windows) * (self.context - self.prompt - 1)
+        kept = self.cache.arrays("drift", key, {"rows": (5, rows), "sparsity": (1,)})
         if kept is not None:
             for _ in self._windows:
                 step()
-            return drift_of([torch.from_numpy(kept["rows"])], float(kept["sparsity"]))
+            return drift_of([torch.from_numpy(kept["rows"])], float(kept["sparsity"][0]))
         parts: list[Tensor] = []
         active = total = 0
         drift: Drift | None = None
@@ -241,7 +242,7 @@ class DriftMeter:
             if len(parts) < len(self._groups) and enough(drift):
                 return drift
         assert drift is not None
-        self.cache.keep_arrays("drift", key, {"rows": torch.cat(parts, dim=1).numpy(), "sparsity": np.array(drift.sparsity)})
+        self.cache.keep_arrays("drift", key, {"rows": torch.cat(parts, dim=1).numpy(), "sparsity": np.array([drift.sparsity])})
         return drift
 
     def through(self, tap: Callable[[int], FFNTap], step: Callable[[], None] = lambda: None) -> Drift:
@@ -261,7 +262,7 @@ class DriftMeter:
 
     def _signals(self, progress: Callable[[], None]) -> Tensor:
         key = {**self._text, "fast": self.fast}
-        kept = self.cache.arrays("signals", key)
+        kept = self.cache.arrays("signals", key, {"signals": (len(self._windows), 2, self.context - 1)})
         if kept is not None:
             return torch.from_numpy(kept["signals"])
         signals: list[Tensor] = []

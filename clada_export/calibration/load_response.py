@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clada_export.calibration.allocation import Allocation
 from clada_export.calibration.drift import Drift, DriftMeter
-from clada_export.calibration.selector import LayerSelector
+from clada_export.calibration.selector import MethodSelectors
 from clada_export.calibration.statistics import LayerTable
 from clada_export.load.signal import LoadSignal
 from clada_export.op.reference import load_multiplier
@@ -24,6 +24,8 @@ LOAD_SLOPE = 0.25
 EFFECTIVE_SLOPES = (0.1, 0.05)
 """Slopes tried for one standard deviation of the signal, the smaller only where the larger does not help; still larger ones
 lose (`docs/load-signal.md`)."""
+
+Measure = Callable[[MethodSelectors, np.ndarray, Tensor], Drift]
 
 ERROR_STEP = 1.15
 """The error target is moved by this factor, up and down, to see what a layer's level does."""
@@ -67,13 +69,13 @@ def error_slopes(tables: Sequence[LayerTable], levels: np.ndarray) -> np.ndarray
 
 def fit_load_response(
     meter: DriftMeter,
-    layers: Sequence[LayerSelector],
+    measure: Measure,
+    layers: MethodSelectors,
     allocation: Allocation,
     sparsity: float,
     base: LoadSignal,
     still: Drift,
     levels: np.ndarray,
-    step: Callable[[], None] = lambda: None,
 ) -> LoadResponse:
     """Try surprisal and entropy with small slopes against no response.
 
@@ -81,6 +83,8 @@ def fit_load_response(
     the weights of the signal are zero otherwise.
 
     Args:
+        meter: has the held-out windows' signals.
+        measure: the drift of layers at levels [layers] under m(load) [N, context].
         still: the drift without a response, at `levels`.
     """
     tried: list[TriedResponse] = []
@@ -92,7 +96,7 @@ def fit_load_response(
             multiplier = multiplier_of(signal, meter.signals, meter.context)
             decided = multiplier[:, meter.prompt :].flatten()
             rescaled = allocation.levels_for(sparsity, decided[:: max(1, decided.numel() // 512)].numpy())
-            drift = meter.measure(layers, rescaled, multiplier, step)
+            drift = measure(layers, rescaled, multiplier)
             gain, error = drift.gain_over(still)
             # More active neurons than the still plan would be an unfair gain.
             fair = drift.sparsity >= still.sparsity - 0.002

@@ -10,7 +10,8 @@ import torch
 
 def has_fast_products() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; elsewhere products of rounded numbers are no faster."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 @contextmanager

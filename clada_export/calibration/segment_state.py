@@ -63,12 +63,14 @@ def plan_segment_state(
     skipped = sum(layer.width * layer.expected_sparsity for layer in layers)
     drift = replace(found.drift, sparsity=skipped / sum(layer.width for layer in layers))
     if options.sparsity is None:
-        cett = options.budget.metric == "cett"
-        cost = float(found.error.max()) if cett else options.budget.cost(drift)
-        if cost > options.budget.limit:
+        budget, error = options.budget, float(found.error.max())
+        kept = budget.keeps(drift) if budget.cett is None else error <= budget.cett
+        cost = budget.cost(drift) if budget.cett is None else error / budget.cett
+        told = budget.told(drift) if budget.cett is None else f"cett={error:.4g}"
+        if not kept:
             raise BudgetUnmetError(
-                f"no sparsity keeps the budget {options.budget}: merging {method.layers[0].merge} experts, the least that "
-                f"policy {maker.name!r} can do, already costs {cost:.4g}. Give a larger --budget, or another --policy",
+                f"no sparsity keeps the budget {budget}: merging {method.layers[0].merge} experts, the least that "
+                f"policy {maker.name!r} can do, already costs {told}. Give a larger --budget, or another --policy",
                 cost,
                 drift.sparsity,
             )

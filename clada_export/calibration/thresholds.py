@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
-from clada_export.calibration.budget import SearchStep, search_sparsity
-from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, Calibrator
+from clada_export.calibration.budget import HIGHEST, LOWEST, SearchStep, search_sparsity
+from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, Calibrator, OutdoneError
 from clada_export.calibration.context import MethodMaker
+from clada_export.calibration.cost import method_bytes
 from clada_export.calibration.drift import Drift
-from clada_export.calibration.load_response import LOAD_SLOPE, fit_load_response
-from clada_export.calibration.selector import LayerSelector, Selectors
-from clada_export.calibration.statistics import CalibrationStatistics, LayerTable, collect_statistics
+from clada_export.calibration.load_response import LOAD_SLOPE, fit_load_response, multiplier_of
+from clada_export.calibration.selector import MethodSelectors, Selectors
+from clada_export.calibration.statistics import LayerTable
 from clada_export.calibration.weights import Pruning
+from clada_export.load.signal import LoadSignal
 from clada_export.plan.layer import LayerPlan
 from clada_export.plan.method import Method
 from clada_export.plan.plan import SparsityPlan
@@ -25,6 +29,11 @@ from clada_export.plan.record import ComparedVariant, SearchedSparsity, TriedRes
 
 COMPARE_AT = 0.45
 """The sparsity at which allocations and variants are compared when a budget is given."""
+AHEAD = 0.005
+"""By so much sparsity a policy has to be ahead of a rival to be searched for more."""
+NEARLY, HOPELESS = 1.15, 2.0
+"""Shares of the budget. A cost up to the first may be one that a variant keeps; one above the second on a part of the held-out
+windows is not kept on all of them."""
 LOAD_MIN, LOAD_MAX = 0.25, 4.0
 """Bounds of m(load) in the engine: a load of -4..4 does not reach them at the op's slope, only one from outside does."""
 
@@ -34,7 +43,7 @@ class AllocatedMethod:
     """A method with its layers' shares settled by an allocation, and its drift at the sparsity of comparison."""
 
     method: Method
-    layers: tuple[LayerSelector, ...]
+    layers: MethodSelectors
     allocation: Allocation
     drift: Drift
 
@@ -83,48 +92,111 @@ def plan_thresholds(
     """
     aimed = options.sparsity if options.sparsity is not None else COMPARE_AT
     ready = calibrator.prepare(maker, options, pruning, aimed)
+    statistics = calibrator.statistics(ready)
     selectors = Selectors(calibrator.decoder.ffns, ready.methods)
-    statistics = ready.cache.statistics(selectors, calibrator.prompt, lambda missing: _collected(calibrator, missing))
+    if options.rival is not None:
+        aimed = equal_sparsity(ready.methods[0], options.rival, options.item)
     candidates = _candidates(calibrator, selectors, statistics.tables, aimed, options, allocation)
     best = _best(candidates)
-
-    sparsity, levels, drift, history = _settle(calibrator, best, aimed, options)
-    signal = statistics.load
-    tried: tuple[TriedResponse, ...] = ()
-    if options.load_response and maker.responds:
-        response = fit_load_response(
-            calibrator.meter, best.layers, best.allocation, sparsity, signal, drift, levels, calibrator.step
-        )
-        # A response must not break the budget that was just met.
-        if options.keeps(response.drift):
-            signal, levels, drift = response.signal, response.levels, response.drift
-        tried = response.tried
+    settled = _settled(calibrator, best, aimed, options, statistics.load, maker.responds)
+    drift = settled.drift
+    if calibrator.meter.fast:
+        # What a plan says of itself is measured as the model is computed.
+        drift = _exact(calibrator, best, settled)
+        if not options.keeps(drift):
+            known = replace(best, drift=_exact_at(calibrator, best, settled.sparsity))
+            settled = _settled(calibrator, known, settled.sparsity, options, statistics.load, maker.responds, exact=True)
+            drift = settled.drift
     record = replace(
         calibrator.record(options, best.method),
         allocation=best.allocation.name,
         compared=tuple(candidate.compared() for candidate in candidates),
-        search=search_history(history),
-        load_response=tried,
+        search=search_history(settled.history),
+        load_response=settled.tried,
     )
     method = best.method
-    layers, arrays = best.settled(levels), dict(method.arrays)
-    plan = SparsityPlan(maker.name, method.score, method.rule, layers, signal, source, arrays=arrays)
+    layers, arrays = best.settled(settled.levels), dict(method.arrays)
+    plan = SparsityPlan(maker.name, method.score, method.rule, layers, settled.signal, source, arrays=arrays)
     return calibrator.result(plan, drift, record, options)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """Where the search and the fit of the response ended: the levels [layers] of a mean sparsity, and what led there."""
+
+    sparsity: float
+    levels: np.ndarray
+    signal: LoadSignal
+    drift: Drift
+    history: Sequence[SearchStep]
+    tried: tuple[TriedResponse, ...]
+
+
+def _settled(
+    calibrator: Calibrator,
+    best: AllocatedMethod,
+    aimed: float,
+    options: CalibrationOptions,
+    signal: LoadSignal,
+    responds: bool,
+    exact: bool = False,
+) -> _Settled:
+    """Search, then fit the response.
+
+    Args:
+        aimed: the sparsity that `best.drift` was measured at.
+        signal: without a response.
+        exact: measure in float32.
+    """
+    meter = calibrator.meter
+
+    def measure(layers: MethodSelectors, levels: np.ndarray, multiplier: Tensor | None = None) -> Drift:
+        return meter.measure(layers, levels, multiplier, calibrator.step, exact=exact)
+
+    sparsity, levels, drift, history = _settle(measure, best, aimed, options)
+    tried: tuple[TriedResponse, ...] = ()
+    if options.load_response and responds:
+        response = fit_load_response(meter, measure, best.layers, best.allocation, sparsity, signal, drift, levels)
+        # A response must not break the budget that was just met.
+        if options.keeps(response.drift):
+            signal, levels, drift = response.signal, response.levels, response.drift
+        tried = response.tried
+    return _Settled(sparsity, levels, signal, drift, history, tried)
+
+
+def _exact(calibrator: Calibrator, best: AllocatedMethod, settled: _Settled) -> Drift:
+    """The drift of what was settled, in float32."""
+    meter, signal = calibrator.meter, settled.signal
+    responds = signal.surprisal_weight != 0.0 or signal.entropy_weight != 0.0
+    multiplier = multiplier_of(signal, meter.signals, meter.context) if responds else None
+    return meter.measure(best.layers, settled.levels, multiplier, calibrator.step, exact=True)
+
+
+def _exact_at(calibrator: Calibrator, best: AllocatedMethod, sparsity: float) -> Drift:
+    """The drift at a sparsity without a response, in float32."""
+    return calibrator.meter.measure(best.layers, best.allocation.levels_for(sparsity), step=calibrator.step, exact=True)
+
+
+def equal_sparsity(method: Method, rival: float, item: int) -> float:
+    """The sparsity at which a method reads a little less than a rival's bytes, relative to dense.
+
+    Args:
+        item: bytes of one weight.
+
+    Raises:
+        OutdoneError: not even the highest sparsity gets there.
+    """
+    dense, empty = (method_bytes(method, active, item) for active in (1.0, 0.0))
+    wanted = (dense - rival) / (dense - empty) + AHEAD if dense > empty else math.inf
+    if wanted > HIGHEST:
+        least = dense + (empty - dense) * HIGHEST
+        raise OutdoneError(f"reads x{least:.3f} at {HIGHEST:.0%}, not fewer than x{rival:.3f}", None, HIGHEST)
+    return max(wanted, LOWEST)
 
 
 def search_history(steps: Sequence[SearchStep]) -> tuple[SearchedSparsity, ...]:
     """A search as a plan tells it."""
-    return tuple(SearchedSparsity(item.sparsity, item.cost, item.drift.mean_kl) for item in steps)
-
-
-def _collected(calibrator: Calibrator, missing: Selectors) -> CalibrationStatistics:
-    return collect_statistics(
-        calibrator.decoder,
-        missing,
-        calibrator.data.calibration,
-        calibrator.prompt,
-        lambda done, total: calibrator.progress("statistics", done, total),
-    )
+    return tuple(SearchedSparsity(item.sparsity, item.cost, item.drift.mean_kl, item.drift.ppl_increase) for item in steps)
 
 
 def _candidates(
@@ -137,6 +209,10 @@ def _candidates(
 ) -> list[AllocatedMethod]:
     """The plainest method under each of its allocations, then its variants under the best of these."""
     found: list[AllocatedMethod] = []
+
+    def hopeless(drift: Drift) -> bool:
+        return options.rival is not None and options.budget.cost(drift) > HOPELESS
+
     for index, method in enumerate(selectors.methods):
         layers = Layers(
             AXES[method.rule],
@@ -148,33 +224,55 @@ def _candidates(
         if index and wanted is None:
             names = (min(found, key=lambda candidate: candidate.drift.mean_kl).allocation.name,)
         # A CETT target is by definition the same in all layers.
-        if options.sparsity is None and options.budget.metric == "cett":
+        if options.sparsity is None and options.budget.cett is not None:
             names = ("cett",)
         for name in names:
             allocation = allocate(name, layers)
-            drift = calibrator.meter.measure(selectors.layers[index], allocation.levels_for(aimed), step=calibrator.step)
-            found.append(AllocatedMethod(method, selectors.layers[index], allocation, drift))
-    return found
+            selected, levels = selectors.layers[index], allocation.levels_for(aimed)
+            drift = calibrator.meter.measure(selected, levels, step=calibrator.step, enough=hopeless)
+            found.append(AllocatedMethod(method, selected, allocation, drift))
+        if options.rival is not None and not any(options.keeps(item.drift) for item in found):
+            nearest = min(found, key=lambda item: options.budget.cost(item.drift))
+            cost = options.budget.cost(nearest.drift)
+            # A variant is a few hundredths better than the plainest method, not more.
+            if cost > NEARLY or index == len(selectors.methods) - 1:
+                told = options.budget.told(nearest.drift)
+                raise OutdoneError(f"reads x{options.rival:.3f} at {aimed:.0%}, where it costs {told}", cost, aimed)
+    return [item for item in found if len(item.drift.nll) == max(len(other.drift.nll) for other in found)]
 
 
 def _settle(
-    calibrator: Calibrator, best: AllocatedMethod, aimed: float, options: CalibrationOptions
+    measure: Callable[[MethodSelectors, np.ndarray], Drift],
+    best: AllocatedMethod,
+    aimed: float,
+    options: CalibrationOptions,
 ) -> tuple[float, np.ndarray, Drift, Sequence[SearchStep]]:
-    """(sparsity, levels, drift, the search) that the user's goal asks for."""
+    """(sparsity, levels, drift, the search) that the user's goal asks for.
+
+    Args:
+        measure: the drift of layers at levels [layers].
+        aimed: the sparsity that `best.drift` was measured at.
+    """
     allocation = best.allocation
     if options.sparsity is not None:
         return aimed, allocation.levels_for(aimed), best.drift, ()
-    if options.budget.metric == "cett":
-        levels = allocation.levels_at(options.budget.limit)
-        drift = calibrator.meter.measure(best.layers, levels, step=calibrator.step)
-        return allocation.mean_sparsity(levels), levels, drift, ()
+    if options.budget.cett is not None:
+        levels = allocation.levels_at(options.budget.cett)
+        return allocation.mean_sparsity(levels), levels, measure(best.layers, levels), ()
+    # Where an FFN gives zeros anyway, many sparsities have the same levels.
+    measured = {allocation.levels_for(aimed).tobytes(): best.drift}
 
-    def measure(wanted: float) -> Drift:
-        if wanted == aimed:
-            return best.drift
-        return calibrator.meter.measure(best.layers, allocation.levels_for(wanted), step=calibrator.step)
+    def drift_at(sparsity: float) -> Drift:
+        levels = allocation.levels_for(sparsity)
+        key = levels.tobytes()
+        if key not in measured:
+            measured[key] = measure(best.layers, levels)
+        return measured[key]
 
-    found, steps = search_sparsity(options.budget, measure, first=aimed)
+    def predicted(sparsity: float) -> float:
+        return allocation.predicted_kl(allocation.levels_for(sparsity))
+
+    found, steps = search_sparsity(options.budget, drift_at, first=aimed, predicted=predicted)
     return found.sparsity, allocation.levels_for(found.sparsity), found.drift, steps
 
 

@@ -17,6 +17,7 @@ from clada_export.cli.options import (
     policy_settings,
 )
 from clada_export.console import ConsoleProgress
+from clada_export.plan.goal import DEFAULT_BUDGET
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prune weights first: METHOD=0.5, METHOD=2:4 or METHOD=neurons:0.25; an unknown METHOD lists those there are",
     )
     goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--budget", default="ppl=2%", help="allowed error, ppl=2%%, kl=0.05 or cett=0.2 (default: ppl=2%%)")
+    goal.add_argument(
+        "--budget",
+        default=DEFAULT_BUDGET,
+        help="allowed error, ppl=2%%, kl=0.05, both with a comma between, or cett=0.2 (default: %(default)s)",
+    )
     goal.add_argument("--sparsity", type=float, help="a mean sparsity instead of a budget, like 0.5")
     goal.add_argument("--plan", type=Path, help="a sparsity plan made before; no calibration")
     calibration_arguments(parser)

@@ -26,11 +26,16 @@ class ComparedVariant:
 
 @dataclass(frozen=True)
 class SearchedSparsity:
-    """A measurement of the search: `cost` in the budget's unit, mean KL in nats a token."""
+    """A measurement of the search: mean KL in nats a token, the rise of perplexity relative, and `cost` as `Budget.cost` has
+    it, the largest share of a limit (1 is all of it).
+
+    Plans that have no `ppl_increase` were written when `cost` was in the unit of a budget's one bound.
+    """
 
     sparsity: float
     cost: float
     kl: float
+    ppl_increase: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class PolicyRow:
     """One policy in the table of a choice; numbers that were not measured are None.
 
     `kl` in nats a token, `ppl_increase` relative, `relative_bytes` of the dense FFNs' bytes, `seconds` what calibrating it took
-    beside what all policies share, `cost` the error in the budget's unit, one standard error on the safe side.
+    beside what all policies share, `cost` the largest share of the budget's limits (1 is all of it), one standard error on the
+    safe side.
     """
 
     policy: str

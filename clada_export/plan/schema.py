@@ -133,7 +133,10 @@ _CALIBRATION = {
             "items": {
                 "type": "object",
                 "required": ["sparsity", "cost", "kl"],
-                "properties": dict.fromkeys(("sparsity", "cost", "kl"), _ANY_NUMBER),
+                "properties": {
+                    **dict.fromkeys(("sparsity", "cost", "kl"), _ANY_NUMBER),
+                    "ppl_increase": _ANY_NUMBER_OR_NULL,
+                },
             },
         },
         "load_response": {

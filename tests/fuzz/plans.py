@@ -99,7 +99,7 @@ def planted(value: Any, payload: str) -> Any:
 
 def planted_calibration(payload: str) -> dict[str, Any]:
     """Everything that the report shows of a calibration, in the payload's words."""
-    step = {"sparsity": 0.1, "cost": 0.1, "kl": 0.1}
+    step = {"sparsity": 0.1, "cost": 0.1, "kl": 0.1, "ppl_increase": 0.1}
     return {
         "text": payload,
         "budget": payload,
@@ -121,7 +121,9 @@ def planted_calibration(payload: str) -> dict[str, Any]:
 _SMALL = st.sampled_from((0, 1, 2, 3, 4, 8, 16, 32, 48, 64, 72, 95, 96, 97, 192, 0.5, 1.5, 1e-30, 1e30, 3e38, None, True))
 _BELOW = st.integers(0, 2**32 - 1)
 _OF_THE_OP = (*SCORES, *RULES, *COMBINES, *STAT_NORMS, *ACTIVATIONS, *OUTPUTS, *HIDDEN_ACTIVATIONS, *DENSE_ROWS, *CONTROLLERS)
-_WORDS = st.sampled_from((*_OF_THE_OP, "wanda=0.5", "kl=0.1", "ppl=1%", "imported", "model.layers.1.mlp.down_proj"))
+_WORDS = st.sampled_from(
+    (*_OF_THE_OP, "wanda=0.5", "kl=0.1", "ppl=1%", "ppl=1%,kl=0.1", "imported", "model.layers.1.mlp.down_proj")
+)
 
 
 @st.composite

@@ -94,6 +94,10 @@ class MethodPolicy(ABC):
         self.check_options(options.prune is not None)
         return plan_thresholds(calibrator, self, source, options, pruning=options.prune, allocation=self.settings.allocation)
 
+    def foreseen(self, context: PolicyContext) -> tuple[Method, ...]:
+        """Its methods, if they are made without any training and its plan measures them on the weights as the user has them."""
+        return () if self.trained or self.prunes or self.segment_state else self.methods(context)
+
     @abstractmethod
     def methods(self, context: PolicyContext) -> tuple[Method, ...]:
         """The variants to measure, the plainest first.

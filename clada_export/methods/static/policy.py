@@ -72,7 +72,7 @@ class StaticPolicy(MethodPolicy):
             return self._at(options.sparsity, calibrator, source, options)
         if fixed is not None:
             return self._of_pattern(fixed, calibrator, source, options)
-        if options.budget.metric == "cett":
+        if options.budget.cett is not None:
             raise UsageError(f"--policy {self.name} has no CETT budget; give ppl=..., kl=... or --sparsity")
         results: dict[float, CalibrationResult] = {}
 
@@ -108,7 +108,7 @@ class StaticPolicy(MethodPolicy):
         result = self._at(fixed.sparsity, calibrator, source, options)
         if not options.keeps(result.drift):
             raise BudgetUnmetError(
-                f"--pattern {self.pattern} costs {options.budget.cost(result.drift):.4g} on the held-out text, and the "
+                f"--pattern {self.pattern} costs {options.budget.told(result.drift)} on the held-out text, and the "
                 f"budget is {options.budget}. Give a larger --budget, or another --pattern",
                 options.budget.cost(result.drift),
                 fixed.sparsity,

@@ -102,7 +102,10 @@ def make_report(**changes: Any) -> dict[str, Any]:
         "budget": "ppl=2.0000%",
         "allocation": "sensitivity",
         "allocations": {"uniform": {"kl": 0.04, "sparsity": 0.45}, "sensitivity": {"kl": 0.017, "sparsity": 0.45}},
-        "search": [{"sparsity": 0.45, "cost": 0.021, "kl": 0.017}, {"sparsity": 0.43, "cost": 0.0195, "kl": 0.015}],
+        "search": [
+            {"sparsity": 0.45, "cost": 1.053, "kl": 0.017, "ppl_increase": 0.0187},
+            {"sparsity": 0.43, "cost": 0.0195, "kl": 0.0153},
+        ],
         "load_response": [
             {
                 "signal": "surprisal",
@@ -138,6 +141,8 @@ def test_the_page_shows_every_part(tmp_path: Path) -> None:
     page = written(tmp_path, make_report())
     for part in ("org/tiny", "ppl=2.0000%", "clada", "+1.50%", "4/4", "3/3", "Verification", "Search for the budget", "12.2"):
         assert part in page.text, part
+    # A step of an older plan has its cost in another unit, and is shown without.
+    assert "105.3%" in page.text and "1.87%" in page.text and "0.0153" in page.text and "1.9%" not in page.text
     assert page.tags.count("svg") == 2 and page.tags.count("rect") == 6
     # The number that each bound is for.
     assert "max_abs 2e-05" in page.text and "equal_prefix 61 parted at a tie: 1" in page.text

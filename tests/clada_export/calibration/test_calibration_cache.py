@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from clada_export.calibration import CalibrationOptions, CalibrationResult, calibrate, load_calibration_data
+from clada_export.calibration import Budget, CalibrationOptions, CalibrationResult, calibrate, load_calibration_data
 from clada_export.calibration.cache import (
     CalibrationCache,
     Piece,
@@ -24,7 +25,8 @@ from clada_export.calibration.cache import (
     default_cache_folder,
     parse_cache_folder,
 )
-from clada_export.calibration.selector import Selectors
+from clada_export.calibration.heldout import HeldOut
+from clada_export.calibration.windows import Runner
 from clada_export.decoder.ffn import EagerFFN, find_eager_ffns
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
@@ -41,7 +43,6 @@ OPTIONS = CalibrationOptions(sparsity=0.4, load_response=False)
 KEY = "0" * 64
 # The package's attribute of this name is the function.
 stage = importlib.import_module("clada_export.calibration.calibrate")
-way = importlib.import_module("clada_export.calibration.thresholds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Passes:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.made: list[str] = []
-        for module, name in ((stage, "layer_sensitivity"), (way, "collect_statistics")):
+        for module, name in ((stage, "run_sensitivity"), (stage, "run_statistics")):
             patch.setattr(module, name, self._counted(name, getattr(module, name)))
 
     def _counted(self, name: str, real: Callable[..., object]) -> Callable[..., object]:
@@ -88,7 +89,7 @@ class Passes:
         return made
 
 
-BOTH = ["collect_statistics", "layer_sensitivity"]
+BOTH = ["run_sensitivity", "run_statistics"]
 
 
 @pytest.fixture
@@ -128,19 +129,19 @@ def test_another_policy_needs_its_own_tables_only(tmp_path: Path, passes: Passes
     run(tmp_path)
     passes.taken()
     run(tmp_path, policy=get_policy("tt"))
-    assert passes.taken() == ["collect_statistics"]
+    assert passes.taken() == ["run_statistics"]
 
 
 def test_missing_variants_alone_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, policy=get_policy("clada", PolicySettings(prior=False)))
     asked: list[list[str]] = []
-    real = way.collect_statistics
+    real = stage.run_statistics
 
-    def collect(model: nn.Module, selectors: Selectors, *rest: object) -> object:
-        asked.append([method.label for method in selectors.methods])
-        return real(model, selectors, *rest)
+    def collect(runner: Runner, methods: Sequence[Method], **rest: Any) -> object:
+        asked.append([method.label for method in methods])
+        return real(runner, methods, **rest)
 
-    monkeypatch.setattr(way, "collect_statistics", collect)
+    monkeypatch.setattr(stage, "run_statistics", collect)
     cached = run(tmp_path, policy=get_policy("clada"))
     assert asked == [[f"prior {gamma:g}" for gamma in GAMMAS]]
     assert cached.plan.to_dict() == run(None, policy=get_policy("clada")).plan.to_dict()
@@ -195,6 +196,31 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, passes: Passes, monkeypatch:
     assert passes.taken() == []
 
 
+def test_what_was_measured_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    real = HeldOut.sparse
+
+    def sparse(self: HeldOut, group: int, *rest: Any) -> Any:
+        ran.append(group)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return real(self, group, *rest)
+
+    monkeypatch.setattr(HeldOut, "sparse", sparse)
+    options = CalibrationOptions(budget=Budget.parse("kl=0.002"), load_response=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, options=options)
+    first = run(tmp_path, options=options)
+    # Three measurements were kept; one group holds all windows here.
+    searched = len(ran)
+    assert ran and first.plan.to_dict() == run(None, options=options).plan.to_dict()
+    without = len(ran) - searched
+    assert searched - 4 == without - 3
+    again = run(tmp_path, options=options)
+    assert len(ran) == searched + without and again.plan.to_dict() == first.plan.to_dict()
+    np.testing.assert_array_equal(again.drift.kl, first.drift.kl)
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
@@ -219,13 +245,13 @@ def test_a_damaged_file_is_made_again_with_a_warning(tmp_path: Path, passes: Pas
     passes.taken()
     said: list[str] = []
     files = sorted(tmp_path.rglob("*.safetensors"))
-    assert len(files) == 2
+    assert {path.parent.name for path in files} == {"sensitivity", "statistics", "signals", "drift"}
     for path in files:
         harm(path)
     again = run(tmp_path, said=said)
     assert again.plan.to_dict() == clean.plan.to_dict()
     assert passes.taken() == BOTH
-    assert len(said) == 2 and all("can't be used" in text and "it is made again" in text for text in said)
+    assert len(said) == len(files) and all("can't be used" in text and "it is made again" in text for text in said)
     said.clear()
     run(tmp_path, said=said)
     assert passes.taken() == [] and said == []
@@ -236,10 +262,11 @@ def test_a_piece_with_a_right_digest_and_wrong_content_is_made_again(tmp_path: P
     passes.taken()
     said: list[str] = []
     store = PieceStore(tmp_path)
-    for path in sorted(tmp_path.rglob("*.safetensors")):
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    for path in files:
         store.put(path.parent.name, path.stem, Piece({"other": np.zeros(2)}, {"surprise": 1}))
     run(tmp_path, said=said)
-    assert passes.taken() == BOTH and len(said) == 2
+    assert passes.taken() == BOTH and len(said) == len(files)
 
 
 def test_nothing_but_whole_files_is_left(tmp_path: Path) -> None:
@@ -288,6 +315,6 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_a_folder_nothing_is_hashed_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("clada_export.calibration.cache.weights_digest", lambda model: pytest.fail("hashed"))
+    monkeypatch.setattr(TorchDecoder, "weights_digest", lambda self: pytest.fail("hashed"))
     run(None)
     assert list(tmp_path.iterdir()) == []

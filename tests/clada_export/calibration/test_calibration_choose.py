@@ -28,7 +28,7 @@ from tests.tiny_models import tiny_model
 
 SOURCE = {"weights_digest": "0"}
 TRAINING_FREE = {name: POLICIES[name] for name in ("clada", "griffin", "tt", "cats")}
-LOOSE = CalibrationOptions(budget=Budget("kl", 0.01), load_response=False)
+LOOSE = CalibrationOptions(budget=Budget(kl=0.01), load_response=False)
 
 
 def calibrator(kind: str = "llama", context: int = 32, **overrides: Any) -> Calibrator:
@@ -47,9 +47,13 @@ def test_the_fewest_bytes_within_the_budget_are_taken() -> None:
     rows = rows_of(auto)
     alone = {name: shared.calibrate(policy, SOURCE, LOOSE) for name, policy in TRAINING_FREE.items()}
     for name, found in alone.items():
+        if rows[name]["relative_bytes"] is None:
+            # Outdone: not measured further than to where it would read as many bytes as the best so far.
+            assert rows[name]["cost"] is None or rows[name]["cost"] > 1
+            continue
         assert rows[name]["relative_bytes"] == found.plan.calibration.to_dict()["relative_bytes"], name
         assert rows[name]["kl"] == found.drift.mean_kl
-        assert rows[name]["cost"] <= 0.01
+        assert rows[name]["cost"] <= 1.0
     cheapest = min(alone, key=lambda name: alone[name].plan.calibration.to_dict()["relative_bytes"])
     assert result.plan.policy == auto["chosen"] == cheapest
     assert result.plan.layers == alone[cheapest].plan.layers
@@ -69,11 +73,11 @@ def test_a_sparsity_takes_the_lowest_divergence_and_says_so() -> None:
     assert all(row["cost"] is None for row in rows.values())
 
 
-@pytest.mark.parametrize("budget", [Budget("cett", 0.2), Budget("ppl", 0.05)])
+@pytest.mark.parametrize("budget", [Budget(cett=0.2), Budget(ppl=0.05, kl=0.02)])
 def test_other_budgets(budget: Budget) -> None:
     policies = {name: POLICIES[name] for name in ("tt", "cats")}
     result = choose(calibrator(), SOURCE, replace(LOOSE, budget=budget), policies=policies)
-    assert all(row["cost"] <= budget.limit * 1.0001 for row in result.plan.calibration.to_dict()["auto"]["candidates"])
+    assert all(row["cost"] <= 1.0001 for row in result.plan.calibration.to_dict()["auto"]["candidates"])
 
 
 def test_what_an_architecture_cannot_carry_is_skipped_with_the_reason() -> None:
@@ -115,7 +119,7 @@ def test_the_weights_are_left_as_the_chosen_plan_says() -> None:
 
 
 def test_a_budget_that_none_keeps_names_the_nearest() -> None:
-    options = replace(LOOSE, budget=Budget("kl", 1e-9))
+    options = replace(LOOSE, budget=Budget(kl=1e-9))
     with pytest.raises(UsageError) as caught:
         choose(calibrator(), SOURCE, options, policies=TRAINING_FREE)
     text = str(caught.value)
@@ -126,7 +130,7 @@ def test_a_budget_that_none_keeps_names_the_nearest() -> None:
             shared.calibrate(policy, SOURCE, options)
         costs[name] = one.value.cost  # type: ignore[attr-defined]
     nearest = min(costs, key=lambda name: costs[name])
-    assert f"The nearest is {nearest}, which costs kl {costs[nearest]:.4g}" in text
+    assert f"The nearest is {nearest}, which costs {costs[nearest]:.3g} times what it allows" in text
 
 
 def test_no_policy_at_all() -> None:

@@ -226,12 +226,12 @@ def test_the_worst_drift_is_a_number(value: float) -> None:
 def test_perplexities_end_at_a_number_that_json_has() -> None:
     drift = drift_of([torch.tensor([[WORST] * 4, [1.0] * 4, [WORST] * 4, [0.0] * 4, [0.0] * 4])], 0.5)
     assert np.log(drift.summary()["ppl"]) == pytest.approx(LARGEST_LOG)
-    assert Budget.parse("ppl=99%").cost(drift) > 1e300
+    assert 1e300 <= Budget.parse("ppl=99%").cost(drift) < np.inf
 
 
-@pytest.mark.parametrize("text", ["ppl=2%", "ppl=0.00001%", "kl=1e-9", "ppl=99.5%"])
+@pytest.mark.parametrize("text", ["ppl=2%", "ppl=0.00001%", "kl=1e-9", "ppl=99.5%", "ppl=0.3%,kl=1e-9"])
 def test_a_budget_can_be_read_from_what_it_says(text: str) -> None:
-    assert Budget.parse(str(Budget.parse(text))).limit == pytest.approx(Budget.parse(text).limit, rel=1e-3)
+    assert Budget.parse(str(Budget.parse(text))).limits == pytest.approx(Budget.parse(text).limits, rel=1e-3)
 
 
 def test_details_hold_nothing_that_json_does_not_have() -> None:

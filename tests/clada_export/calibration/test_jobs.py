@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,16 @@ PROMPT = 8
 CALIBRATION, HELDOUT = torch.randint(3, 256, (8, 48), generator=torch.Generator().manual_seed(3)).split((4, 4))
 
 
-def desk(kind: str = "llama", at_once: int | None = 1) -> Desk:
-    decoder = TorchDecoder(tiny_model(kind))
+@lru_cache(maxsize=1)
+def model() -> TorchDecoder:
+    """Whose FFNs are found, which takes a second; others are copies."""
+    decoder = TorchDecoder(tiny_model("llama"))
+    assert decoder.ffns
+    return decoder
+
+
+def desk(at_once: int | None = 1) -> Desk:
+    decoder = copy.deepcopy(model())
     return Desk(decoder, CALIBRATION, HELDOUT, PROMPT, FFNWeights(decoder, CALIBRATION), at_once)
 
 

@@ -26,11 +26,11 @@ RECORD = CalibrationRecord(
     context=32,
     heldout_tokens=64,
     prompt_tokens=8,
-    goal=Goal.of(Budget("ppl", 0.02), None),
+    goal=Goal.of(Budget(ppl=0.02), None),
     variant="tt",
     allocation="cett",
     compared=(ComparedVariant("tt", "cett", 0.01, 0.45),),
-    search=(SearchedSparsity(0.5, 0.02, 0.01),),
+    search=(SearchedSparsity(0.5, 0.9, 0.01, 0.018),),
     load_response=(TriedResponse("surprisal", 0.1, 0.01, 0.011, 0.001, -1.0, 0.5, better=False),),
     details={"training": {"rows": 3, "layers": {"a": {"losses": [1.0, 0.5]}}}},
     drift={"kl": 0.01, "ppl": None},
@@ -79,7 +79,9 @@ def test_fields_of_a_later_version_do_no_harm() -> None:
     assert record.search == (SearchedSparsity(0.5, 0.1, 0.1),) and record.auto == PolicyChoice()
 
 
-@pytest.mark.parametrize("text", ["ppl=2%", "kl=0.05", "cett=0.2", "sparsity=0.5", "imported", "by hand", "", "a=b"])
+@pytest.mark.parametrize(
+    "text", ["ppl=2%", "kl=0.05", "kl=0.05, ppl=2%", "cett=0.2", "sparsity=0.5", "imported", "by hand", "", "a=b"]
+)
 def test_a_goal_says_what_the_plan_says(text: str) -> None:
     goal = Goal.parse(text)
     assert str(goal) == text
@@ -90,10 +92,11 @@ def test_a_goal_says_what_the_plan_says(text: str) -> None:
 @pytest.mark.parametrize(
     ("goal", "limits"),
     [
-        (Goal.of(Budget("ppl", 0.02), None), {"ppl_increase": 0.02}),
-        (Goal.of(Budget("kl", 0.05), None), {"kl": 0.05}),
-        (Goal.of(Budget("cett", 0.2), None), {}),
-        (Goal.of(Budget("kl", 0.05), 0.5), {}),
+        (Goal.of(Budget(ppl=0.02), None), {"ppl_increase": 0.02}),
+        (Goal.of(Budget(kl=0.05), None), {"kl": 0.05}),
+        (Goal.of(Budget(ppl=0.02, kl=0.05), None), {"ppl_increase": 0.02, "kl": 0.05}),
+        (Goal.of(Budget(cett=0.2), None), {}),
+        (Goal.of(Budget(kl=0.05), 0.5), {}),
         (Goal.of_import(), {}),
     ],
 )
@@ -101,7 +104,7 @@ def test_a_budget_of_drift_limits_the_engine_too(goal: Goal, limits: dict[str, f
     assert goal.drift_limits == limits == Goal.parse(str(goal)).drift_limits
 
 
-@pytest.mark.parametrize("budget", ["ppl=5", "kl=3", "ppl=much%", "kl="])
+@pytest.mark.parametrize("budget", ["ppl=5", "kl=3", "ppl=much%", "kl=", "ppl=2%,", "kl=0.1,by hand", "cett=0.2,kl=0.1"])
 def test_a_budget_that_is_none_is_refused_where_the_plan_is_read(budget: str) -> None:
     with pytest.raises(UsageError, match=r"^mine: --budget "):
         SparsityPlan.from_dict(plan_json(budget=budget), origin="mine")
