@@ -70,7 +70,7 @@ class Bench:
         say(f"the dense model on {rows.numel()} held-out tokens")
         self._heldout = HeldOut(decoder, rows, settings.prompt, work)
         self._prompts = [rows[index, : settings.prompt].tolist() for index in _spread(len(rows), settings.prompts)]
-        self._wanted, _ = greedy(decoder, self._prompts, settings.new_tokens)
+        self._wanted = greedy(decoder, self._prompts, settings.new_tokens)
         self._workshop = Workshop(source)
         self._teal: tuple[Teal, float] | None = None
         found = self._heldout.measure(None).drift

@@ -109,9 +109,13 @@ def _operands(split: ir.Node) -> list[tuple[ir.Node, int]] | None:
 def _take(graph: ir.Graph, node: ir.Node, index: int, kept: np.ndarray) -> None:
     old = node.inputs[index]
     assert old is not None and old.const_value is not None
-    array = np.ascontiguousarray(old.const_value.numpy()[..., kept])
-    name = f"{old.name}.narrowed"
-    value = ir.val(name, const_value=ir.Tensor(array, name=name, dtype=old.const_value.dtype))
+    whole, name = old.const_value, f"{old.name}.narrowed"
+
+    def narrowed() -> ir.TensorProtocol:
+        return ir.Tensor(np.ascontiguousarray(whole.numpy()[..., kept]), name=name, dtype=whole.dtype)
+
+    shape = ir.Shape([*whole.shape.numpy()[:-1], len(kept)])
+    value = ir.val(name, const_value=ir.LazyTensor(narrowed, dtype=whole.dtype, shape=shape, name=name))
     graph.register_initializer(value)
     node.replace_input_with(index, value)
     free_unused(graph, iter([old]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from graph_passes.function_body import (
     make_function,
     variant_name,
 )
+from graph_passes.layer_tensors import Arrays, LatestArrays
 from graph_passes.matchers.common import FFNMatch, rank
 from graph_passes.merge import MergeRows, MergeState, emit_merge, emit_merged, emit_rows, state_shapes
 from graph_passes.op import (
@@ -29,7 +31,7 @@ from graph_passes.op import (
     weight_shapes,
 )
 from graph_passes.pass_list import PassList
-from graph_passes.repack import free_unused, repack, sources, weight_key
+from graph_passes.repack import free_unused, held, packed_shapes, repack, sources, weight_key
 from graph_passes.report import RewriteReport, RewrittenFFN
 from graph_passes.rewrite_check import LOAD, FFNRewrite, check_rewrite, require_rewritable, settle
 from graph_passes.router_nodes import write_router
@@ -51,7 +53,7 @@ def rewrite_ffns(
 
     Raises:
         ContractError: a rewrite that the op does not allow for its layer. Sizes, thresholds and scores are checked before the
-            graph is touched; what `make_constants` returns, when its layer is reached.
+            graph is touched; what `make_constants` returns, when it is read.
         PreconditionError: the graph has no `input_ids`, or an opset below 18.
     """
     search = find_ffns(model, expected=list(rewrites))
@@ -64,7 +66,7 @@ def rewrite_ffns(
 class RewriteFFNs(ir.passes.InPlacePass):
     """Replace matched FFNs by op nodes, add the graph input `load` and the output `active_neurons`, attach the function(s).
 
-    Weights are repacked one layer at a time, and a layer's old initializers are let go before the next is read.
+    Repacked weights and what is made of them are not in memory: each is made when it is read, a layer at a time.
     FFNs that `rewrites` does not name stay as they are. A search after it does not find the others again.
 
     Args:
@@ -135,6 +137,7 @@ class _Writer:
         self.load = self._load_input()
         self.counts: list[ir.Value] = []
         self.shared: dict[Hashable, tuple[str, dict[str, ir.Value]]] = {}
+        self.arrays = LatestArrays()
         self.rows: ir.Value | None = None
         self.stats = self.merges = 0
         self.merge_rows: MergeRows | None = None
@@ -326,13 +329,27 @@ class _Writer:
     def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
         return initializer(self.graph, name, array)
 
+    def _lazy(self, tensor: ir.LazyTensor) -> ir.Value:
+        """As `_initializer`, of what is not made yet."""
+        name = str(tensor.name)
+        if name in self.graph.initializers:
+            return self._initializer(name, tensor.numpy())
+        value = ir.val(name, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
     def _weights(self, match: FFNMatch, prefix: str, neurons: np.ndarray | None) -> tuple[str | None, dict[str, ir.Value]]:
         """(the node whose weights are shared or None, the weights by input name)."""
         key = (weight_key(match), None if neurons is None else neurons.tobytes())
         if key in self.shared:
             return self.shared[key]
-        arrays = repack(match, self.weight_dtype, neurons)
-        weights = {name: self._initializer(f"{prefix}.{name}", array) for name, array in arrays.items()}
+        make = partial(repack, held(match), self.weight_dtype, neurons)
+        target = self.weight_dtype or match.dtype
+        weights = {}
+        for name, shape in packed_shapes(match, match.intermediate_size if neurons is None else len(neurons)).items():
+            dtype = ir.DataType.FLOAT if name.endswith("_bias") else target
+            tensor = self.arrays.tensor(prefix, "weights", name, shape, dtype, make)
+            weights[name] = self._lazy(tensor)
         self.shared[key] = (prefix, weights)
         return None, weights
 
@@ -345,12 +362,19 @@ class _Writer:
         if not needed:
             return constants
         shapes = weight_shapes(attributes, *reversed(_sizes(weights["w_out"])))
-        made = wanted.make_constants(_float32(weights["w_in"]), _float32(weights["w_out"]))
+
+        def make() -> Arrays:
+            made = wanted.make_constants(_float32(weights["w_in"]), _float32(weights["w_out"]))
+            for name in needed:
+                if name not in made or made[name].shape != shapes[name] or made[name].dtype != types[name]:
+                    found = f"{made[name].dtype} {list(made[name].shape)}" if name in made else "nothing"
+                    raise ContractError(f"{prefix}: {name!r} is {found}; wanted {np.dtype(types[name])} {list(shapes[name])}")
+            return made
+
         for name in needed:
-            if name not in made or made[name].shape != shapes[name] or made[name].dtype != types[name]:
-                found = f"{made[name].dtype} {list(made[name].shape)}" if name in made else "nothing"
-                raise ContractError(f"{prefix}: {name!r} is {found}; wanted {np.dtype(types[name])} {list(shapes[name])}")
-            constants[name] = self._initializer(f"{prefix}.{name}", np.ascontiguousarray(made[name]))
+            dtype = ir.DataType.from_numpy(np.dtype(types[name]))
+            tensor = self.arrays.tensor(prefix, "constants", name, tuple(shapes[name]), dtype, make)
+            constants[name] = self._lazy(tensor)
         return constants
 
     # Nodes

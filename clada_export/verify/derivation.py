@@ -6,6 +6,9 @@ calibration scores neurons with or what the export writes, so that a fault there
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,6 +21,8 @@ Float32 = npt.NDArray[np.float32]
 
 LEVELS = 16
 """Of a 4-bit copy: a block of weights is cut into one step less."""
+WEIGHTS_AT_ONCE = 1 << 17
+"""Half a megabyte: a processor's cache holds them and what is made of them on the way."""
 LARGEST_HALF = np.float32(np.finfo(np.float16).max)
 
 
@@ -42,19 +47,34 @@ def four_bit_copy(w_in: Float32) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.f
         `shadow_scale` float16 [f, n, d/32, 2]: (step, minimum), rounded before the nearest level is chosen.
     """
     f, n, d = w_in.shape
-    half = SHADOW_BLOCK // 2
-    shadow = np.empty((f, n, d // SHADOW_BLOCK, half), np.uint8)
-    scale = np.empty((f, n, d // SHADOW_BLOCK, 2), np.float16)
-    for block in range(d // SHADOW_BLOCK):
-        weights = w_in[:, :, block * SHADOW_BLOCK : (block + 1) * SHADOW_BLOCK]
-        lowest, highest = weights.min(axis=-1), weights.max(axis=-1)
-        scale[:, :, block, 0] = np.minimum((highest - lowest) / np.float32(LEVELS - 1), LARGEST_HALF)
-        scale[:, :, block, 1] = np.clip(lowest, -LARGEST_HALF, LARGEST_HALF)
-        step, minimum = (scale[:, :, block, which, None].astype(np.float32) for which in (0, 1))
-        place = np.divide(weights - minimum, step, out=np.zeros_like(weights), where=step > 0)
-        level = np.clip(np.rint(place), 0, LEVELS - 1).astype(np.uint8)
-        shadow[:, :, block] = level[..., :half] + LEVELS * level[..., half:]
+    blocks = w_in.reshape(f, n, d // SHADOW_BLOCK, SHADOW_BLOCK)
+    shadow = np.empty((*blocks.shape[:-1], SHADOW_BLOCK // 2), np.uint8)
+    scale = np.empty((*blocks.shape[:-1], 2), np.float16)
+    rows = max(1, WEIGHTS_AT_ONCE // (n * d))
+
+    def copy(start: int) -> None:
+        part = slice(start, start + rows)
+        _copy_blocks(blocks[part], shadow[part], scale[part])
+
+    # NumPy lets other threads run while it computes.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(copy, range(0, f, rows)):
+            pass
     return shadow.reshape(f, n, d // 2).view(np.int8), scale
+
+
+def _copy_blocks(weights: Float32, shadow: npt.NDArray[np.uint8], scale: npt.NDArray[np.float16]) -> None:
+    """Fill in the copy of some blocks [.., 32]."""
+    half = SHADOW_BLOCK // 2
+    lowest, highest = weights.min(axis=-1), weights.max(axis=-1)
+    scale[..., 0] = np.minimum((highest - lowest) / np.float32(LEVELS - 1), LARGEST_HALF)
+    scale[..., 1] = np.clip(lowest, -LARGEST_HALF, LARGEST_HALF)
+    step, minimum = (scale[..., which, None].astype(np.float32) for which in (0, 1))
+    place = weights - minimum
+    # A block of equal weights has no step; all its weights are its minimum.
+    np.divide(place, np.where(step > 0, step, np.float32(np.inf)), out=place)
+    level = np.clip(np.rint(place, out=place), 0, LEVELS - 1, out=place).astype(np.uint8)
+    np.bitwise_or(level[..., :half], np.left_shift(level[..., half:], 4), out=shadow)
 
 
 def derive_tensors(

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.runtime import Engine, surprisal_entropy
-from clada_export.verify.cases import Case
+from clada_export.runtime import StepOutput, surprisal_entropy
 from clada_export.verify.report import Check
 
 TOLERANCE = 1e-3
 """Nats. Sums over a vocabulary in float32 are good to 1e-5; a load is worth hundredths of a standard deviation."""
 ROUNDING = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """What one rounding of a logit may change, as a share of it: a 16-bit engine may use the logits before they are rounded."""
+
+
+@dataclass(frozen=True)
+class LoadOutputs:
+    """`error`: the largest difference from the logits, in nats; `largest_logit`: of those logits, for scale."""
+
+    error: float
+    largest_logit: float
 
 
 def load_output_error(
@@ -31,16 +41,24 @@ def load_output_bound(largest_logit: float, computes_in: str = "float32") -> flo
     return TOLERANCE + 2 * ROUNDING[computes_in] * largest_logit
 
 
-def load_output_check(engine: Engine, case: Case, computes_in: str = "float32") -> Check | None:
-    """Hold the outputs of a prompt and of a decoded token to their logits; None if the export has none."""
-    outputs = [engine.prefill(case.prompts), engine.step([row[-1] for row in case.rows], 0.0)]
+def measure_load_outputs(outputs: Sequence[StepOutput]) -> LoadOutputs | None:
+    """Hold what the graph said of each output to its logits; None if the export has no such outputs."""
     errors, largest = [], 0.0
     for output in outputs:
         if output.log_sum_exp is None or output.entropy is None:
             return None
         errors.append(load_output_error(output.logits, output.log_sum_exp, output.entropy))
         largest = max(largest, float(np.abs(output.logits).max()))
-    bound, error = load_output_bound(largest, computes_in), max(errors)
-    passed = error <= bound
-    why = "" if passed else f"log_sum_exp or entropy is {error:.3g} nats from what the logits give; allowed {bound:.3g}"
-    return Check(f"load outputs ({case.name})", passed, {"nats": error}, {"nats": bound}, why)
+    return LoadOutputs(max(errors), largest)
+
+
+def load_output_check(name: str, found: LoadOutputs, computes_in: str = "float32") -> Check:
+    """Hold the outputs of a prompt and of a decoded token to their bound.
+
+    Args:
+        name: of the case.
+    """
+    bound = load_output_bound(found.largest_logit, computes_in)
+    passed = found.error <= bound
+    why = "" if passed else f"log_sum_exp or entropy is {found.error:.3g} nats from what the logits give; allowed {bound:.3g}"
+    return Check(f"load outputs ({name})", passed, {"nats": found.error}, {"nats": bound}, why)

@@ -34,6 +34,11 @@ class MixtureRounding:
     logits: float
 
 
+def has_mixtures(decoder: Decoder) -> bool:
+    """Whether any of its layers is a mixture of experts."""
+    return bool(routed_mlps(decoder.module))
+
+
 def measure_mixture(decoder: Decoder, row: Sequence[int], seed: int = 0) -> MixtureRounding | None:
     """Run a row as it is, and some times with every mixture's output moved by rounding.
 

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
 
+NUMBERS_AT_ONCE = 1 << 21
+"""Logits that are compared together: in float64, with what is made of them, a hundred megabytes."""
 LARGEST_LOG = 700.0
 """e^700 is the largest perplexity that is told; float64 ends at e^709."""
 
@@ -63,21 +65,52 @@ def compare_logits(found: Logits, wanted: Logits) -> ParityNumbers:
     if not np.isfinite(found).all():
         # A NaN would make every maximum below NaN or, worse, vanish in a comparison.
         return ParityNumbers(len(found), np.inf, np.inf, np.inf, -1.0, np.inf, 0.0, float(np.abs(wanted).max()))
-    difference = found.astype(np.float64) - wanted
-    norms = np.linalg.norm(found.astype(np.float64), axis=-1) * np.linalg.norm(wanted.astype(np.float64), axis=-1)
-    cosine = (found.astype(np.float64) * wanted).sum(-1) / np.maximum(norms, 1e-300)
-    log_wanted, log_found = log_softmax(wanted), log_softmax(found)
-    kl = (np.exp(log_wanted) * (log_wanted - log_found)).sum(-1)
+    parts = [
+        _sums(found[start : start + rows], wanted[start : start + rows])
+        for rows in (max(1, NUMBERS_AT_ONCE // found.shape[-1]),)
+        for start in range(0, len(found), rows)
+    ]
+    whole = {name: sum(part[name] for part in parts) for name in ("abs", "square", "wanted_square", "kl", "top1")}
     return ParityNumbers(
         positions=len(found),
-        max_abs=float(np.abs(difference).max()),
-        mean_abs=float(np.abs(difference).mean()),
-        relative=float(np.linalg.norm(difference) / max(float(np.linalg.norm(wanted.astype(np.float64))), 1e-300)),
-        cosine=float(cosine.min()),
-        kl=float(max(kl.mean(), 0.0)),
-        top1=float((found.argmax(-1) == wanted.argmax(-1)).mean()),
-        largest_logit=float(np.abs(wanted).max()),
+        max_abs=max(part["max_abs"] for part in parts),
+        mean_abs=whole["abs"] / found.size,
+        relative=math.sqrt(whole["square"]) / max(math.sqrt(whole["wanted_square"]), 1e-300),
+        cosine=min(part["cosine"] for part in parts),
+        kl=max(whole["kl"] / len(found), 0.0),
+        top1=whole["top1"] / len(found),
+        largest_logit=max(part["largest_logit"] for part in parts),
     )
+
+
+def _sums(found: Logits, wanted: Logits) -> dict[str, float]:
+    """Of some positions, in float64."""
+    left, right = found.astype(np.float64), wanted.astype(np.float64)
+    difference = left - right
+    squares = np.einsum("pv,pv->p", right, right)
+    norms = np.sqrt(np.einsum("pv,pv->p", left, left) * squares)
+    cosine = np.einsum("pv,pv->p", left, right) / np.maximum(norms, 1e-300)
+    square = np.einsum("pv,pv->", difference, difference)
+    np.abs(difference, out=difference)
+    return {
+        "max_abs": float(difference.max()),
+        "abs": float(difference.sum()),
+        "square": float(square),
+        "wanted_square": float(squares.sum()),
+        "cosine": float(cosine.min()),
+        "kl": float(divergence(right, left).sum()),
+        "top1": float((found.argmax(-1) == wanted.argmax(-1)).sum()),
+        "largest_logit": float(np.abs(wanted).max()),
+    }
+
+
+def divergence(wanted: npt.NDArray[np.floating], found: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """KL(wanted || found) of the softmax over the last axis of logits, nats, in float64."""
+    log_wanted, log_found = log_softmax(wanted), log_softmax(found)
+    log_found -= log_wanted
+    np.exp(log_wanted, out=log_wanted)
+    result: npt.NDArray[np.float64] = -np.einsum("...v,...v->...", log_wanted, log_found)
+    return result
 
 
 def perplexity(nll: float) -> float:

@@ -21,14 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from clada_export.runtime import Engine
-from clada_export.verify.cases import DECODE, Case
-from clada_export.verify.eager import ReferenceModel
+from clada_export.verify.cases import DECODE
+from clada_export.verify.eager import Best, SparseRun
+from clada_export.verify.engine_runs import CaseRun, GreedyRun
 from clada_export.verify.numbers import ParityNumbers, common_prefix, compare_logits
 from clada_export.verify.precision import EXACT, Rounding
 from clada_export.verify.report import Check
@@ -37,9 +36,6 @@ DENSE_TOLERANCE = 3e-4
 FLIP_KL_SHARE = 0.25
 FLIP_KL_FLOOR = 1e-6
 FLIP_SHARE = 1e-2
-DENSE = np.float32(np.inf)
-
-Rows = list[npt.NDArray[np.float32]]
 
 
 def tolerance(largest_logit: float) -> float:
@@ -47,34 +43,8 @@ def tolerance(largest_logit: float) -> float:
     return DENSE_TOLERANCE * max(1.0, largest_logit / 50.0)
 
 
-def run_engine(engine: Engine, case: Case, decode_loads: npt.NDArray[np.float32]) -> tuple[Rows, Rows]:
-    """Prompt dense, then the rest of every row token by token under the given loads.
-
-    Args:
-        decode_loads: float32 [DECODE].
-
-    Returns:
-        For each row: the logits of the last prompt token and of every decoded token [DECODE + 1, V], and the active neurons of
-        the decoded tokens [layers, DECODE] (empty if the engine does not report them).
-    """
-    output = engine.prefill(case.prompts)
-    logits, active = [output.logits.copy()], []
-    for step in range(DECODE):
-        tokens = np.array([row[len(row) - DECODE + step] for row in case.rows])
-        output = engine.step(tokens, decode_loads[step])
-        logits.append(output.logits.copy())
-        if output.active is not None:
-            active.append(output.active.copy())
-    rows = [np.stack([step[index] for step in logits]) for index in range(len(case.rows))]
-    counts = [
-        np.stack([step[index] for step in active], axis=1) if active else np.zeros((0, DECODE)) for index in range(len(rows))
-    ]
-    return rows, counts  # type: ignore[return-value]
-
-
 def dense_parity(
-    engine: Engine,
-    case: Case,
+    run: CaseRun,
     wanted: Sequence[npt.NDArray[np.float32]],
     rounding: Rounding = EXACT,
     settled: Sequence[int] | None = None,
@@ -86,15 +56,14 @@ def dense_parity(
         rounding: what the engine's type may cost.
         settled: for each row how many leading positions are compared; all if None (`clada_export.verify.mixture`).
     """
-    whole = engine.logits([list(row) for row in case.rows], "dense")
-    steps, _ = run_engine(engine, case, np.full(DECODE, DENSE))
     ends = [len(row) for row in wanted] if settled is None else list(settled)
     # Entry 0 of the decoded part is the last prompt token.
     decoded = [max(0, end - (len(row) - DECODE - 1)) for end, row in zip(ends, wanted, strict=True)]
     tails = [row[-DECODE - 1 :] for row in wanted]
+    name = run.case.name
     return [
-        dense_check(f"dense parity, prompt ({case.name})", whole, wanted, rounding, ends),
-        dense_check(f"dense parity, decode ({case.name})", steps, tails, rounding, decoded),
+        dense_check(f"dense parity, prompt ({name})", run.whole, wanted, rounding, ends),
+        dense_check(f"dense parity, decode ({name})", run.dense.logits, tails, rounding, decoded),
     ]
 
 
@@ -133,51 +102,34 @@ def dense_check(
 
 
 def greedy_parity(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    wanted: Sequence[Sequence[int]],
-    gaps: Sequence[Sequence[float]],
-    rounding: Rounding = EXACT,
-    settled: Sequence[int] | None = None,
+    run: GreedyRun, wanted: Sequence[Best], rounding: Rounding = EXACT, settled: Sequence[int] | None = None
 ) -> Check:
     """Greedy tokens at load = +inf equal the eager model's.
 
-    Where the eager model's two best logits are closer than twice the tolerance, either token is right; a row that parts there
-    is compared up to that point, and counted as a tie.
+    The eager model is asked for its best token after each part of the engine's text; up to where they first differ that text is
+    the one that it would have written itself. Where its two best logits are closer than twice the tolerance, either token is
+    right; a row that parts there is compared up to that point, and counted as a tie.
 
     Args:
+        wanted: for each prompt what the eager model says at the engine's tokens.
         settled: for each row, its new tokens included, how many leading positions come before a tie of experts.
     """
-    length = len(wanted[0])
-    found = greedy_tokens(engine, prompts, length, "dense")
-    prefixes = [common_prefix(mine, list(theirs)) for mine, theirs in zip(found, wanted, strict=True)]
+    length = len(run.dense[0])
+    prefixes = [common_prefix(list(mine), best.tokens) for mine, best in zip(run.dense, wanted, strict=True)]
     closest = 2 * max(DENSE_TOLERANCE, rounding.logits)
     # A token comes from the position before it.
-    apart = [False if settled is None else settled[i] < len(prompts[i]) + prefix for i, prefix in enumerate(prefixes)]
-    ties = [prefix < length and (apart[i] or gaps[i][prefix] <= closest) for i, prefix in enumerate(prefixes)]
+    apart = [False if settled is None else settled[i] < len(run.prompts[i]) + prefix for i, prefix in enumerate(prefixes)]
+    ties = [prefix < length and (apart[i] or wanted[i].gaps[prefix] <= closest) for i, prefix in enumerate(prefixes)]
     passed = all(prefix == length or tie for prefix, tie in zip(prefixes, ties, strict=True))
     why = "" if passed else f"greedy tokens part from the eager model's after {min(prefixes)} of {length} tokens"
-    numbers = {"prompts": len(prompts), "tokens": length, "equal_prefix": prefixes, "ties": sum(ties)}
+    numbers = {"prompts": len(run.prompts), "tokens": length, "equal_prefix": prefixes, "ties": sum(ties)}
     return Check("dense parity, greedy tokens", passed, numbers, {"equal_prefix": float(length)}, why)
 
 
-def greedy_tokens(
-    engine: Engine, prompts: Sequence[Sequence[int]], length: int, load: Literal["auto", "dense"]
-) -> list[list[int]]:
-    """`length` greedy tokens of each prompt, in batches that the engine takes."""
-    width = engine.max_batch or len(prompts)
-    found = []
-    for start in range(0, len(prompts), width):
-        part = [list(prompt) for prompt in prompts[start : start + width]]
-        found += engine.generate(part, length, load=load, eos_token_id=[]).tokens
-    return found
-
-
 def sparse_parity(
-    engine: Engine,
-    case: Case,
-    reference: ReferenceModel,
-    loads: npt.NDArray[np.float32],
+    run: CaseRun,
+    reference: Sequence[SparseRun],
+    neurons: int,
     dense: Sequence[npt.NDArray[np.float32]],
     rounding: Rounding = EXACT,
     settled: Sequence[int] | None = None,
@@ -185,30 +137,30 @@ def sparse_parity(
     """The engine at finite loads against the eager model with reference FFNs: logits, and which rows flipped a neuron.
 
     Args:
-        loads: float32 [DECODE], the load of every decoded token.
+        reference: for each row the run of the reference, of at least its last DECODE + 1 positions.
+        neurons: of all sparse layers together.
         dense: for each row the untouched model's logits [T, V]: what the sparse model's distance is measured by.
         settled: as in `dense_parity`; later positions count as if a neuron had flipped.
     """
-    found, found_active = run_engine(engine, case, loads)
     costs = []
     same_found, same_wanted, later_found, later_wanted = [], [], [], []
     flips = decisions = 0
-    for index, row in enumerate(case.rows):
+    for index, row in enumerate(run.case.rows):
         prompt = len(row) - DECODE
-        run = reference.run(row, np.concatenate([np.full(prompt, DENSE), loads]))
-        wanted, counts = run.logits[-DECODE - 1 :], run.active[:, prompt:]
+        found = run.sparse.logits[index]
+        wanted, counts = reference[index].logits[-DECODE - 1 :], reference[index].active[:, -DECODE:]
         costs.append(compare_logits(wanted[1:], dense[index][-DECODE:]).kl)
-        differ = np.abs(found_active[index] - counts)
+        differ = np.abs(run.sparse.active[index] - counts)
         flips += int(differ.sum())
-        decisions += int(counts.shape[1]) * engine.sparse_neurons
+        decisions += int(counts.shape[1]) * neurons
         changed = np.flatnonzero(differ.sum(axis=0))
         # Entry 0 is the last prompt token; decoded token t is entry t + 1.
         first = int(changed[0]) + 1 if len(changed) else DECODE + 1
         if settled is not None:
             first = min(first, max(0, settled[index] - (prompt - 1)))
-        same_found.append(found[index][:first])
+        same_found.append(found[:first])
         same_wanted.append(wanted[:first])
-        later_found.append(found[index][first:])
+        later_found.append(found[first:])
         later_wanted.append(wanted[first:])
     same = compare_logits(np.concatenate(same_found), np.concatenate(same_wanted))
     later = compare_logits(np.concatenate(later_found), np.concatenate(later_wanted))
@@ -218,7 +170,7 @@ def sparse_parity(
         "kl_after_a_flip": max(FLIP_KL_SHARE * float(np.mean(costs)), FLIP_KL_FLOOR, rounding.sparse_kl),
         "flipped_share": max(FLIP_SHARE, rounding.flipped_share),
     }
-    return _sparse_check(case.name, same, later, flips, share, bounds)
+    return _sparse_check(run.case.name, same, later, flips, share, bounds)
 
 
 def _sparse_check(

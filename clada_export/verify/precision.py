@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,10 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import VerificationError
 from clada_export.plan.plan import SparsityPlan
-from clada_export.verify.eager import ReferenceModel
+from clada_export.verify.eager import ReferenceModel, SparseRun, dense_rows
 from clada_export.verify.numbers import compare_logits
+
+Float32 = npt.NDArray[np.float32]
 
 CONSTANTS_SHARE = 0.1 / 3.0
 """Of `Rounding`, for a 16-bit graph whose values are widened to float32: a tenth of what eager PyTorch in the type differs.
@@ -63,38 +65,56 @@ class RoundedModel:
         self._dtype = dtype
         self._decoder = require_torch(decoder, f"verification in {dtype}").in_dtype(dtype)
         self._reference = ReferenceModel(self._decoder, plan)
-        self._neurons = sum(layer.width for layer in plan.layers)
 
-    def measure(
-        self,
-        reference: ReferenceModel,
-        rows: Sequence[Sequence[int]],
-        decode_loads: npt.NDArray[np.float32],
-        dense: Sequence[npt.NDArray[np.float32]],
-    ) -> Rounding:
-        """What the type may cost on these rows.
+    def run_all(
+        self, rows: Sequence[Sequence[int]], loads: Sequence[Float32], last: int, keep: Callable[[Float32], Float32]
+    ) -> list[RoundedRun]:
+        """Run rows, dense and with reference FFNs.
 
         Args:
-            reference: the float32 model with reference FFNs.
-            decode_loads: float32 [D], the loads of each row's last D tokens; those before run dense.
-            dense: for each row the float32 model's logits [T, V].
+            loads: for each row the load of every token, float32 [T].
+            last: of how many tokens at the end of each row logits of the sparse run are wanted.
+            keep: puts logits where they may wait.
 
         Raises:
             VerificationError: the type does not hold the model's numbers.
         """
-        logits, kl, flips, decisions = 0.0, [], 0, 0
-        for row, wanted in zip(rows, dense, strict=True):
-            found = self._decoder.dense_logits(row)
-            if not np.isfinite(found).all():
-                # A bound from these would allow anything.
-                raise VerificationError(
-                    f"eager PyTorch gives logits that are not finite in {self._dtype}; export with another type"
-                )
-            logits = max(logits, compare_logits(found, wanted).max_abs)
-            steps = len(decode_loads)
-            loads = np.concatenate([np.full(len(row) - steps, np.inf, np.float32), decode_loads])
-            exact, rounded = reference.run(row, loads), self._reference.run(row, loads)
-            kl.append(compare_logits(rounded.logits[-steps:], exact.logits[-steps:]).kl)
-            flips += int(np.abs(rounded.active - exact.active)[:, -steps:].sum())
-            decisions += steps * self._neurons
-        return Rounding(FACTOR * logits, FACTOR * float(np.mean(kl)), FACTOR * flips / max(decisions, 1))
+        dense = dense_rows(self._decoder, rows, lambda index, logits: keep(self._finite(logits)))
+        sparse = self._reference.run_all(rows, loads, last=last, keep=keep)
+        return [RoundedRun(*runs) for runs in zip(dense, sparse, strict=True)]
+
+    def _finite(self, logits: Float32) -> Float32:
+        if not np.isfinite(logits).all():
+            # A bound from these would allow anything.
+            raise VerificationError(
+                f"eager PyTorch gives logits that are not finite in {self._dtype}; export with another type"
+            )
+        return logits
+
+
+@dataclass(frozen=True)
+class RoundedRun:
+    """A row in a 16-bit type: the logits [T, V] of the dense model, and the run with reference FFNs."""
+
+    dense: Float32
+    sparse: SparseRun
+
+
+def measure_rounding(
+    rounded: Sequence[RoundedRun], exact: Sequence[SparseRun], dense: Sequence[Float32], steps: int, neurons: int
+) -> Rounding:
+    """What the type may cost on some rows.
+
+    Args:
+        exact: the float32 model with reference FFNs; the logits of at least the last `steps` tokens.
+        dense: for each row the float32 model's logits [T, V].
+        steps: how many tokens at the end of each row ran sparse.
+        neurons: of all sparse layers together.
+    """
+    logits, kl, flips, decisions = 0.0, [], 0, 0
+    for found, wanted, whole in zip(rounded, exact, dense, strict=True):
+        logits = max(logits, compare_logits(found.dense, whole).max_abs)
+        kl.append(compare_logits(found.sparse.logits[-steps:], wanted.logits[-steps:]).kl)
+        flips += int(np.abs(found.sparse.active - wanted.active)[:, -steps:].sum())
+        decisions += steps * neurons
+    return Rounding(FACTOR * logits, FACTOR * float(np.mean(kl)), FACTOR * flips / max(decisions, 1))

@@ -33,7 +33,7 @@ from clada_export.verify.eager import ReferenceModel
 from clada_export.verify.load_outputs import load_output_bound, load_output_error
 from clada_export.verify.numbers import compare_logits
 from clada_export.verify.parity import FLIP_KL_FLOOR, FLIP_KL_SHARE, FLIP_SHARE, tolerance
-from clada_export.verify.precision import EXACT, RoundedModel, Rounding
+from clada_export.verify.precision import EXACT, RoundedModel, Rounding, measure_rounding
 from clada_export.verify.report import Check
 
 FOLDER = "verify"
@@ -78,10 +78,13 @@ def save_cases(
     dense = decoder.dense_logits(row)
     reference = ReferenceModel(decoder, plan)
     loads = np.array([SPARSE_LOAD], np.float32)
-    sparse = reference.run(row, np.concatenate([np.full(prompt, np.inf, np.float32), loads]))
+    every_load = np.concatenate([np.full(prompt, np.inf, np.float32), loads])
+    sparse = reference.run(row, every_load)
+    neurons = sum(layer.width for layer in plan.layers)
     rounding = EXACT
     if manifest.dtype != "float32":
-        rounding = RoundedModel(decoder, plan, manifest.dtype).measure(reference, [row], loads, [dense])
+        rounded = RoundedModel(decoder, plan, manifest.dtype).run_all([row], [every_load], len(row), lambda logits: logits)
+        rounding = measure_rounding(rounded, [sparse], [dense], 1, neurons)
     past = _eager_cache(decoder, row[:prompt], manifest.cache, reference)
     empty = {tensor.past: torch.zeros(_empty(tensor), dtype=getattr(torch, tensor.dtype)) for tensor in manifest.cache}
     feeds = [
@@ -89,7 +92,6 @@ def save_cases(
         _feeds(manifest, row[prompt:], prompt, np.inf, past),
         _feeds(manifest, row[prompt:], prompt, SPARSE_LOAD, past),
     ]
-    neurons = sum(layer.width for layer in plan.layers)
     every = np.array([[[layer.width] for layer in plan.layers]], np.int32)
     outputs = [
         {"logits": dense[None, :prompt], "active_neurons": every.repeat(prompt, axis=2)},

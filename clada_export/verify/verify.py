@@ -1,29 +1,47 @@
-"""Run all checks on one engine."""
+"""Run all checks on one engine.
+
+The engine first: it is opened, asked everything, and closed again, and its answers wait on disk. Then the eager model, which in
+two passes over all rows, dense and with reference FFNs, says what they should have been. So no more is in memory at any time
+than one of the two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from clada_export.artifact.manifest import Manifest
 from clada_export.decoder.decoder import Decoder
+from clada_export.load.values import DENSE
 from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
-from clada_export.verify.constants import constants_check
-from clada_export.verify.drift import drift_check, measure_drift, sparse_greedy_prefix
-from clada_export.verify.eager import ReferenceModel, greedy
+from clada_export.verify.constants import Constants
+from clada_export.verify.drift import drift_check, drift_numbers
+from clada_export.verify.eager import Best, ReferenceModel, SparseRun, best_tokens, dense_rows
+from clada_export.verify.engine_runs import CaseRun, DriftRun, GreedyRun, run_case, run_texts
 from clada_export.verify.load_outputs import load_output_check
-from clada_export.verify.mixture import AFTER_A_TIE_KL, measure_mixture
+from clada_export.verify.mixture import AFTER_A_TIE_KL, MixtureRounding, has_mixtures, measure_mixture
+from clada_export.verify.numbers import common_prefix
 from clada_export.verify.parity import dense_parity, greedy_parity, sparse_parity
-from clada_export.verify.precision import EXACT, FACTOR, RoundedModel, Rounding
-from clada_export.verify.report import Verification
+from clada_export.verify.precision import EXACT, FACTOR, RoundedModel, Rounding, measure_rounding
+from clada_export.verify.report import Check, Verification
+from clada_export.verify.set_aside import SetAside
 
 GREEDY_TOKENS = 64
 GREEDY_PROMPTS = 4
 GREEDY_PROMPT_LENGTH = 16
-DRIFT_ROWS, DRIFT_LENGTH = 2, 160
+DRIFT_ROWS, DRIFT_LENGTH = 4, 96
+
+Float32 = npt.NDArray[np.float32]
+Text = npt.NDArray[np.int64]
+Opened = Callable[[], AbstractContextManager[Engine]]
+"""Opens the engine; it is closed when the context ends."""
+Told = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -41,72 +59,173 @@ class VerifyOptions:
     greedy_tokens: int = GREEDY_TOKENS
 
 
+@dataclass(frozen=True)
+class _EngineSide:
+    """What the engine gave. `neurons`: of all sparse layers together."""
+
+    folder: Path
+    manifest: Manifest
+    neurons: int
+    cases: tuple[CaseRun, ...]
+    greedy: GreedyRun
+    drift: DriftRun
+
+
+@dataclass(frozen=True)
+class _EagerSide:
+    """What the eager model says of what the engine was asked.
+
+    Attributes:
+        dense: for each row of the cases the untouched model's logits [T, V].
+        sparse: and its run with reference FFNs, of the last DECODE + 1 tokens.
+        best: for each greedy text what the untouched model says at the new tokens.
+        drift: the untouched model's logits of the rows that drift is measured on.
+        rounding: for each case what the engine's type may cost, mixtures aside.
+        constants: of the op, as the engine's file holds them.
+    """
+
+    dense: list[Float32]
+    sparse: list[SparseRun]
+    best: list[Best]
+    drift: list[Float32]
+    rounding: list[Rounding]
+    constants: Check
+
+
 def verify(
-    engine: Engine,
+    opened: Opened,
+    folder: Path,
     decoder: Decoder,
-    text: npt.NDArray[np.int64] | None,
+    text: Text | None,
     options: VerifyOptions,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Told = lambda what: None,
 ) -> Verification:
     """Hold an engine to its eager decoder.
 
     Args:
+        opened: opens the engine.
+        folder: of the export; what is compared waits there, in a file without a name.
         decoder: of the source, float32.
         text: int64 [windows, context] of real text that calibration did not see, or None.
     """
-    limit = engine.max_positions
-    vocabulary = engine.vocab_size or decoder.vocab_size
-    plan = engine.manifest.sparsity_plan(engine.folder)
-    reference = ReferenceModel(decoder, plan)
-    rounded = None if options.computes_in == "float32" else RoundedModel(decoder, plan, options.computes_in)
-    rounding = EXACT
-    progress("constants")
-    result = Verification([constants_check(engine.folder / engine.manifest.model, reference.constants)])
-    rng = np.random.default_rng(options.seed)
-    for case in make_cases(text, vocabulary, limit, options.seed, ragged=engine.manifest.padding == "left"):
-        if engine.max_batch is not None and len(case.rows) > engine.max_batch:
-            continue
-        progress(f"dense parity, {case.name}")
-        wanted = [decoder.dense_logits(row) for row in case.rows]
-        # Loads of every kind: the still plan, easy and hard text, and a dense step among them.
-        loads = rng.uniform(-2, 2, DECODE).astype(np.float32)
-        loads[0], loads[DECODE // 2] = 0.0, np.inf
-        allowed, settled = EXACT, None
-        mixtures = [found for row in case.rows if (found := measure_mixture(decoder, row, options.seed)) is not None]
+    aside = SetAside(folder)
+    decoder.rest()
+    engine = _ask_engine(opened, decoder, text, options, aside, progress)
+    eager = _ask_eager(decoder, engine, options, aside, progress)
+    decoder.rest()
+    progress("comparison")
+    result = Verification([eager.constants])
+    worst = EXACT
+    done = 0
+    for run, rounding in zip(engine.cases, eager.rounding, strict=True):
+        part = slice(done, done := done + len(run.case.rows))
+        mixtures = _mixtures(decoder, run.case.rows, options.seed)
+        settled = [found.settled for found in mixtures] or None
+        allowed = EXACT
         if mixtures:
-            # A load below 0 is another model, whose ties are elsewhere: only the last token has one.
-            loads = np.abs(loads)
-            loads[-1] = -2.0
-            settled = [found.settled for found in mixtures]
             allowed = Rounding(FACTOR * max(found.logits for found in mixtures), AFTER_A_TIE_KL)
-        if rounded is not None:
-            allowed = allowed.worst(rounded.measure(reference, case.rows, loads, wanted).times(options.rounding_share))
-        rounding = rounding.worst(allowed)
-        result.checks += dense_parity(engine, case, wanted, allowed, settled)
-        progress(f"sparse parity, {case.name}")
-        result.checks.append(sparse_parity(engine, case, reference, loads, wanted, allowed, settled))
-        if (check := load_output_check(engine, case, options.computes_in)) is not None:
-            result.checks.append(check)
-    del reference, rounded
-
-    progress("greedy tokens")
-    prompts = _prompts(text, vocabulary, limit, options)
-    tokens, gaps = greedy(decoder, prompts, options.greedy_tokens)
-    texts = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
-    ends = [found.settled for text in texts if (found := measure_mixture(decoder, text, options.seed)) is not None]
-    result.checks.append(greedy_parity(engine, prompts, tokens, gaps, rounding, ends or None))
-
-    progress("drift")
-    source = text if text is not None else rng.integers(0, vocabulary, (DRIFT_ROWS, DRIFT_LENGTH))
-    length = min(DRIFT_LENGTH, source.shape[1], limit or DRIFT_LENGTH)
-    count = min(DRIFT_ROWS, engine.max_batch or DRIFT_ROWS)
-    rows = [[int(token) for token in row[:length]] for row in source[-count:]]
-    numbers = measure_drift(engine, rows, [decoder.dense_logits(row) for row in rows])
-    numbers["greedy_prefix"] = sparse_greedy_prefix(engine, prompts, tokens)
+        allowed = allowed.worst(rounding.times(options.rounding_share))
+        worst = worst.worst(allowed)
+        result.checks += dense_parity(run, eager.dense[part], allowed, settled)
+        result.checks.append(sparse_parity(run, eager.sparse[part], engine.neurons, eager.dense[part], allowed, settled))
+        if run.load_outputs is not None:
+            result.checks.append(load_output_check(run.case.name, run.load_outputs, options.computes_in))
+    ends = [found.settled for found in _mixtures(decoder, engine.greedy.texts, options.seed)]
+    result.checks.append(greedy_parity(engine.greedy, eager.best, worst, ends or None))
+    numbers = drift_numbers(engine.drift, eager.drift, engine.neurons)
+    pairs = zip(engine.greedy.sparse, engine.greedy.dense, strict=True)
+    numbers["greedy_prefix"] = [common_prefix(list(mine), list(theirs)) for mine, theirs in pairs]
     numbers["greedy_tokens"] = options.greedy_tokens
     result.checks.append(drift_check(numbers, options.limits if text is not None else {}))
     result.drift = numbers
     return result
+
+
+def _ask_engine(
+    opened: Opened, decoder: Decoder, text: Text | None, options: VerifyOptions, aside: SetAside, progress: Told
+) -> _EngineSide:
+    """Open the engine, run everything that it is asked, and close it."""
+    rng = np.random.default_rng(options.seed)
+    mixtures = has_mixtures(decoder)
+    with opened() as engine:
+        limit = engine.max_positions
+        vocabulary = engine.vocab_size or decoder.vocab_size
+        runs = []
+        for case in make_cases(text, vocabulary, limit, options.seed, ragged=engine.manifest.padding == "left"):
+            if engine.max_batch is not None and len(case.rows) > engine.max_batch:
+                continue
+            progress(f"engine, {case.name}")
+            runs.append(run_case(engine, case, _loads(rng, mixtures), aside.keep))
+        progress("engine, greedy tokens and drift")
+        source = text if text is not None else rng.integers(0, vocabulary, (DRIFT_ROWS, DRIFT_LENGTH))
+        rows = _pieces(source, min(DRIFT_ROWS, engine.max_batch or DRIFT_ROWS), limit)
+        prompts = _prompts(text, vocabulary, limit, options)
+        greedy, drift = run_texts(engine, prompts, options.greedy_tokens, rows, aside.keep)
+        return _EngineSide(engine.folder, engine.manifest, engine.sparse_neurons, tuple(runs), greedy, drift)
+
+
+def _ask_eager(decoder: Decoder, engine: _EngineSide, options: VerifyOptions, aside: SetAside, progress: Told) -> _EagerSide:
+    """Run the eager model on all rows that the engine ran: dense, with reference FFNs, and both in the engine's type."""
+    plan = engine.manifest.sparsity_plan(engine.folder)
+    rows = [row for run in engine.cases for row in run.case.rows]
+    dense_until = [np.full(len(row) - DECODE, DENSE, np.float32) for row in rows]
+    loads = [run.loads for run in engine.cases for _ in run.case.rows]
+    loads = [np.concatenate(parts) for parts in zip(dense_until, loads, strict=True)]
+    progress("eager model, dense")
+    texts = engine.greedy.texts
+    best: dict[int, Best] = {}
+
+    def take(index: int, logits: Float32) -> Float32:
+        place = index - len(rows)
+        if not 0 <= place < len(texts):
+            return aside.keep(logits)
+        # A token comes from the position before it.
+        best[place] = best_tokens(logits[len(engine.greedy.prompts[place]) - 1 :])
+        return logits[:0]
+
+    dense = dense_rows(decoder, [*rows, *(text[:-1] for text in texts), *engine.drift.rows], take)
+    progress("eager model, sparse")
+    constants = Constants(engine.folder / engine.manifest.model)
+    sparse = ReferenceModel(decoder, plan).run_all(rows, loads, last=DECODE + 1, keep=aside.keep, seen=constants.compare)
+    rounding = [EXACT] * len(engine.cases)
+    if options.computes_in != "float32":
+        progress(f"eager model, {options.computes_in}")
+        rounded = RoundedModel(decoder, plan, options.computes_in).run_all(rows, loads, DECODE + 1, aside.keep)
+        ends = np.cumsum([len(run.case.rows) for run in engine.cases])
+        parts = [slice(end - len(run.case.rows), end) for end, run in zip(ends, engine.cases, strict=True)]
+        rounding = [measure_rounding(rounded[part], sparse[part], dense[part], DECODE, engine.neurons) for part in parts]
+    return _EagerSide(
+        dense[: len(rows)],
+        sparse,
+        [best[place] for place in range(len(texts))],
+        dense[len(rows) + len(texts) :],
+        rounding,
+        constants.check(),
+    )
+
+
+def _loads(rng: np.random.Generator, mixtures: bool) -> Float32:
+    """The loads of a case's decoded tokens, of every kind: the still plan, easy and hard text, and a dense step among them."""
+    loads = rng.uniform(-2, 2, DECODE).astype(np.float32)
+    loads[0], loads[DECODE // 2] = 0.0, DENSE
+    if mixtures:
+        # A load below 0 is another model, whose ties are elsewhere: only the last token has one.
+        loads = np.abs(loads)
+        loads[-1] = -2.0
+    return loads
+
+
+def _mixtures(decoder: Decoder, rows: Sequence[Sequence[int]], seed: int) -> list[MixtureRounding]:
+    """Of each row; none for a decoder without mixtures of experts."""
+    return [found for row in rows if (found := measure_mixture(decoder, row, seed)) is not None]
+
+
+def _pieces(text: Text, count: int, limit: int | None) -> list[list[int]]:
+    """The first tokens of the last windows; where there are too few, those that follow them."""
+    length = min(DRIFT_LENGTH, text.shape[1], limit or DRIFT_LENGTH)
+    starts = range(0, text.shape[1] - length + 1, length)
+    pieces = [row[start : start + length] for start in starts for row in text[-count:]]
+    return [[int(token) for token in piece] for piece in pieces[:count]]
 
 
 def _prompts(text: npt.NDArray[np.int64] | None, vocabulary: int, limit: int | None, options: VerifyOptions) -> list[list[int]]:

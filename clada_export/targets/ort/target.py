@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clada_export.artifact.manifest import Manifest
@@ -32,6 +34,7 @@ from graph_passes.machine_paths import ForgetMachinePaths
 from graph_passes.pass_list import PassList
 from graph_passes.reshapes import RemoveHeadReshapes
 from graph_passes.rewrite import RewriteFFNs
+from graph_passes.tied_weights import ShareTransposed
 
 FUSIONS: str | None = "cpu"
 PACKAGES: tuple[str, ...] = ("onnxruntime",)
@@ -64,6 +67,7 @@ def passes(rewrite: RewriteFFNs) -> PassList:
     return PassList(
         rewrite,  # FFNs become SparseFFN nodes; `load` comes in, counts go out
         DropDeadColumns(),  # what packed projections held for those FFNs
+        ShareTransposed(),  # tied embeddings, which the last product reads transposed
         RemoveHeadReshapes(),  # detours of ort_fusions around attention
         AddLoadOutputs(),  # what the load needs of the logits
         ForgetMachinePaths(),
@@ -96,7 +100,7 @@ def build(request: BuildRequest) -> BuiltModel:
 
 def verify(subject: Subject) -> Verification:
     """Run all checks on an engine that was just written: its files need not be read once more before."""
-    return _run_checks(subject, load_engine(subject.folder, verify_files=False, device="cpu"))
+    return _run_checks(subject, verify_files=False)
 
 
 def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
@@ -106,9 +110,13 @@ def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
 
 def verify_deployed(subject: Subject) -> Verification:
     """The same checks again."""
-    return _run_checks(subject, load_engine(subject.folder, device="cpu"))
+    return _run_checks(subject, verify_files=True)
 
 
-def _run_checks(subject: Subject, engine: Engine) -> Verification:
+def _run_checks(subject: Subject, verify_files: bool) -> Verification:
+    @contextmanager
+    def opened() -> Iterator[Engine]:
+        yield load_engine(subject.folder, verify_files=verify_files, device="cpu")
+
     options = VerifyOptions(limits=subject.limits)
-    return run_checks(engine, subject.decoder, subject.text, options, subject.progress)
+    return run_checks(opened, subject.folder, subject.decoder, subject.text, options, subject.progress)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,11 +228,10 @@ def _record(
 
 def verify(subject: Subject) -> Verification:
     """The graph's numbers through ONNX Runtime, the engine's make-up, and what is left for a machine with a GPU."""
-    with graph_engine(subject.folder, subject.manifest) as engine:
-        # 16-bit values are widened, so only the rounding of the graph's constants is allowed for.
-        dtype = subject.manifest.dtype
-        options = VerifyOptions(limits=subject.limits, computes_in=dtype, rounding_share=CONSTANTS_SHARE)
-        result = run_checks(engine, subject.decoder, subject.text, options, subject.progress)
+    # 16-bit values are widened, so only the rounding of the graph's constants is allowed for.
+    options = VerifyOptions(limits=subject.limits, computes_in=subject.manifest.dtype, rounding_share=CONSTANTS_SHARE)
+    opened = partial(graph_engine, subject.folder, subject.manifest)
+    result = run_checks(opened, subject.folder, subject.decoder, subject.text, options, subject.progress)
     result.checks = [replace(check, name=f"ONNX graph, {check.name}") for check in result.checks]
     result.checks += engine_checks(subject.folder, subject.manifest)
     subject.progress("inputs and outputs for a GPU")
@@ -260,8 +260,12 @@ def verify_saved(folder: Path, manifest: Manifest) -> Verification | None:
 def verify_deployed(subject: Subject) -> Verification:
     """All checks on the engine itself, against the source model. Needs a GPU, and raises as `verify_saved`."""
     options = VerifyOptions(limits=subject.limits, computes_in=subject.manifest.dtype)
-    engine = load_engine(subject.folder)
-    result = run_checks(engine, subject.decoder, subject.text, options, subject.progress)
+
+    @contextmanager
+    def opened() -> Iterator[Engine]:
+        yield load_engine(subject.folder)
+
+    result = run_checks(opened, subject.folder, subject.decoder, subject.text, options, subject.progress)
     result.checks += engine_checks(subject.folder, subject.manifest)
     return result
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from clada_export.runtime import StepOutput, surprisal_entropy
 from clada_export.verify.cases import DECODE, make_cases
 from clada_export.verify.drift import drift_check
-from clada_export.verify.load_outputs import load_output_bound, load_output_check, load_output_error
+from clada_export.verify.load_outputs import load_output_bound, load_output_check, load_output_error, measure_load_outputs
 from clada_export.verify.numbers import common_prefix, compare_logits, log_softmax
 from clada_export.verify.parity import tolerance
 from clada_export.verify.report import Check, Verification
@@ -96,25 +96,15 @@ def test_load_outputs_are_held_to_the_logits(scale: float) -> None:
     assert load_output_error(logits, total + 0.5, entropy) == pytest.approx(0.5)
     assert load_output_error(logits, total, entropy * np.nan) == np.inf
 
-    class Engine:
-        """Says one thing for a prompt and another for a step."""
+    def outputs(wrong: float | None) -> list[StepOutput]:
+        """Right of a prompt, wrong of a step."""
+        if wrong is None:
+            return [StepOutput(logits, None)]
+        return [StepOutput(logits, None, total, entropy + error) for error in (0.0, wrong)]
 
-        def __init__(self, wrong: float | None) -> None:
-            self.wrong = wrong
-
-        def output(self, error: float) -> StepOutput:
-            none = self.wrong is None
-            return StepOutput(logits, None, None if none else total, None if none else entropy + error)
-
-        def prefill(self, prompts: list[list[int]]) -> StepOutput:
-            return self.output(0.0)
-
-        def step(self, tokens: list[int], load: float) -> StepOutput:
-            return self.output(self.wrong or 0.0)
-
-    case = make_cases(None, 1000, None)[0]
-    assert load_output_check(Engine(None), case) is None  # type: ignore[arg-type]
-    good, bad = (load_output_check(Engine(error), case) for error in (0.0, 0.1))  # type: ignore[arg-type]
-    assert good is not None and good.passed
-    assert bad is not None and not bad.passed and "nats from what the logits give" in bad.why
+    assert measure_load_outputs(outputs(None)) is None
+    measured = [measure_load_outputs(outputs(error)) for error in (0.0, 0.1)]
+    good, bad = (load_output_check("a case", found) for found in measured if found is not None)
+    assert good.passed
+    assert not bad.passed and "nats from what the logits give" in bad.why
     assert load_output_bound(10.0, "bfloat16") > 0.1 > load_output_bound(10.0)
