@@ -13,7 +13,6 @@ import fnmatch
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from benchmarks import environment
 from benchmarks.frontier.bench import Bench, Settings
 from benchmarks.frontier.families import FAMILIES, Cell, cells_of, family
+from benchmarks.frontier.grids import Grid
 from benchmarks.frontier.results import Results
 from benchmarks.quality import Windows, cut
 from benchmarks.texts import heldout_texts
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=2, help="of each held-out text")
     parser.add_argument("--precision", choices=("ieee", "bf16"), default="ieee", help="of matrix products in measured passes")
     parser.add_argument("--as-stored", action="store_true", help="quantise in the model's own basis, not in a rotated one")
+    parser.add_argument("--turned-block", type=int, metavar="D", help="coordinates that the rotation mixes (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument(
@@ -93,7 +94,14 @@ def _run(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.model}: the model has no tokenizer, and this needs one for real text")
     say("the model is loaded")
     settings = Settings(
-        options.context, options.prompt, options.windows, 5, not options.as_stored, options.seed, options.precision
+        options.context,
+        options.prompt,
+        options.windows,
+        5,
+        not options.as_stored,
+        options.seed,
+        options.precision,
+        options.turned_block,
     )
     texts = [
         cut(text.name, text.digest, _ids(source.tokenizer, text.text), settings.windows, settings.context)
@@ -102,19 +110,22 @@ def _run(options: argparse.Namespace) -> None:
     key = {
         "model": {"name": source.name, "weights_digest": source.weights_digest},
         "texts": [text.to_dict() for text in texts],
-        "settings": asdict(settings),
+        "settings": settings.key(),
     }
     results = Results(options.out / f"frontier-{options.name}.json", key)
     missing = [cell for cell in dict.fromkeys(cells) if not results.has(cell)]
     if not missing:
         say("nothing is missing")
         return
-    work = options.work / f"{source.weights_digest[:16]}-{'turned' if settings.rotated else 'stored'}-{settings.seed}"
+    basis = f"turned-{settings.turned_block or 'all'}-{settings.seed}" if settings.rotated else "stored"
+    work = options.work / f"{source.weights_digest[:16]}-{basis}"
     calibration = _calibration(source.tokenizer, settings)
-    bench = Bench(require_torch(source.decoder, "the simulation"), _tensor(texts), calibration, settings, work, say)
+    chosen = list(dict.fromkeys(family(cell.family) for cell in missing if cell.family is not None))
+    compensates = any(isinstance(form, Grid) and form.compensated for one in chosen for form in one.forms)
+    decoder = require_torch(source.decoder, "the simulation")
+    bench = Bench(decoder, _tensor(texts), calibration, settings, work, compensates, say)
     results.value |= {"sizes": bench.sizes, "prices": list(bench.prices), **environment.describe(torch.get_num_threads())}
-    chosen = [family(cell.family) for cell in missing if cell.family is not None]
-    tables = bench.tables(list(dict.fromkeys(chosen)))
+    tables = bench.tables(chosen)
     for group in _passes(missing):
         for cell, found in zip(group, bench.measure(group, tables), strict=True):
             results.put(cell, found)

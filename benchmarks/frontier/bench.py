@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from benchmarks.frontier.ffn import Format, Kitchen
 from benchmarks.frontier.llama import LlamaFormat
 from benchmarks.frontier.model import Plan, Read, Simulation, Yardstick, precise
 from benchmarks.frontier.tables import Choice, choices, predicted, share_out
-from benchmarks.rotate import orthogonal
+from benchmarks.frontier.turn import Turn
 from clada_export.calibration.sensitivity import layer_sensitivity
 from clada_export.decoder.torch_decoder import TorchDecoder
 
@@ -41,6 +41,12 @@ class Settings:
     seed: int = 0
     precision: str = "ieee"
     """Of matrix products in the measured passes: `ieee` (float32) or `bf16`."""
+    turned_block: int | None = None
+    """See `Turn`; None mixes all coordinates."""
+
+    def key(self) -> dict[str, Any]:
+        """For a result; what is None stays out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Bench:
@@ -50,6 +56,7 @@ class Bench:
         heldout: int64 [N, context]; calibration: int64 [settings.calibration, context]: the last one for tables, the others for
             compensation, the first of them for prices.
         work: where formats that take long to make are kept.
+        compensates: whether any cell has a compensated format.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class Bench:
         calibration: Tensor,
         settings: Settings,
         work: Path,
+        compensates: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._settings, self._heldout, self._say = settings, heldout, say
@@ -66,9 +74,9 @@ class Bench:
             self.prices = layer_sensitivity(decoder, calibration[:PRICED])
             say("prices are there")
             size = decoder.ffns[0].hidden_size
-            turn = orthogonal(size, settings.seed).float() if settings.rotated else None
+            turn = Turn(size, settings.seed, settings.turned_block) if settings.rotated else None
             self._simulation = Simulation(decoder.model, decoder.ffns, turn)
-            self._kitchen = Kitchen(work, self._simulation.inputs(calibration[:-1]))
+            self._kitchen = Kitchen(work, self._simulation.inputs(calibration[:-1]) if compensates else None)
             rows = torch.linspace(settings.prompt, settings.context - 1, TABLE_ROWS).long()
             self._rows = [x[rows] for x in self._simulation.inputs(calibration[-1:])]
             states, _ = self._simulation.states(heldout, settings.prompt, [None], self._kitchen)

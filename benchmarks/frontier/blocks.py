@@ -57,7 +57,7 @@ def fit_weighted(
 
 
 def _chunks(blocks: Tensor) -> Iterator[Tensor]:
-    yield from blocks.split(max(1, CHUNK // blocks.shape[1]))
+    yield from torch.split(blocks, max(1, CHUNK // blocks.shape[1]))
 
 
 def _range_offset(blocks: Tensor, levels: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ ROUND = Grid(4)
 BASE = Grid(4, scales="super", search=True)
 """Four bits with offset, as Q4_K stores scales."""
 TIGHT = replace(BASE, compensated=True)
+PLAIN = Grid(4, offset=False, search=True)
+"""Symmetric with a float16 scale a block: what `com.clada::QuantMatMul` reads."""
 
 
 def planes(base: Grid, *low: int) -> tuple[Grid, ...]:
@@ -61,12 +63,16 @@ FAMILIES = (
     *(_dense(form) for form in deeper(BASE, 4, 5, 6)),
     *(_dense(replace(form, offset=False)) for form in deeper(BASE, 4, 5)),
     *(_dense(form) for form in deeper(TIGHT, 4, 5, 6)),
+    *(Family(f"dense {form.name}", "dense", (form,)) for form in deeper(PLAIN, 4, 5, 6)),
+    *(Family(f"dense {form.name}", "dense", (form,)) for form in deeper(replace(PLAIN, compensated=True), 4, 5)),
     Family("dense 4 to 6 compensated, shared", "dense", deeper(TIGHT, 4, 5, 6)),
     Family("4+4 round to nearest, one", "skip", planes(ROUND, 4), "one"),
     Family("4+4 round to nearest, two", "skip", planes(ROUND, 4), "two"),
     Family("4+4 round to nearest, symmetric, two", "skip", planes(replace(ROUND, offset=False), 4), "two"),
     *(Family(f"4+{low} search, {skip}", "skip", planes(BASE, low), skip) for low in (1, 2, 4) for skip in ("one", "two")),
     Family("4+2 search, symmetric, two", "skip", planes(replace(BASE, offset=False), 2), "two"),
+    Family("4+2 symmetric f16 search, two", "skip", planes(PLAIN, 2), "two"),
+    Family("4+2 symmetric f16 compensated, two", "skip", planes(replace(PLAIN, compensated=True), 2), "two"),
     Family("4+2 search, block 64, two", "skip", planes(replace(BASE, block=64), 2), "two"),
     Family("4+2 fit to the high plane, two", "skip", planes(replace(BASE, fit_high=True), 2), "two"),
     Family("3+2 search, two", "skip", planes(replace(BASE, high=3), 2), "two"),
@@ -75,7 +81,7 @@ FAMILIES = (
     Family("5 compensated, one", "skip", deeper(TIGHT, 5), "one"),
     *(Family(f"4+{low} compensated, {skip}", "skip", planes(TIGHT, low), skip) for low in (1, 2) for skip in ("one", "two")),
     Family("4+0 to 4+4 search, shared, two", "skip", planes(BASE, 0, 1, 2, 4), "two"),
-    Family("4+0 to 4+4 compensated, shared, two", "skip", planes(TIGHT, 0, 1, 2, 4), "two"),
+    Family("4+0 to 4+4 compensated, shared, two", "skip", (*planes(TIGHT, 0, 1, 2), *planes(BASE, 4)), "two"),
 )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.frontier.ffn import Exact, Format, Kitchen, Quantised
 from benchmarks.frontier.tables import Choice
+from benchmarks.frontier.turn import Turn
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.decoder.ffn.projections import projections
 from clada_export.errors import UnsupportedModelError
@@ -58,14 +59,14 @@ class Simulation:
     """A model of transformers with gated FFNs.
 
     Args:
-        turn: orthogonal [d, d], the basis in which weights are quantised; None for their own. The weights of the FFNs are
+        turn: to the basis in which weights are quantised; None: their own. The weights of the FFNs are
             turned in place, so the model must not be run otherwise any more.
 
     Raises:
         UnsupportedModelError: an FFN without a gate, or with biases.
     """
 
-    def __init__(self, model: PreTrainedModel, ffns: Sequence[EagerFFN], turn: Tensor | None) -> None:
+    def __init__(self, model: PreTrainedModel, ffns: Sequence[EagerFFN], turn: Turn | None) -> None:
         self.model, self.ffns, self.turn = model, ffns, turn
         self._blocks = [model.get_submodule(ffn.name.rpartition(".")[0]) for ffn in ffns]
         for ffn in ffns:
@@ -75,8 +76,8 @@ class Simulation:
                 with torch.no_grad(), precise():
                     *inputs, down = (part.weight for part in projections(ffn))
                     for weight in inputs:
-                        weight.copy_(weight @ turn)
-                    down.copy_(turn.t() @ down)
+                        weight.copy_(turn(weight))
+                    down.copy_(turn(down.t()).t())
 
     def exact(self, index: int) -> Exact:
         """The weights of an FFN in the basis of quantisation."""
@@ -85,11 +86,11 @@ class Simulation:
     def _run_exact(self, index: int, x: Tensor) -> Tensor:
         exact = self.exact(index)
         y = exact.hidden(self.turned(x)) @ exact.down
-        return y if self.turn is None else y @ self.turn.t()
+        return y if self.turn is None else self.turn.back(y)
 
     def turned(self, x: Tensor) -> Tensor:
         """Rows [.., d] in that basis."""
-        return x if self.turn is None else x @ self.turn
+        return x if self.turn is None else self.turn(x)
 
     @torch.inference_mode()
     def inputs(self, windows: Tensor) -> list[Tensor]:
@@ -132,7 +133,7 @@ class Simulation:
                     assert plan is not None
                     y[cell], found = _cell(made, rows[cell], plan.layers[index], dense)
                     sums[cell] += found
-            return (y if self.turn is None else y @ self.turn.t()).view_as(x)
+            return (y if self.turn is None else self.turn.back(y)).view_as(x)
 
         with self._replaced(run):
             states = self._states(windows.repeat(cells, 1))
@@ -141,8 +142,8 @@ class Simulation:
         return states.view(cells, *windows.shape, -1), reads
 
     def _states(self, windows: Tensor) -> Tensor:
-        decoder: Any = self.model.get_decoder()
-        states: Tensor = decoder(input_ids=windows, use_cache=False).last_hidden_state
+        model: Any = self.model
+        states: Tensor = model.get_decoder()(input_ids=windows, use_cache=False).last_hidden_state
         return states
 
     @contextmanager
@@ -159,7 +160,8 @@ class Simulation:
     @property
     def head(self) -> nn.Linear:
         """The LM head."""
-        head = self.model.get_output_embeddings()
+        model: Any = self.model
+        head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UnsupportedModelError(f"{type(self.model).__name__}: no linear LM head")
         return head
@@ -180,8 +182,8 @@ class Simulation:
             return form(weight)
         with precise():
             if name.endswith("o_proj"):
-                return self.turn @ form((self.turn.t() @ weight).contiguous())
-            return form((weight @ self.turn).contiguous()) @ self.turn.t()
+                return self.turn.back(form(self.turn(weight.t()).t().contiguous()).t()).t().contiguous()
+            return self.turn.back(form(self.turn(weight)))
 
     @contextmanager
     def attention_in(self, form: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
@@ -230,7 +232,7 @@ class Yardstick:
         self._head, self._windows, self._prompt = head, windows, prompt
         rows = self._rows(states)
         self._targets = windows[:, prompt + 1 :].reshape(-1)
-        self._log_p = [nn.functional.linear(part, head.weight).log_softmax(-1) for part in rows.split(ROWS)]
+        self._log_p = [nn.functional.linear(part, head.weight).log_softmax(-1) for part in torch.split(rows, ROWS)]
 
     def _rows(self, states: Tensor) -> Tensor:
         return states[:, self._prompt : -1].reshape(-1, states.shape[-1])
@@ -245,7 +247,7 @@ class Yardstick:
         """
         weight = self._head.weight if head is None else head
         kl, top, ours, theirs = [], [], [], []
-        parts = zip(self._rows(states).split(ROWS), self._targets.split(ROWS), self._log_p, strict=True)
+        parts = zip(torch.split(self._rows(states), ROWS), torch.split(self._targets, ROWS), self._log_p, strict=True)
         for rows, targets, log_p in parts:
             log_q = nn.functional.linear(rows, weight).log_softmax(-1)
             kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))

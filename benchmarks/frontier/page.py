@@ -34,7 +34,8 @@ def section(name: str, result: dict[str, Any], picture: bool) -> str:
         f"{sizes['layers']} layers, hidden size {sizes['hidden_size']}, FFN width {sizes['intermediate_size']}; weights: FFNs "
         f"{sizes['ffn'] / 1e6:.0f} M, attention {sizes['attention'] / 1e6:.0f} M, LM head {sizes['head'] / 1e6:.0f} M. Tokens: "
         f"{texts}, of which {settings['prompt']} of each window are the prompt. Exact perplexity {dense:.2f}. "
-        + ("Quantised in a rotated basis. " if settings["rotated"] else "Quantised in its own basis. ")
+        + ("Quantised in a rotated basis" if settings["rotated"] else "Quantised in its own basis")
+        + (f" (blocks of {settings['turned_block']} shuffled coordinates). " if settings.get("turned_block") else ". ")
         + f"Products of the measured passes in {'float32' if settings['precision'] == 'ieee' else 'bfloat16'}. "
         f"{machine['cpu']}, {machine['threads']} threads. Commit {str(result['commit'])[:10]}.",
     ]

@@ -24,8 +24,8 @@ from benchmarks.frontier.model import Plan, Simulation, Yardstick
 from benchmarks.frontier.page import main as page_main
 from benchmarks.frontier.read import bits_at, envelope, megabytes, points
 from benchmarks.frontier.tables import Choice, choices, share_out
+from benchmarks.frontier.turn import Turn
 from benchmarks.markers import BEGIN, END
-from benchmarks.rotate import orthogonal
 from clada_export.decoder.torch_decoder import TorchDecoder
 from tests.benchmarks.tiny import write_tiny_llama
 from tests.tiny_models import tiny_model
@@ -207,7 +207,7 @@ def test_exact_ffns_are_the_model(kind: str, turned: bool, tmp_path: Path) -> No
     with torch.no_grad():
         wanted = model(input_ids=windows).logits
     ffns = TorchDecoder(model).ffns
-    simulation = Simulation(model, ffns, orthogonal(64, 0).float() if turned else None)
+    simulation = Simulation(model, ffns, Turn(64, 0, 16) if turned else None)
     kitchen = Kitchen(tmp_path, None)
     fine = Plan((Grid(4, 4),), (Choice(0, 0.0, 0.0, 0.0, 0.0),) * 2)
     coarse = Plan((Grid(4),), (Choice(0, 0.0, 0.0, 0.0, 0.0),) * 2)
@@ -222,9 +222,17 @@ def test_exact_ffns_are_the_model(kind: str, turned: bool, tmp_path: Path) -> No
     assert [read.bits for read in reads] == [32.0, 9.0, 5.0]
 
 
+@pytest.mark.parametrize("block", [None, 16])
+def test_a_turn_comes_back_and_keeps_products(block: int | None) -> None:
+    turn, x, w = Turn(64, 3, block), _weights(5, 64), _weights(7, 64, 1)
+    torch.testing.assert_close(turn.back(turn(x)), x)
+    torch.testing.assert_close(turn(x) @ turn(w).t(), x @ w.t())
+    assert _error(turn(x), x) > 1
+
+
 def test_attention_comes_back(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    simulation = Simulation(model, TorchDecoder(model).ffns, orthogonal(64, 0).float())
+    simulation = Simulation(model, TorchDecoder(model).ffns, Turn(64, 0, 16))
     before = model.model.layers[0].self_attn.o_proj.weight
     with simulation.attention_in(LlamaFormat("Q8_0")):
         inside = model.model.layers[0].self_attn.o_proj.weight
