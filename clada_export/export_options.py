@@ -18,6 +18,7 @@ from clada_export.plan.targets import merging_refused
 from clada_export.targets.common import WEIGHT_TYPES
 from clada_export.targets.options import TensorRTOptions
 from clada_export.targets.registry import TARGETS
+from clada_export.workers.start import parse_pool
 
 DTYPES = tuple(WEIGHT_TYPES)
 
@@ -39,6 +40,9 @@ class ExportOptions:
     calibration_tokens: Path | None = None
     calibration_context: int = 512
     calibration_cache: Path | None = field(default_factory=default_cache_folder)
+    calibration_workers: int = 0
+    calibration_threads: int | None = None
+    ray_address: str | None = None
     dtype: str = "float32"
     load_response: bool = True
     verify: bool = True
@@ -56,6 +60,7 @@ class ExportOptions:
 
         Raises:
             UsageError: an unknown target, dtype or policy, a budget or sparsity out of range, options that exclude each other.
+            BackendError: workers are asked for, and Ray is not installed.
         """
         if self.target not in TARGETS:
             raise UsageError(f"unknown target {self.target!r}; known: {', '.join(TARGETS)}")
@@ -78,5 +83,6 @@ class ExportOptions:
             parse_sparsity(self.sparsity)
         require_between("--calibration-context", self.calibration_context, CONTEXT)
         require_between("--seed", self.seed, SEED)
+        parse_pool(self.calibration_workers, self.calibration_threads, self.ray_address)
         if self.calibration_data is not None and self.calibration_tokens is not None:
             raise UsageError("--calibration-data and --calibration-tokens exclude each other; give one")

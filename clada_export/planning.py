@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 
 from clada_export.calibration import Budget, CalibrationData, CalibrationOptions, calibrate, load_calibration_data
 from clada_export.calibration.cache import CalibrationCache
-from clada_export.calibration.calibrate import Calibrator
+from clada_export.calibration.calibrate import Calibrator, prompt_length
 from clada_export.calibration.choose import AUTO, choose, plan_clock
 from clada_export.calibration.weights import FFNWeights
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import all_policies, get_policy
-from clada_export.methods.imported import import_plan, is_imported
+from clada_export.methods.imported import import_plan, is_imported, takes_experts
 from clada_export.methods.static import PruneSpec, WeightPruning
 from clada_export.plan.fit import require_finite_weights, require_fit
 from clada_export.plan.plan import SparsityPlan
@@ -26,6 +27,7 @@ from clada_export.plan.schema import SHORTEST_CONTEXT
 from clada_export.plan.targets import merging_refused
 from clada_export.source.load import SourceModel
 from clada_export.targets.common import Target
+from clada_export.workers.start import Runners, calibrating, parse_pool
 
 
 def check_goals(plan: SparsityPlan, origin: str, target: str) -> None:
@@ -114,16 +116,45 @@ def make_plan(
         item=getattr(torch, options.dtype).itemsize,
     )
     cache = CalibrationCache.of(options.calibration_cache, decoder, data.calibration, options.seed, note)
-    if options.policy != AUTO:
-        policy = get_policy(options.policy, options.settings)
-        result = calibrate(decoder, policy, data, origin, calibration, progress, rounded=rounded, cache=cache)
-        return result.plan, result.details
-    calibrator = Calibrator(decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress)
-    clock = plan_clock(decoder, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
-    result = choose(calibrator, origin, calibration, policies=all_policies(options.settings), train=options.train, clock=clock)
+    with _runners(source, data, options, progress, note) as runner:
+        if options.policy != AUTO:
+            policy = get_policy(options.policy, options.settings)
+            result = calibrate(
+                decoder, policy, data, origin, calibration, progress, rounded=rounded, cache=cache, runner=runner
+            )
+            return result.plan, result.details
+        calibrator = Calibrator(
+            decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress, runner=runner
+        )
+        clock = plan_clock(decoder, data.heldout, calibrator.prompt, target=options.target, dtype=options.dtype)
+        policies = all_policies(options.settings)
+        result = choose(calibrator, origin, calibration, policies=policies, train=options.train, clock=clock)
     assert result.plan.calibration.auto is not None
     note(str(result.plan.calibration.auto.text))
     return result.plan, result.details
+
+
+def _runners(
+    source: SourceModel,
+    data: CalibrationData,
+    options: ExportOptions,
+    progress: Callable[[str, int, int], None],
+    note: Callable[[str], None],
+) -> AbstractContextManager[Runners]:
+    """What runs the windows of a calibration: workers, which load the model as this process did, or this process."""
+    names = ("token", "cache_dir", "local_files_only", "trust_remote_code", "allow_pickle")
+    return calibrating(
+        source,
+        data,
+        parse_pool(options.calibration_workers, options.calibration_threads, options.ray_address),
+        threads=options.calibration_threads,
+        dtype=options.dtype,
+        target=options.target,
+        hub={**{name: getattr(options, name) for name in names}, "import_experts": takes_experts(options.policy)},
+        prompt=prompt_length(int(data.calibration.shape[1])),
+        progress=progress,
+        tell=note,
+    )
 
 
 def round_weights(target: Target, decoder: Decoder, dtype: str) -> None:

@@ -15,6 +15,7 @@ from clada_export.cli.options import (
     output_arguments,
     policy_arguments,
     policy_settings,
+    workers_arguments,
 )
 from clada_export.console import ConsoleProgress
 from clada_export.plan.goal import DEFAULT_BUDGET
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--sparsity", type=float, help="a mean sparsity instead of a budget, like 0.5")
     goal.add_argument("--plan", type=Path, help="a sparsity plan made before; no calibration")
     calibration_arguments(parser)
+    workers_arguments(parser)
     parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
     parser.add_argument("--no-verify", action="store_true", help="skip verification; the manifest says so")
     _tensorrt_arguments(parser.add_argument_group("with --target trt"))
@@ -119,6 +121,9 @@ def run(options: argparse.Namespace) -> int:
                 calibration_tokens=options.calibration_tokens,
                 calibration_context=options.calibration_context,
                 calibration_cache=parse_cache_folder(options.calibration_cache),
+                calibration_workers=options.calibration_workers,
+                calibration_threads=options.calibration_threads,
+                ray_address=options.ray_address,
                 dtype=options.dtype,
                 load_response=not options.no_load_response,
                 verify=not options.no_verify,

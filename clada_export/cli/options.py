@@ -30,6 +30,24 @@ def calibration_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
 
 
+def workers_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where calibration runs."""
+    parser.add_argument(
+        "--calibration-workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes on Ray that measure calibration's windows, each with the model (default: 0, this process alone)",
+    )
+    parser.add_argument(
+        "--calibration-threads",
+        type=int,
+        metavar="N",
+        help="of a process that calibrates (default: the cores, shared out among workers of this machine)",
+    )
+    parser.add_argument("--ray-address", metavar="A", help="of a running Ray cluster for the workers (default: this machine)")
+
+
 def policy_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of `PolicySettings`, by their names; what is not given is not in the namespace."""
 

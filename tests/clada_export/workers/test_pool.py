@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import os
-import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import clada_export.workers.pool as module
+from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, calibrate
+from clada_export.calibration.text import CalibrationData
 from clada_export.calibration.weights import FFNWeights
-from clada_export.calibration.windows import Desk, InProcess
+from clada_export.calibration.windows import Desk, InProcess, Job, Runner
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, CladaError, UsageError
+from clada_export.methods import PolicySettings, get_policy
 from clada_export.methods.static import WeightPruning
+from clada_export.plan.goal import Budget
+from clada_export.source.load import load_source
+from clada_export.targets.registry import TARGETS
 from clada_export.workers.pool import PoolOptions, WorkerPool
+from clada_export.workers.start import Runners, calibrating, parse_pool
 from clada_export.workers.worker import CalibrationWorker, Order
 from tests.tiny_models import tiny_model
 
@@ -201,7 +211,7 @@ def test_other_instructions_are_told(pretend: Any, desk: Desk) -> None:
 def test_a_cluster_without_room_is_refused(pretend: Any) -> None:
     pretend(processors=2.0)
     with pytest.raises(BackendError, match="no machine of the Ray cluster has 3 CPUs for a worker; the largest has 2"):
-        WorkerPool(replace(ORDER, threads=3), PoolOptions(1), print).__enter__()
+        WorkerPool(ORDER, PoolOptions(1, threads=3), print).__enter__()
 
 
 def test_an_error_of_a_window_comes_when_its_turn_does(pretend: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +241,23 @@ def test_pruning_that_gives_other_weights_is_refused(model_folder: Callable[[str
     assert not worker.holds(2)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [((-1, None, None), "--calibration-workers -1 is out of range"), ((2, 0, None), "--calibration-threads 0 is out of range"),
+     ((0, None, "head:6379"), "--ray-address head:6379 needs --calibration-workers N")],
+)  # fmt: skip
+def test_numbers_out_of_range(given: tuple[int, int | None, str | None], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse_pool(*given)
+
+
+def test_without_ray_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert parse_pool(0, 1, None) is None
+    with pytest.raises(BackendError, match=r"pip install 'clada-export\[sweep\]' \(or leave --calibration-workers"):
+        parse_pool(2, None, None)
+
+
 # --- on Ray ---
 
 
@@ -248,48 +275,86 @@ def ray() -> Iterator[Any]:
             os.environ.pop(name)
 
 
-def logits_job(folder: Path, kills: int) -> Any:
-    """A job whose part is a window's logits, dense and under the weights as they are; one window kills its first worker.
+class Deadly:
+    """A runner that kills a worker, while it measures a window, when some parts of another have come back."""
 
-    The class is made here, so that Ray sends it whole: workers do not find the tests.
-    """
+    def __init__(self, inner: Runner, after: int) -> None:
+        self.inner, self.left = inner, after
+        self.over = threading.Event()
 
-    class Logits:
-        def open(self, desk: Desk) -> Callable[[int], torch.Tensor]:
-            def measure(window: int) -> torch.Tensor:
-                marker = folder / f"ran-{window}"
-                if window == kills and not marker.exists():
-                    marker.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-                with torch.inference_mode():
-                    dense = desk.as_given(lambda: desk.decoder.logits(desk.heldout[window]))
-                    return torch.stack((dense, desk.decoder.logits(desk.heldout[window])))
+    @property
+    def desk(self) -> Desk:
+        return self.inner.desk
 
-            return measure
+    def run(self, job: Job[Any], windows: Sequence[int]) -> Iterator[Any]:
+        for part in self.inner.run(job, windows):
+            self.left -= 1
+            if self.left == 0:
+                threading.Thread(target=self._kill, daemon=True).start()
+            yield part
 
-    return Logits()
+    def _kill(self) -> None:
+        import psutil
+
+        while not self.over.is_set():
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    # Ray names a worker after the call that it is in.
+                    if "ray::CalibrationActor.measure" in " ".join(process.cmdline()):
+                        process.kill()
+                        return
+                except psutil.Error:
+                    continue
+            time.sleep(0.002)
 
 
-def test_a_killed_worker_changes_no_bit(ray: Any, model_folder: Callable[[str], Path], tmp_path: Path, desk: Desk) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def without_seconds(value: Any) -> Any:
+    """A plan's values, but for how long pruning took."""
+    if isinstance(value, dict):
+        return {name: without_seconds(item) for name, item in value.items() if name != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def test_a_plan_is_the_same_to_the_bit(ray: Any, model_folder: Callable[[str], Path]) -> None:
+    """Two workers, of which one is killed in the middle, against one process with as many threads."""
+    pytest.importorskip("psutil", reason="psutil is not installed")
+    windows = torch.randint(3, 256, (8, 64), generator=torch.Generator().manual_seed(1))
+    data = CalibrationData(windows[:4], windows[4:], "text", "ab")
     told: list[str] = []
+    shown: list[str] = []
+    deadly: list[Deadly] = []
+
+    def runner(runners: Runners, desk: Desk) -> Runner:
+        desk.at_once = 1
+        found = runners(desk)
+        if isinstance(found, InProcess):
+            return found
+        deadly.append(Deadly(found, after=7))
+        return deadly[0]
+
+    def plan(workers: int) -> CalibrationResult:
+        source = load_source(str(model_folder("llama")))
+        pool = parse_pool(workers, 1, None)
+        settings: dict[str, Any] = {"dtype": "bfloat16", "target": "ort", "hub": {}, "prompt": 16}
+        TARGETS["ort"].round_weights(source.decoder, "bfloat16")
+        with calibrating(
+            source, data, pool, threads=1, **settings, progress=lambda what, *_: shown.append(what), tell=told.append
+        ) as runners:
+            return calibrate(
+                source.decoder,
+                get_policy("clada", PolicySettings()),
+                data,
+                {"weights_digest": source.weights_digest},
+                CalibrationOptions(budget=Budget.parse("kl=0.05"), prune=WeightPruning.parse("wanda=0.2")),
+                runner=lambda desk: runner(runners, desk),
+            )
+
     try:
-        with WorkerPool(replace(ORDER, model=str(model_folder("llama"))), PoolOptions(2), told.append) as pool:
-            runner = pool.runner(desk)
-            plain = list(runner.run(logits_job(tmp_path, kills=3), range(6)))
-            assert desk.weights is not None
-            desk.weights.use(WeightPruning.parse("wanda=0.5"))
-            pruned = list(runner.run(logits_job(tmp_path, kills=4), range(6)))
-            here = list(InProcess(desk).run(logits_job(tmp_path, kills=-1), range(6)))
-            desk.weights.use(None)
-            again = list(runner.run(logits_job(tmp_path, kills=-1), range(6)))
+        alone, shared = plan(0), plan(2)
     finally:
-        torch.set_num_threads(threads)
-    assert told == [
-        "a worker died at window 3; the window goes to another",
-        "a worker died at window 4; the window goes to another",
-    ]
-    for first, second, third, fourth in zip(plain, pruned, here, again, strict=True):
-        assert torch.equal(first[0], first[1]) and torch.equal(first, fourth)
-        assert torch.equal(second, third) and torch.equal(second[0], first[0]) and not torch.equal(second[1], first[1])
+        for item in deadly:
+            item.over.set()
+    assert len(told) == 1 and told[0].startswith("a worker died at window")
+    assert "1 of 2 workers have the model" in shown
+    assert without_seconds(shared.plan.to_dict()) == without_seconds(alone.plan.to_dict())
+    assert all(np.array_equal(getattr(shared.drift, name), getattr(alone.drift, name)) for name in ("nll", "kl", "window"))
