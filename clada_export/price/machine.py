@@ -14,7 +14,8 @@ from clada_export.files.capacity import available_memory, disk
 
 SECONDS = 0.3
 """Of each measurement."""
-_SIDE = 1024
+_SIDE = 512
+"""Rows of the matrices: a product takes a millisecond or two, so that some are undisturbed on a machine that is busy."""
 _BLOCK = 8 << 20
 _MOST_WRITTEN = 256 << 20
 
@@ -65,7 +66,7 @@ def measure_machine(output: Path, temporary: Path | None = None) -> Machine:
 
 
 def _gflops() -> float:
-    """Of products of square matrices, the fastest of those that fit the time: a machine is busy for moments, never too fast."""
+    """Of products of square matrices, the fastest of those that fit the time."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.rand((_SIDE, _SIDE), generator=generator) for _ in range(2))
     fastest, end = float("inf"), time.perf_counter() + SECONDS

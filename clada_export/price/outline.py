@@ -107,10 +107,6 @@ def _of_gguf(request: SourceRequest) -> Outline | None:
             config = load_config(folder, gguf_file=path.name, kind=GGUF_ARCHITECTURE, place=str(path))
     require_decoder(config, str(path))
     stored = Stored.of([tensor.shape for tensor in header.tensors])
-    names = {tensor.name for tensor in header.tensors}
-    # transformers ties the head where the file has none.
-    if "output.weight" not in names:
-        config.tie_word_embeddings = True
     return _outlined(request, path.stem, "gguf", config, stored, path.stat().st_size, header.main_type, str(path))
 
 
