@@ -73,7 +73,8 @@ def quantise(
                 f"{OP_TYPE}: the weight at row {first + row}, column {column} is {found}; wanted finite numbers"
             )
         weighing = np.broadcast_to(weights.reshape(1, blocks, BLOCK), (len(values) // blocks, blocks, BLOCK)).reshape(-1, BLOCK)
-        found_codes, found_scale, found_offset = fit(values, weighing)
+        with np.errstate(over="ignore"):  # an error of a weight near float32's largest
+            found_codes, found_scale, found_offset = fit(values, weighing)
         codes[chosen] = found_codes.reshape(-1, columns)
         scale[chosen] = found_scale.reshape(-1, blocks)
         if offset is not None:
