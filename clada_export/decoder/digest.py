@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ def weights_digest(model: nn.Module, used: Callable[[Tensor], None] = lambda ten
             continue
         first_name[key] = name
         for piece in pieces(tensor.detach()):
-            data = piece.cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(memoryview(data.numpy()))
+            data: Any = piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(memoryview(data))
         used(tensor)
     return digest.hexdigest()
 
@@ -48,7 +49,7 @@ def pieces(tensor: Tensor, most: int = _PIECE) -> Iterator[Tensor]:
     if tensor.dim() == 0 or tensor.numel() <= most:
         yield tensor
         return
-    yield from tensor.split(max(1, most * tensor.shape[0] // tensor.numel()))
+    yield from torch.split(tensor, max(1, most * tensor.shape[0] // tensor.numel()))
 
 
 def state(model: nn.Module) -> tuple[tuple[str, int, int], ...] | None:

@@ -29,6 +29,7 @@ Unpack = Callable[[Any], Tensor]
 """Takes a tensor of gguf's reader, gives its values: float32, in PyTorch's order of axes."""
 GiveBack = Callable[[Tensor], None]
 
+private: Any = reading
 _PROCESSORS = frozenset(
     getattr(reading, name)
     for name in (
@@ -71,7 +72,7 @@ def gguf_weights(unpack: Unpack, give_back: GiveBack) -> Iterator[None]:
         unpack: reads one tensor.
         give_back: told of what `unpack` gave, where it was used only to make the weight of it.
     """
-    original = reading.load_gguf_checkpoint
+    original: Any = private.load_gguf_checkpoint
     parsed: dict[str, dict[str, Any]] = {}
 
     def described(path: str) -> dict[str, Any]:
@@ -86,12 +87,13 @@ def gguf_weights(unpack: Unpack, give_back: GiveBack) -> Iterator[None]:
         import gguf
 
         reader = gguf.GGUFReader(path)
-        kind = reading.TENSOR_PROCESSORS.get(reading.read_field(reader, "general.architecture")[0], reading.TensorProcessor)
+        kind = private.TENSOR_PROCESSORS.get(private.read_field(reader, "general.architecture")[0], private.TensorProcessor)
         if kind not in _PROCESSORS:
-            return original(path, True, model_to_load, torch_dtype)
+            whole: dict[str, Any] = original(path, True, model_to_load, torch_dtype)
+            return whole
         processor = kind(config=result["config"])
         with _one_name_map():
-            names = reading.get_gguf_hf_weights_map(model_to_load, processor)
+            names = private.get_gguf_hf_weights_map(model_to_load, processor)
 
         def weight(tensor: Any) -> WeightOnDemand:
             def make() -> Tensor:

@@ -30,7 +30,7 @@ def weights_placed(place: Place) -> Iterator[None]:
     set_param, materialize, safe_open = (
         core_model_loading.set_param_for_module,
         core_model_loading.spawn_materialize,
-        modeling_utils.safe_open,
+        vars(modeling_utils)["safe_open"],
     )
 
     def placed(model: PreTrainedModel, target_name: str, param_value: Tensor, *args: Any, **options: Any) -> None:
