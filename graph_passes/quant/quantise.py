@@ -17,7 +17,7 @@ from graph_passes.quant.contract import BLOCK, OP_TYPE
 from graph_passes.quant.layout import QuantisedMatrix
 from graph_passes.quant.op import ContractError
 
-_BLOCKS_AT_ONCE = 4096  # 512 KB of float32: what a candidate reads and writes stays in a core's cache
+_BLOCKS_AT_ONCE = 2048  # 256 KB of float32: what a candidate reads and writes stays in a core's cache
 _MOST = float(np.finfo(np.float16).max)
 SEARCH = (-0.7, -0.35, 0.0, 0.35, 0.7)
 """By how much the largest weight's code is moved from the end of its range, in codes, for each candidate."""
@@ -56,7 +56,6 @@ def quantise(
         raise ContractError(
             f"{OP_TYPE}: importance is {list(importance.shape)}; wanted numbers of at least 0 for {columns} columns"
         )
-    weights = np.ones(columns, np.float32) if importance is None else importance.astype(np.float32)
     codes = np.empty((rows, columns), np.uint8)
     scale = np.empty((rows, blocks), np.float16)
     offset = np.empty((rows, blocks), np.float16) if has_offset else None
@@ -72,7 +71,10 @@ def quantise(
             raise ContractError(
                 f"{OP_TYPE}: the weight at row {first + row}, column {column} is {found}; wanted finite numbers"
             )
-        weighing = np.broadcast_to(weights.reshape(1, blocks, BLOCK), (len(values) // blocks, blocks, BLOCK)).reshape(-1, BLOCK)
+        weighing = None
+        if importance is not None:
+            by_block = importance.astype(np.float32).reshape(1, blocks, BLOCK)
+            weighing = np.broadcast_to(by_block, (len(values) // blocks, blocks, BLOCK)).reshape(-1, BLOCK)
         with np.errstate(over="ignore"):  # an error of a weight near float32's largest
             found_codes, found_scale, found_offset = fit(values, weighing)
         codes[chosen] = found_codes.reshape(-1, columns)
@@ -93,33 +95,35 @@ class _Fit:
         self.zero, self.bits, self.has_offset = 1 << (bits - 1), bits, has_offset
         self.candidates, self.refine = candidates, refine
 
-    def __call__(self, values: np.ndarray, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """uint8 [n, 32], float16 [n] and [n]."""
+    def __call__(self, values: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """uint8 [n, 32], float16 [n] and [n]; without importance, all columns are alike."""
         start = self._around_range if self.has_offset else self._around_largest
-        best_error = best = None
+        best: tuple[np.ndarray, np.ndarray] | None = None
+        least: np.ndarray | None = None
         for move in self.candidates:
             scale, offset = start(values, move)
+            if not self.refine:
+                best = _half(scale), _half(offset)
+                break
             q = self._round(values, scale, offset)
-            if self.refine:
-                scale, offset = (self._line if self.has_offset else self._slope)(values, q, importance, scale, offset)
+            scale, offset = (self._line if self.has_offset else self._slope)(values, q, importance, scale, offset)
             scale, offset = _half(scale), _half(offset)
-            q = self._round(values, scale, offset)
-            if len(self.candidates) == 1:
-                return self._coded(q), scale.astype(np.float16), offset.astype(np.float16)
-            wrong = q * scale[:, None]
-            wrong += offset[:, None]
-            wrong -= values
-            wrong *= wrong
-            error = np.einsum("nk,nk->n", wrong, importance)
-            if best is None or best_error is None:
-                best, best_error = [self._coded(q), scale, offset], error
+            # The codes are those of the scale before; the nearest of the chosen one are only better.
+            q *= scale[:, None]
+            if self.has_offset:
+                q += offset[:, None]
+            q -= values
+            error = np.einsum("nk,nk->n", q, q if importance is None else q * importance)
+            if best is None or least is None:
+                best, least = (scale, offset), error
                 continue
-            better = error < best_error
-            best_error = np.where(better, error, best_error)
-            np.copyto(best[0], self._coded(q), where=better[:, None])
-            best[1], best[2] = np.where(better, scale, best[1]), np.where(better, offset, best[2])
+            better = error < least
+            least = np.where(better, error, least)
+            best = np.where(better, scale, best[0]), np.where(better, offset, best[1])
         assert best is not None
-        return best[0], best[1].astype(np.float16), best[2].astype(np.float16)
+        q = self._round(values, *best)
+        q += np.float32(self.zero)
+        return q.astype(np.uint8), best[0].astype(np.float16), best[1].astype(np.float16)
 
     def _around_largest(self, values: np.ndarray, move: float) -> tuple[np.ndarray, np.ndarray]:
         """Scales by which the largest magnitude gets the code `zero + move` from the middle.
@@ -148,25 +152,23 @@ class _Fit:
         np.rint(q, out=q)
         return np.clip(q, -self.zero, self.zero - 1, out=q)
 
-    def _coded(self, q: np.ndarray) -> np.ndarray:
-        q += np.float32(self.zero)
-        return q.astype(np.uint8)
-
     def _slope(
-        self, values: np.ndarray, q: np.ndarray, importance: np.ndarray, scale: np.ndarray, offset: np.ndarray
+        self, values: np.ndarray, q: np.ndarray, importance: np.ndarray | None, scale: np.ndarray, offset: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The scale of least squares for these codes."""
-        weighed = importance * q
+        weighed = q if importance is None else importance * q
         over, under = np.einsum("nk,nk->n", weighed, values), np.einsum("nk,nk->n", weighed, q)
         return np.divide(over, under, out=scale.copy(), where=under > 0), offset
 
     def _line(
-        self, values: np.ndarray, q: np.ndarray, importance: np.ndarray, scale: np.ndarray, offset: np.ndarray
+        self, values: np.ndarray, q: np.ndarray, importance: np.ndarray | None, scale: np.ndarray, offset: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The scale and offset of least squares for these codes."""
-        weighed = importance * q
-        sums = [importance.sum(axis=1), weighed.sum(axis=1)]
-        squares, values_sum = np.einsum("nk,nk->n", weighed, q), np.einsum("nk,nk->n", importance, values)
+        weighed = q if importance is None else importance * q
+        count = np.full(len(q), BLOCK, np.float32) if importance is None else importance.sum(axis=1)
+        sums = [count, weighed.sum(axis=1)]
+        squares = np.einsum("nk,nk->n", weighed, q)
+        values_sum = values.sum(axis=1) if importance is None else np.einsum("nk,nk->n", importance, values)
         both = np.einsum("nk,nk->n", weighed, values)
         under = sums[0] * squares - sums[1] * sums[1]
         good = under > 1e-3 * sums[0] * squares
