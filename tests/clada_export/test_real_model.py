@@ -30,8 +30,8 @@ def gguf() -> Path:
 
 @pytest.fixture(scope="module", params=[256, pytest.param(ExportOptions.calibration_context, marks=pytest.mark.long)])
 def exported(request: pytest.FixtureRequest, gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    """An engine within 2% of the perplexity, calibrated on windows of so many tokens."""
-    options = ExportOptions(budget="ppl=2%", calibration_context=request.param)
+    """An engine within the default budget, calibrated on windows of so many tokens."""
+    options = ExportOptions(calibration_context=request.param)
     return export(gguf, tmp_path_factory.mktemp("smollm2") / "out", options)
 
 
@@ -53,7 +53,10 @@ def test_every_check_passes(exported: ExportResult) -> None:
 def test_the_budget_buys_sparsity(exported: ExportResult) -> None:
     assert 0.3 < exported.plan.expected_sparsity < 0.7
     drift = exported.plan.calibration.to_dict()["drift"]
-    assert drift["ppl_increase_bound"] <= 0.02
+    assert drift["ppl_increase_bound"] <= 0.02 and drift["kl_bound"] <= 0.05
+    assert exported.verification is not None
+    (check,) = (check for check in exported.verification.checks if check.name == "drift")
+    assert set(check.bounds) == {"ppl_increase", "kl"}
     assert exported.manifest.drift["sparsity"] == pytest.approx(exported.plan.expected_sparsity, abs=0.05)
 
 

@@ -1,0 +1,88 @@
+"""Plans by thresholds: what is measured for one, and that a response to the load breaks no bound of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clada_export.calibration import CalibrationOptions, calibrate, load_calibration_data, thresholds
+from clada_export.calibration.allocation import Allocation, Layers
+from clada_export.calibration.axis import AXES
+from clada_export.calibration.budget import STEPS
+from clada_export.calibration.calibrate import CalibrationResult
+from clada_export.calibration.drift import Drift, DriftMeter
+from clada_export.calibration.load_response import LoadResponse
+from clada_export.calibration.statistics import LayerTable
+from clada_export.decoder.torch_decoder import TorchDecoder
+from clada_export.methods import PolicySettings, get_policy
+from clada_export.plan.goal import Budget
+from tests.tiny_models import tiny_model
+
+BUDGET = Budget(ppl=0.02, kl=0.004)
+CONTEXT = 32
+
+
+def planned(**options: Any) -> CalibrationResult:
+    data = load_calibration_data(None, 256, context=CONTEXT)
+    policy = get_policy("clada", PolicySettings(score="exact", allocation="fisher", prior=False))
+    wanted = CalibrationOptions(budget=BUDGET, **options)
+    return calibrate(TorchDecoder(tiny_model("llama", 0)), policy, data, {"weights_digest": "0"}, wanted)
+
+
+def test_a_search_measures_no_levels_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[bytes] = []
+    measure = DriftMeter.measure
+
+    def counted(self: DriftMeter, layers: Any, levels: np.ndarray, *args: Any, exact: bool = False, **rest: Any) -> Drift:
+        if not exact:
+            measured.append(levels.tobytes())
+        return measure(self, layers, levels, *args, exact=exact, **rest)
+
+    monkeypatch.setattr(DriftMeter, "measure", counted)
+    result = planned(load_response=False)
+    # The variant is compared at the sparsity that the search begins with.
+    assert len(set(measured)) == len(measured) <= STEPS
+    steps = result.plan.calibration.search
+    assert steps is not None and len(steps) >= len(measured) and steps[0].sparsity == thresholds.COMPARE_AT
+    assert BUDGET.keeps(result.drift)
+
+
+def test_sparsities_with_the_same_levels_are_measured_once() -> None:
+    """An FFN that gives 0 for nine neurons of ten anyway: what is asked for below that is all the same."""
+    grid = np.linspace(0.0, 1.0, 65)
+    table = LayerTable(grid, np.maximum(0.9, grid), grid[::4], grid[::4], grid[::4])
+    layers = Layers(AXES["threshold"], (table,), (64,), (1.0,))
+    allocation = Allocation("level", lambda level: np.full(1, level), 1.0, layers)
+    still = Drift(np.zeros(2), np.zeros(2), np.full(2, 0.006), np.ones(2), np.zeros(2), 0.9)
+    asked: list[float] = []
+
+    def measure(layers: Any, levels: np.ndarray) -> Drift:
+        asked.append(float(levels[0]))
+        return replace(still, kl=np.full(2, 0.001 if levels[0] < 0.5 else 0.01))
+
+    best = thresholds.AllocatedMethod(None, None, allocation, replace(still, kl=np.full(2, 0.001)))  # type: ignore[arg-type]
+    found = thresholds._settle(measure, best, 0.45, CalibrationOptions(budget=BUDGET))
+    assert len(set(asked)) == len(asked)
+    assert found[2].kl_bound <= 0.004
+
+
+@pytest.mark.parametrize(
+    ("worse", "taken"),
+    [
+        (lambda drift: replace(drift, kl=drift.kl + 0.01), False),
+        (lambda drift: replace(drift, nll=drift.nll + 0.1), False),
+        (lambda drift: drift, True),
+    ],
+)
+def test_a_response_that_breaks_one_bound_is_not_taken(
+    worse: Callable[[Drift], Drift], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(meter: Any, measure: Any, layers: Any, allocation: Any, sparsity: Any, base: Any, still: Any, levels: Any) -> Any:
+        return LoadResponse(replace(base, surprisal_weight=1e-6), levels, worse(still), ())
+
+    monkeypatch.setattr(thresholds, "fit_load_response", fit)
+    assert (planned().plan.load.surprisal_weight != 0.0) == taken
