@@ -56,7 +56,7 @@ def test_the_budget_buys_sparsity(exported: ExportResult) -> None:
     assert drift["ppl_increase_bound"] <= 0.02 and drift["kl_bound"] <= 0.05
     assert exported.verification is not None
     (check,) = (check for check in exported.verification.checks if check.name == "drift")
-    assert set(check.bounds) == {"ppl_increase", "kl"}
+    assert set(check.bound) == {"ppl_increase", "kl"}
     assert exported.manifest.drift["sparsity"] == pytest.approx(exported.plan.expected_sparsity, abs=0.05)
 
 
