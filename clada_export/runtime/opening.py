@@ -30,6 +30,7 @@ class Request:
     use_library: bool = True
     verify_files: bool = True
     device: str = "auto"
+    packed: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def load_engine(
     use_library: bool = True,
     verify_files: bool = True,
     device: str = "auto",
+    packed: bool = True,
 ) -> Engine:
     """Load an export, for ONNX Runtime or TensorRT as it was compiled.
 
@@ -63,6 +65,8 @@ def load_engine(
         device: where ONNX Runtime runs the graph: `cpu`, `cuda` (an NVIDIA GPU), or `auto`: the GPU where its ONNX Runtime
             (`onnxruntime-gpu`) and the op's CUDA library are installed and `library` and `use_library` are left as they are,
             else the CPU. A TensorRT engine always runs on the GPU.
+        packed: let ONNX Runtime keep packed copies of the matrices outside of the sparse layers: faster prompts and batches,
+            for as much memory as those matrices take. False is for a machine that has not so much.
 
     Raises:
         UsageError: not an export, or a damaged one, or a wrong argument.
@@ -82,7 +86,7 @@ def load_engine(
             f"{DOMAIN}::{OP_TYPE} version {OP_VERSION}; export again"
         )
     given = None if library is None else Path(library)
-    request = Request(threads, given, use_library, verify_files, device)
+    request = Request(threads, given, use_library, verify_files, device, packed)
     return Engine(folder, manifest, OPENERS[manifest.target](folder, manifest, request))
 
 
@@ -100,8 +104,10 @@ def _ort_session(folder: Path, manifest: Manifest, request: Request) -> Session:
     elif request.use_library:
         library = _library(folder, manifest, request.library, request.verify_files)
     if library is None:
-        return GraphSession(folder, manifest, None, request.threads, device=device)
-    return GraphSession(folder, manifest, library.path, request.threads, library_name=library.name, device=device)
+        return GraphSession(folder, manifest, None, request.threads, device=device, packed=request.packed)
+    return GraphSession(
+        folder, manifest, library.path, request.threads, library_name=library.name, device=device, packed=request.packed
+    )
 
 
 def _tensorrt_session(folder: Path, manifest: Manifest, request: Request) -> Session:

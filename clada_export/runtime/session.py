@@ -45,6 +45,8 @@ class GraphSession:
         library: the custom-op library to register; None runs the op's function body, which needs none.
         threads: threads of one operator; None takes one for each core that this process may use.
         library_name: what messages call the library, where it is loaded from a copy.
+        packed: let ONNX Runtime keep copies of the matrices of its own products, packed for its kernels: faster prompts and
+            batches. False leaves all weights in the file, which is mapped: the system can take back every page of it.
         device: `cpu` or `cuda`. On a GPU, what operators it lacks run on the CPU, and the state stays in its memory.
 
     Raises:
@@ -61,6 +63,7 @@ class GraphSession:
         *,
         library_name: Path | None = None,
         device: str = CPU,
+        packed: bool = True,
     ) -> None:
         self._device = device
         options = ort.SessionOptions()
@@ -68,6 +71,8 @@ class GraphSession:
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if library is not None:
             with reading(OP_LIBRARY, f"{library_name or library}: {_RUNTIME}"):
                 options.register_custom_ops_library(str(library))

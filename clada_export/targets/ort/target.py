@@ -10,6 +10,7 @@ from pathlib import Path
 from clada_export.artifact.manifest import Manifest
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.rounding import round_ffn_weights
+from clada_export.decoder.spool import is_large
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.native.library import LIBRARY_NAME, require_ort
@@ -116,7 +117,9 @@ def verify_deployed(subject: Subject) -> Verification:
 def _run_checks(subject: Subject, verify_files: bool) -> Verification:
     @contextmanager
     def opened() -> Iterator[Engine]:
-        yield load_engine(subject.folder, verify_files=verify_files, device="cpu")
+        # What is not packed is in the file alone, and slower.
+        packed = not is_large(sum(path.stat().st_size for path in subject.folder.iterdir() if path.is_file()))
+        yield load_engine(subject.folder, verify_files=verify_files, device="cpu", packed=packed)
 
     options = VerifyOptions(limits=subject.limits)
     return run_checks(opened, subject.folder, subject.decoder, subject.text, options, subject.progress)
