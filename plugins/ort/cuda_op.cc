@@ -71,6 +71,18 @@ SparseFFNCudaOp::SparseFFNCudaOp() {
   OrtCustomOp::KernelDestroy = [](void* kernel) { delete static_cast<CudaKernel*>(kernel); };
 }
 
+QuantMatMulCudaOp::QuantMatMulCudaOp() {
+#ifndef CLADA_CUDA_EMULATION
+  OrtCustomOp::GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
+#endif
+  OrtCustomOp::CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void**) {
+    return Guard([&] {
+      throw ContractError(std::string(quant::kOpName) + " node '" + Ort::ConstKernelInfo(info).GetNodeName() +
+                          "': there is no CUDA kernel of this op; export with float weights for a GPU, or run this on the CPU");
+    });
+  };
+}
+
 std::string CudaVersion() {
   return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
 }

@@ -40,16 +40,18 @@ CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
     static const clada::ort::QuantMatMulOp quant_op;
 #ifdef CLADA_ORT_CUDA
     static const clada::ort::SparseFFNCudaOp cuda_op;
+    static const clada::ort::QuantMatMulCudaOp quant_cuda_op;
 #endif
     static Ort::CustomOpDomain domain = [] {
       Ort::CustomOpDomain made(clada::kDomain);
 #ifdef CLADA_ORT_CUDA
       made.Add(&cuda_op);
+      made.Add(&quant_cuda_op);
 #endif
-#ifndef CLADA_CUDA_EMULATION  // there the emulated op takes the CPU's place
+#ifndef CLADA_CUDA_EMULATION  // there the emulated ops take the CPU's place
       made.Add(&op);
-#endif
       made.Add(&quant_op);
+#endif
       return made;
     }();
     Ort::UnownedSessionOptions(options).Add(domain);

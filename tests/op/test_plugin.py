@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quant_shells
 import test_contract
 import torch
 import yaml
@@ -115,6 +116,12 @@ def test_the_cuda_op_of_onnx_runtime_keeps_the_contract(name: str) -> None:
     library = emulation_folder() / "plugins" / "libclada_ort_cuda.so"
     for case in contract_cases(name)[::5]:
         assert_close(run(session(make_model(case), library=library), case), case)
+
+
+def test_the_cuda_provider_has_no_quant_matmul_and_says_so() -> None:
+    library = emulation_folder() / "plugins" / "libclada_ort_cuda.so"
+    with pytest.raises(Exception, match=r"QuantMatMul node 'layer7/q_proj': there is no CUDA kernel"):
+        session(quant_shells.make_model(quant_shells.make_case()), library=library)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
