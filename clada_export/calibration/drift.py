@@ -63,6 +63,12 @@ class Drift:
         """Mean KL of every window."""
         return np.array([self.kl[self.window == index].mean() for index in np.unique(self.window)])
 
+    def upto(self, other: Drift) -> Drift:
+        """The part of it that is of the windows of another, which was measured on the first of them only."""
+        count = len(other.nll)
+        arrays = (self.nll, self.dense_nll, self.kl, self.top1, self.window)
+        return Drift(*(array[:count] for array in arrays), self.sparsity)
+
     def gain_over(self, other: Drift) -> tuple[float, float]:
         """How much lower the mean KL is than that of `other`, window by window, and the standard error of it (nats a token).
 

@@ -173,7 +173,7 @@ class HeldOut:
                 if multiplier is not None:
                     level = selector.axis.moved(torch.tensor(level), multiplier[window, self._prompt :].unsqueeze(-1))
                 remaining, keep = selector.hidden(rows[part], selection, level)
-                counts[0] += int(keep.sum()) * selector.layer.granule * (decided if len(keep) == 1 else 1)
+                counts[0] += int(keep.count_nonzero()) * selector.layer.granule * (decided if len(keep) == 1 else 1)
                 counts[1] += selector.layer.width * decided
                 changed += [hidden[place, :skipped], remaining] if skipped else [remaining]
             return torch.cat(changed).reshape(h.shape)

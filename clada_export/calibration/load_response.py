@@ -25,7 +25,7 @@ EFFECTIVE_SLOPES = (0.1, 0.05)
 """Slopes tried for one standard deviation of the signal, the smaller only where the larger does not help; still larger ones
 lose (`docs/load-signal.md`)."""
 
-Measure = Callable[[MethodSelectors, np.ndarray, Tensor], Drift]
+Measure = Callable[[MethodSelectors, np.ndarray, Tensor, Callable[[Drift], bool]], Drift]
 
 ERROR_STEP = 1.15
 """The error target is moved by this factor, up and down, to see what a layer's level does."""
@@ -79,15 +79,20 @@ def fit_load_response(
 ) -> LoadResponse:
     """Try surprisal and entropy with small slopes against no response.
 
-    A response is taken only if its mean KL is lower by more than one standard error of the paired difference over windows;
-    the weights of the signal are zero otherwise.
+    One that gains nothing on the first windows is not measured on the others. A response is taken only if its mean KL is lower
+    by more than one standard error of the paired difference over windows; the weights of the signal are zero otherwise.
 
     Args:
         meter: has the held-out windows' signals.
-        measure: the drift of layers at levels [layers] under m(load) [N, context].
+        measure: the drift of layers at levels [layers] under m(load) [N, context]; the last argument is asked whether the
+            windows so far are enough.
         still: the drift without a response, at `levels`.
     """
     tried: list[TriedResponse] = []
+
+    def no_gain(drift: Drift) -> bool:
+        return drift.gain_over(still.upto(drift))[0] <= 0.0
+
     best = LoadResponse(base, levels, still, ())
     for name, weights in (("surprisal", (1.0, 0.0)), ("entropy", (0.0, 1.0))):
         for slope in EFFECTIVE_SLOPES:
@@ -96,17 +101,19 @@ def fit_load_response(
             multiplier = multiplier_of(signal, meter.signals, meter.context)
             decided = multiplier[:, meter.prompt :].flatten()
             rescaled = allocation.levels_for(sparsity, decided[:: max(1, decided.numel() // 512)].numpy())
-            drift = measure(layers, rescaled, multiplier)
-            gain, error = drift.gain_over(still)
+            drift = measure(layers, rescaled, multiplier, no_gain)
+            same = still.upto(drift)
+            gain, error = drift.gain_over(same)
             # More active neurons than the still plan would be an unfair gain.
             fair = drift.sparsity >= still.sparsity - 0.002
-            taken = bool(gain > error and fair and drift.mean_kl < best.drift.mean_kl)
+            whole = len(drift.nll) == len(still.nll)
+            taken = bool(whole and gain > error and fair and drift.mean_kl < best.drift.mean_kl)
             tried.append(
                 TriedResponse(
                     signal=name,
                     slope=slope,
                     kl=drift.mean_kl,
-                    kl_without=still.mean_kl,
+                    kl_without=same.mean_kl,
                     gain=gain,
                     standard_error=error if math.isfinite(error) else -1.0,
                     sparsity=drift.sparsity,

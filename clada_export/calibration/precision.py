@@ -20,7 +20,7 @@ def products(fast: bool) -> Iterator[None]:
 
     What was set before is set again afterwards.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16" if fast else "ieee"
     try:

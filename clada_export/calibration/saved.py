@@ -56,7 +56,7 @@ class SavedInFile:
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the context ends
         place = _Place(self._end, tuple(value.shape), value.dtype)
-        data = memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = _bytes(value.detach().contiguous())
         while data:
             written = os.pwrite(self._file.fileno(), data, self._end)
             self._end, data = self._end + written, data[written:]
@@ -66,7 +66,7 @@ class SavedInFile:
         if isinstance(found, Tensor):
             return found
         value = torch.empty(found.shape, dtype=found.dtype)
-        data = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        data = _bytes(value)
         offset = found.offset
         while data:
             count = os.preadv(self._file.fileno(), [data], offset)
@@ -74,3 +74,9 @@ class SavedInFile:
                 raise OSError("a temporary file ended early")
             offset, data = offset + count, data[count:]
         return value
+
+
+def _bytes(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    found: Any = value.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(found)

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from clada_export.calibration.axis import AXES, Axis
 from clada_export.decoder.ffn import EagerFFN
+from clada_export.decoder.spool import Spool
 from clada_export.op.reference import granule_prior, per_granule, prompt_shares
 from clada_export.op.router import RouterModule
 from clada_export.op.scorer import LayerScorer
 from clada_export.plan.layer import LayerPlan, layer_attributes
 from clada_export.plan.method import Method
 from clada_export.plan.tensors import LayerTensors
+
+SHELF_LIMIT = 256 * 2**20
+"""Bytes of 4-bit copies of weights that are kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class LayerSelector:
 class ScorerShelf:
     """The scorers of a model's FFNs, each made when it is first asked for, and kept.
 
+    Their 4-bit copies are in memory up to `SHELF_LIMIT`, and beyond it in a file.
+
     Args:
         ffns: with weights that do not change while the shelf is used.
     """
@@ -120,12 +126,21 @@ class ScorerShelf:
     def __init__(self, ffns: Sequence[EagerFFN]) -> None:
         self._ffns = tuple(ffns)
         self._made: dict[tuple[str, int], LayerScorer] = {}
+        self._spool: Spool | None = None
+        self._size = 0
 
     def scorer(self, score: str, index: int) -> LayerScorer:
         """Of the FFN with this index."""
         if (score, index) not in self._made:
-            self._made[score, index] = LayerScorer(self._ffns[index], score)
+            self._made[score, index] = LayerScorer(self._ffns[index], score, self._keep)
         return self._made[score, index]
+
+    def _keep(self, value: Tensor) -> Tensor:
+        self._size += value.nbytes
+        if self._size <= SHELF_LIMIT:
+            return value
+        self._spool = self._spool or Spool()
+        return self._spool.copy(value)
 
 
 class MethodSelectors(tuple[LayerSelector, ...]):

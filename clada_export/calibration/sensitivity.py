@@ -92,7 +92,7 @@ def _by_gradient(decoder: Decoder, window: Tensor, generator: torch.Generator) -
 
         # The first FFN starts the graph: nothing before it needs a gradient, and no parameter does.
         kept = y if y.requires_grad else y.detach().requires_grad_(True)
-        kept.register_hook(add)
+        kept.register_hook(add)  # type: ignore[no-untyped-call]
         # A model may add to what an FFN returns in place (Falcon does), and that must not be the tensor whose gradient is read.
         return kept.clone()
 

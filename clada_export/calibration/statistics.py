@@ -29,7 +29,7 @@ CETT_EVERY = 4
 """Every how many levels the error is measured too; it costs one down projection each."""
 CETT_ROWS = 24
 """Rows a window on which the error is measured."""
-VALUES = 2**20
+VALUES = 2**19
 """About how many scores of a window are counted: of more, every n-th row."""
 HIGHEST_SPARSITY = 0.97
 HIGHEST_CETT = 1e6

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clada_export.calibration.soundness import bounded
+from clada_export.decoder.spool import Pages, Spool
 
 KEEP_LIMIT = 640 * 2**20
 """Bytes of dense logits that are kept in memory between measurements; beyond it they are in a temporary file."""
@@ -31,6 +30,8 @@ class Teacher:
     p_log_p: Tensor
     nll: Tensor
     best: Tensor
+    pages: Pages | None = None
+    """Of the file that `p` is in, if it is in one."""
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor, size: int) -> Teacher:
@@ -40,7 +41,8 @@ class Teacher:
             targets: the tokens that followed, int64 [rows].
             size: bytes of all logits that are kept at a time (`hold`).
         """
-        place = hold_place(tuple(logits.shape), size)
+        spool = None if size <= KEEP_LIMIT else Spool()
+        place = torch.empty(logits.shape) if spool is None else spool.take(logits.shape, torch.float32)
         columns: list[Tensor] = []
         for part in chunks(logits):
             log_p = logits[part].log_softmax(-1)
@@ -49,7 +51,9 @@ class Teacher:
             torch.exp(log_p, out=place[part])
             columns.append(torch.stack(((place[part] * log_p.nan_to_num(neginf=0.0)).sum(-1), chosen, best.float())))
         p_log_p, nll, best = torch.cat(columns, dim=1)
-        return cls(place, p_log_p, nll, best.long())
+        made = cls(place, p_log_p, nll, best.long(), None if spool is None else spool.pages([place]))
+        made.rest()
+        return made
 
     def compare(self, logits: Tensor, targets: Tensor, rows: slice = slice(None)) -> Tensor:
         """Another model's logits [rows, V] against some rows: float32 [4, rows], nll, dense nll, KL, top-1 agreement.
@@ -68,8 +72,14 @@ class Teacher:
             kl = p_log_p[part] - (p[part] * z).sum(-1) + total
             nll = total - z.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
             found.append(torch.stack((bounded(nll), bounded(kl.clamp(min=0.0)), (z.argmax(-1) == best[part]).float())))
+        self.rest()
         nll, kl, same = torch.cat(found, dim=1)
         return torch.stack((nll, bounded(self.nll[rows]), kl, same))
+
+    def rest(self) -> None:
+        """Give the memory back of what is in a file."""
+        if self.pages is not None:
+            self.pages.rest()
 
 
 def chunks(logits: Tensor) -> Iterator[slice]:
@@ -86,12 +96,4 @@ def hold(values: Tensor, size: int) -> Tensor:
         values: float32.
         size: bytes of all that is held.
     """
-    return hold_place(tuple(values.shape), size).copy_(values)
-
-
-def hold_place(shape: tuple[int, ...], size: int) -> Tensor:
-    """Float32 memory that is not filled yet; see `hold`."""
-    if size <= KEEP_LIMIT:
-        return torch.empty(shape)
-    with tempfile.TemporaryFile() as stream:
-        return torch.from_numpy(np.memmap(stream, dtype=np.float32, mode="w+", shape=shape))
+    return values.clone() if size <= KEEP_LIMIT else Spool().copy(values)

@@ -96,11 +96,14 @@ def plan_thresholds(
     selectors = Selectors(calibrator.decoder.ffns, ready.methods)
     if options.rival is not None:
         aimed = equal_sparsity(ready.methods[0], options.rival, options.item)
-    candidates = _candidates(calibrator, selectors, statistics.tables, aimed, options, allocation)
+    responds = options.load_response and maker.responds
+    # What is compared with nothing, and led to nothing, is measured once, as the model is computed.
+    once = options.sparsity is not None and not responds and _alone(ready.methods, allocation)
+    candidates = _candidates(calibrator, selectors, statistics.tables, aimed, options, allocation, exact=once)
     best = _best(candidates)
     settled = _settled(calibrator, best, aimed, options, statistics.load, maker.responds)
     drift = settled.drift
-    if calibrator.meter.fast:
+    if calibrator.meter.fast and not once:
         # What a plan says of itself is measured as the model is computed.
         drift = _exact(calibrator, best, settled)
         if not options.keeps(drift):
@@ -150,8 +153,13 @@ def _settled(
     """
     meter = calibrator.meter
 
-    def measure(layers: MethodSelectors, levels: np.ndarray, multiplier: Tensor | None = None) -> Drift:
-        return meter.measure(layers, levels, multiplier, calibrator.step, exact=exact)
+    def measure(
+        layers: MethodSelectors,
+        levels: np.ndarray,
+        multiplier: Tensor | None = None,
+        enough: Callable[[Drift], bool] = lambda drift: False,
+    ) -> Drift:
+        return meter.measure(layers, levels, multiplier, calibrator.step, exact=exact, enough=enough)
 
     sparsity, levels, drift, history = _settle(measure, best, aimed, options)
     tried: tuple[TriedResponse, ...] = ()
@@ -206,8 +214,14 @@ def _candidates(
     aimed: float,
     options: CalibrationOptions,
     wanted: str | None,
+    *,
+    exact: bool,
 ) -> list[AllocatedMethod]:
-    """The plainest method under each of its allocations, then its variants under the best of these."""
+    """The plainest method under each of its allocations, then its variants under the best of these.
+
+    Args:
+        exact: measure in float32.
+    """
     found: list[AllocatedMethod] = []
 
     def hopeless(drift: Drift) -> bool:
@@ -229,7 +243,7 @@ def _candidates(
         for name in names:
             allocation = allocate(name, layers)
             selected, levels = selectors.layers[index], allocation.levels_for(aimed)
-            drift = calibrator.meter.measure(selected, levels, step=calibrator.step, enough=hopeless)
+            drift = calibrator.meter.measure(selected, levels, step=calibrator.step, enough=hopeless, exact=exact)
             found.append(AllocatedMethod(method, selected, allocation, drift))
         if options.rival is not None and not any(options.keeps(item.drift) for item in found):
             nearest = min(found, key=lambda item: options.budget.cost(item.drift))
@@ -239,6 +253,11 @@ def _candidates(
                 told = options.budget.told(nearest.drift)
                 raise OutdoneError(f"reads x{options.rival:.3f} at {aimed:.0%}, where it costs {told}", cost, aimed)
     return [item for item in found if len(item.drift.nll) == max(len(other.drift.nll) for other in found)]
+
+
+def _alone(methods: Sequence[Method], wanted: str | None) -> bool:
+    """Whether there is one candidate."""
+    return len(methods) == 1 and (wanted is not None or len(methods[0].allocations) == 1)
 
 
 def _settle(
