@@ -20,6 +20,10 @@ WITHIN = 2.0
 """Of seconds: a measured export took between the price divided by this and the price times this."""
 WINDOWS = 9
 """Of the text: five that statistics read, four held out."""
+SHADOW = 0.42
+"""Bytes of 4-bit copies and their scales for each weight of the FFNs: gate and up are two thirds of these."""
+BESIDE = 8_000_000
+"""Bytes of an engine's tokenizer, library and report."""
 ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -32,6 +36,7 @@ class Work:
         trained: how many policies train routers.
         planned: whether the plan is given, so that nothing is calibrated.
         context: tokens of a calibration window.
+        shadow: whether the engine may score neurons with 4-bit copies of gate and up.
     """
 
     target: str = "ort"
@@ -41,6 +46,7 @@ class Work:
     planned: bool = False
     verified: bool = True
     context: int = 512
+    shadow: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,9 @@ def output_bytes(size: ModelSize, work: Work) -> int:
     """Of the engine's folder: the FFNs in the engine's type, the rest in float32; with TensorRT all in one type."""
     item = ITEMS[work.dtype]
     if work.target != "ort":
-        return size.parameters * item
-    return size.ffn * item + (size.parameters - size.ffn) * FLOAT32
+        return size.parameters * item + BESIDE
+    copies = round(SHADOW * size.ffn) if work.shadow else 0
+    return size.ffn * item + (size.parameters - size.ffn) * FLOAT32 + copies + BESIDE
 
 
 def _stages(size: ModelSize, machine: Machine, work: Work, output: int) -> Iterator[StagePrice]:

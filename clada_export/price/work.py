@@ -11,7 +11,7 @@ from clada_export.price.model import Work
 def work_of(options: ExportOptions) -> Work:
     """The work that options which were checked ask for."""
     policies = all_policies(options.settings)
-    chosen = policies.values() if options.policy == AUTO else [get_policy(options.policy, options.settings)]
+    chosen = list(policies.values()) if options.policy == AUTO else [get_policy(options.policy, options.settings)]
     untrained = sum(not policy.trained for policy in chosen)
     trained = len(chosen) - untrained if options.train or options.policy != AUTO else 0
     return Work(
@@ -22,4 +22,5 @@ def work_of(options: ExportOptions) -> Work:
         planned=options.plan is not None,
         verified=options.verify,
         context=options.calibration_context,
+        shadow=any((options.settings.score or policy.scores[0]) == "shadow" for policy in chosen),
     )

@@ -128,12 +128,13 @@ def test_all_policies_that_train_nothing_take_part_in_a_choice() -> None:
     assert work_of(ExportOptions(policy="auto")).measured == untrained > 1
     assert work_of(ExportOptions(policy="auto", train=True)).trained == len(POLICIES) - untrained
     assert work_of(ExportOptions()) == Work()
+    assert not work_of(ExportOptions(policy="griffin")).shadow
 
 
 def test_what_is_short_is_told() -> None:
     short = replace(MACHINE, memory=GB // 2, disk=GB)
     lines = "\n".join(told(price(SIZE, short, Work()), short))
-    assert "0.50 GB of memory are available" in lines and "1.00 GB are free on this disk, and 8.00 GB are needed" in lines
+    assert "0.50 GB of memory are available" in lines and "1.00 GB are free on this disk, and 8.26 GB are needed" in lines
     apart = replace(MACHINE, temporary=GB, same_disk=False)
     assert "1.00 GB are free for temporary files, 4.00 GB are needed" in "\n".join(told(price(SIZE, apart, Work()), apart))
     assert "short" not in "\n".join(told(price(SIZE, MACHINE, Work()), MACHINE))
@@ -155,7 +156,7 @@ def test_the_command_says_the_price(model_folder: Folder, capsys: pytest.Capture
     assert "export    about" in capsys.readouterr().out
     assert main(["inspect", folder, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["price"]["output"] == found["size"]["parameters"] * 4
+    assert found["price"]["output"] > found["size"]["parameters"] * 4
     assert found["price"]["stages"][0]["stage"] == "source" and found["machine"]["threads"] >= 1
 
 
