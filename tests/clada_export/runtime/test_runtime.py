@@ -210,6 +210,14 @@ def test_a_row_at_minus_infinity_is_left_as_it_was(engine: Engine) -> None:
     np.testing.assert_allclose(output.logits[1], expected_logits([3, 6])[-1], rtol=1e-4, atol=1e-4)
 
 
+def test_matrices_that_are_not_packed(engine: Engine) -> None:
+    """The same numbers, from weights that stay in the file."""
+    rows = [[1, 2, 3], [4, 5]]
+    found = load_engine(engine.folder, threads=1, packed=False).logits(rows)
+    for one, other in zip(found, engine.logits(rows), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 @settings(deadline=None, max_examples=25)
 @given(PROMPTS)
 def test_generate_follows_the_definition(engine: Engine, prompts: list[list[int]]) -> None:
