@@ -13,7 +13,7 @@ from clada_export.calibration import CalibrationOptions, calibrate, load_calibra
 from clada_export.calibration.allocation import Allocation, Layers
 from clada_export.calibration.axis import AXES
 from clada_export.calibration.budget import STEPS
-from clada_export.calibration.calibrate import CalibrationResult
+from clada_export.calibration.calibrate import CalibrationResult, Calibrator
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.load_response import LoadResponse
 from clada_export.calibration.statistics import LayerTable
@@ -86,3 +86,22 @@ def test_a_response_that_breaks_one_bound_is_not_taken(
 
     monkeypatch.setattr(thresholds, "fit_load_response", fit)
     assert (planned().plan.load.surprisal_weight != 0.0) == taken
+
+
+def test_a_search_over_pruning_measures_each_amount_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[bool] = []
+    measure = DriftMeter.measure
+
+    def counted(*args: Any, exact: bool = False, **rest: Any) -> Drift:
+        measured.append(exact)
+        return measure(*args, exact=exact, **rest)
+
+    monkeypatch.setattr(DriftMeter, "measure", counted)
+    data = load_calibration_data(None, 256, context=CONTEXT)
+    calibrator = Calibrator(TorchDecoder(tiny_model("llama", 0)), data, fast=True)
+    result = calibrator.calibrate(get_policy("wanda"), {"weights_digest": "0"}, CalibrationOptions(budget=BUDGET))
+    steps = result.plan.calibration.search
+    # Nothing is compared with it, so that products in bfloat16 would have been for nothing.
+    assert steps is not None and measured == [True] * len(steps) and len(steps) <= STEPS
+    assert len({step.sparsity for step in steps}) == len(steps)
+    assert BUDGET.keeps(result.drift)
