@@ -153,8 +153,13 @@ def _settled(
     """
     meter = calibrator.meter
 
-    def measure(layers: MethodSelectors, levels: np.ndarray, multiplier: Tensor | None = None) -> Drift:
-        return meter.measure(layers, levels, multiplier, calibrator.step, exact=exact)
+    def measure(
+        layers: MethodSelectors,
+        levels: np.ndarray,
+        multiplier: Tensor | None = None,
+        enough: Callable[[Drift], bool] = lambda drift: False,
+    ) -> Drift:
+        return meter.measure(layers, levels, multiplier, calibrator.step, exact=exact, enough=enough)
 
     sparsity, levels, drift, history = _settle(measure, best, aimed, options)
     tried: tuple[TriedResponse, ...] = ()
