@@ -29,8 +29,8 @@ CETT_EVERY = 4
 """Every how many levels the error is measured too; it costs one down projection each."""
 CETT_ROWS = 24
 """Rows a window on which the error is measured."""
-VALUES = 2**19
-"""About how many scores of a window are counted: of more, every n-th row."""
+VALUES, FEWEST_ROWS = 2**18, 48
+"""About how many scores of a window are counted, and of how many rows at least: of more, every n-th row."""
 HIGHEST_SPARSITY = 0.97
 HIGHEST_CETT = 1e6
 """Of one row, whose neurons may all but cancel out."""
@@ -217,8 +217,9 @@ def _make_grid(selector: LayerSelector, values: Tensor) -> Tensor:
 
 
 def _some_rows(values: Tensor) -> Tensor:
-    """Every n-th row, so that they have about `VALUES` values or fewer."""
-    return values[:: max(1, math.ceil(values.numel() / VALUES))]
+    """Every n-th row, so that they are about `VALUES` values or fewer, but no fewer rows than `FEWEST_ROWS`."""
+    step = min(math.ceil(values.numel() / VALUES), len(values) // FEWEST_ROWS)
+    return values[:: max(1, step)]
 
 
 def collect_statistics(

@@ -29,8 +29,8 @@ from clada_export.decoder.tap import FFNTap
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.methods import POLICIES, PolicySettings, get_policy
-from clada_export.op.reference import sparse_ffn
-from clada_export.op.scorer import LayerScorer
+from clada_export.op.reference import neuron_outputs, neuron_scores, sparse_ffn
+from clada_export.op.scorer import LayerScorer, layer_attributes, layer_tensors
 from clada_export.plan.method import Method, draft_layers
 from clada_export.plan.plan import SparsityPlan
 from clada_export.verify.eager import ReferenceModel
@@ -376,9 +376,36 @@ def test_a_policy_that_needs_a_gate_names_the_layer_without() -> None:
 def test_the_shadow_scorer_is_the_op(seed: int = 0) -> None:
     ffn = find_eager_ffns(tiny_model("llama", 0)).found[0]
     scorer = LayerScorer(ffn, "shadow")
-    from clada_export.op.scorer import layer_attributes, layer_tensors
-
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
     tensors = layer_tensors(ffn, "shadow", torch.tensor([0.01]))
     result = sparse_ffn(x, torch.zeros(5), tensors, layer_attributes(ffn, "shadow", "threshold"))
     assert torch.equal(result.mask, ~(scorer(x, torch.zeros(5, 96)) < 0.01))
+
+
+@pytest.mark.parametrize(("score", "bytes_a_weight"), [("shadow", 0.5 + 4 / 32), ("gate", 0.0), ("exact", 0.0)])
+def test_scorers_hold_no_float32_copy_of_weights(score: str, bytes_a_weight: float) -> None:
+    ffn = find_eager_ffns(tiny_model("llama", 0)).found[0]
+    scorer = LayerScorer(ffn, score)
+    x = torch.randn(3, ffn.hidden_size)
+    scorer(x, torch.zeros(3, ffn.intermediate_size))
+    held = [item for value in vars(scorer).values() for item in _tensors_in(value)]
+    weights = 2 * ffn.intermediate_size * ffn.hidden_size
+    assert sum(item.nbytes for item in held) <= weights * bytes_a_weight + 4 * ffn.intermediate_size
+
+
+def _tensors_in(value: object) -> list[torch.Tensor]:
+    if isinstance(value, list | tuple):
+        return [item for part in value for item in _tensors_in(part)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "phi3"])
+@pytest.mark.parametrize("score", ["shadow", "gate", "exact"])
+def test_a_scorer_scores_as_the_op(kind: str, score: str) -> None:
+    ffn = find_eager_ffns(tiny_model(kind, 0)).found[0]
+    tensors = layer_tensors(ffn, score, torch.zeros(1))
+    attributes = layer_attributes(ffn, score, "threshold")
+    x = torch.randn(5, ffn.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden, gate = neuron_outputs(x, tensors.w_in, tensors, attributes)
+    wanted = neuron_scores(x, hidden, gate, tensors, attributes, None, None)
+    torch.testing.assert_close(LayerScorer(ffn, score)(x, hidden), wanted, rtol=1e-5, atol=1e-7)

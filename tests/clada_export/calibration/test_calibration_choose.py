@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +16,24 @@ import pytest
 from clada_export import export
 from clada_export.artifact.report import write_report
 from clada_export.calibration import Budget, CalibrationOptions, load_calibration_data
-from clada_export.calibration.calibrate import Calibrator
+from clada_export.calibration.calibrate import Calibrator, OutdoneError
 from clada_export.calibration.choose import choose, plan_clock
 from clada_export.calibration.clock import read_clock
 from clada_export.calibration.cost import dense_bytes, read_bytes
+from clada_export.calibration.heldout import HeldOut
+from clada_export.calibration.selector import MethodSelectors, Selectors
 from clada_export.cli import main_export
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import BackendError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import POLICIES, PolicySettings, all_policies, get_policy
+from clada_export.plan.method import Method
+from clada_export.plan.plan import SparsityPlan
 from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 
+# The package's attribute of this name is the function.
+stage = importlib.import_module("clada_export.calibration.calibrate")
 SOURCE = {"weights_digest": "0"}
 TRAINING_FREE = {name: POLICIES[name] for name in ("clada", "griffin", "tt", "cats")}
 LOOSE = CalibrationOptions(budget=Budget(kl=0.01), load_response=False)
@@ -233,3 +241,75 @@ def test_auto_from_the_command_line(
 def test_training_is_for_auto(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--train is for --policy auto"):
         export("nowhere", tmp_path / "out", ExportOptions(policy="griffin", train=True))
+
+
+class CountedMeter:
+    """Counts the held-out windows that are run, by method."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.windows: Counter[str] = Counter()
+        real = HeldOut.sparse
+
+        def sparse(heldout: HeldOut, group: int, layers: MethodSelectors, *rest: Any) -> Any:
+            self.windows[f"{layers.method.score} {layers.method.rule}"] += len(heldout.groups[group])
+            return real(heldout, group, layers, *rest)
+
+        patch.setattr(HeldOut, "sparse", sparse)
+
+
+def test_a_policy_that_is_outdone_is_measured_where_it_would_read_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = CountedMeter(monkeypatch)
+    shared = calibrator()
+    griffin = {name: POLICIES[name] for name in ("griffin", "clada", "tt")}
+    auto = choose(shared, SOURCE, LOOSE, policies=griffin).plan.calibration.to_dict()["auto"]
+    rows, windows = rows_of(auto), len(shared.data.heldout)
+    best = rows[auto["chosen"]]["relative_bytes"]
+    for row in rows.values():
+        if row["relative_bytes"] is None:
+            assert (row["why"].startswith("reads x") and row["cost"] is None) or row["cost"] > 1
+        else:
+            assert row["relative_bytes"] >= best
+    # What is outdone is measured once for each allocation, or not at all.
+    outdone = {"griffin": "prefix topk", "clada": "shadow threshold", "tt": "exact threshold"}
+    for name, kind in outdone.items():
+        if rows[name]["relative_bytes"] is None:
+            assert counted.windows[kind] <= 3 * windows
+    assert any(row["relative_bytes"] is None for row in rows.values())
+
+
+def test_what_reads_too_much_at_its_sparsest_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = CountedMeter(monkeypatch)
+    shared = calibrator()
+    with pytest.raises(OutdoneError, match=r"reads x0\.6\d\d at 95%, not fewer than x0\.500"):
+        shared.calibrate(POLICIES["tt"], SOURCE, replace(LOOSE, rival=0.5))
+    assert not counted.windows
+
+
+def test_tables_of_all_policies_are_made_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = stage.run_statistics
+
+    def counted(runner: Any, methods: Any, **rest: Any) -> Any:
+        asked.append(len(methods))
+        return real(runner, methods, **rest)
+
+    monkeypatch.setattr(stage, "run_statistics", counted)
+    together = choose(calibrator(), SOURCE, LOOSE, policies=TRAINING_FREE)
+    assert asked == [5]
+    alone = calibrator().calibrate(POLICIES[together.plan.policy], SOURCE, LOOSE)
+    assert together.plan.layers == alone.plan.layers
+
+
+def test_a_plan_says_what_it_costs_in_float32() -> None:
+    model = tiny_model("llama", 0)
+    data = load_calibration_data(None, 256, context=32)
+    fast = Calibrator(TorchDecoder(model), data, fast=True).calibrate(POLICIES["clada"], SOURCE, LOOSE)
+    exact = Calibrator(TorchDecoder(model), data, fast=False)
+    layers = Selectors(exact.decoder.ffns, (method_of(fast.plan),)).layers[0]
+    found = exact.meter.measure(layers, np.array([layer.threshold[0] for layer in fast.plan.layers]))
+    np.testing.assert_allclose(fast.drift.kl, found.kl, atol=1e-6)
+    assert LOOSE.keeps(fast.drift)
+
+
+def method_of(plan: SparsityPlan) -> Method:
+    return Method(plan.policy, plan.score, plan.rule, plan.layers, dict(plan.arrays))
