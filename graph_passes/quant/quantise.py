@@ -150,7 +150,8 @@ class _Fit:
         q = values - offset[:, None] if self.has_offset else values.copy()
         q *= inverse[:, None]
         np.rint(q, out=q)
-        return np.clip(q, -self.zero, self.zero - 1, out=q)
+        np.clip(q, -self.zero, self.zero - 1, out=q)
+        return q
 
     def _slope(
         self, values: np.ndarray, q: np.ndarray, importance: np.ndarray | None, scale: np.ndarray, offset: np.ndarray
@@ -179,7 +180,8 @@ class _Fit:
 
 def _half(values: np.ndarray) -> np.ndarray:
     """Rounded to float16, within its range; as float32."""
-    return np.clip(values, -_MOST, _MOST).astype(np.float16).astype(np.float32)
+    rounded: np.ndarray = np.clip(values, -_MOST, _MOST).astype(np.float16).astype(np.float32)
+    return rounded
 
 
 Quantiser = Callable[[np.ndarray], QuantisedMatrix]

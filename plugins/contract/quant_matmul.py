@@ -7,7 +7,7 @@ them. This op has four integers, and its data are the layout of a record.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,7 @@ def _fill(page: str, contract: Mapping[str, Any]) -> str:
     return _MARKED.sub(lambda match: match[1] + "".join(f"{line}\n" for line in parts[match["name"]]) + match[3], page)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]
 
 
