@@ -55,7 +55,7 @@ def require_backend(settings: TensorRTOptions | None = None, verify: bool = True
 
 def round_weights(decoder: Decoder, dtype: str) -> str:
     """Round the FFNs' weights, and nothing else, in place."""
-    return round_ffn_weights(decoder.ffns, dtype)
+    return round_ffn_weights(decoder.ffns, dtype, decoder.used)
 
 
 def traceable(decoder: TorchDecoder, dtype: str) -> TorchDecoder:

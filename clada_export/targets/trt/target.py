@@ -91,7 +91,7 @@ def require_backend(settings: TensorRTOptions | None = None, verify: bool = True
 
 def round_weights(decoder: Decoder, dtype: str) -> str:
     """Round every parameter in place: the engine computes in `dtype` throughout."""
-    return round_all_weights(decoder.module, dtype)
+    return round_all_weights(decoder.module, dtype, decoder.used)
 
 
 def traceable(decoder: TorchDecoder, dtype: str) -> TorchDecoder:
