@@ -73,6 +73,7 @@ FAMILIES = (
     Family("4+2 search, symmetric, two", "skip", planes(replace(BASE, offset=False), 2), "two"),
     Family("4+2 symmetric f16 search, two", "skip", planes(PLAIN, 2), "two"),
     Family("4+2 symmetric f16 compensated, two", "skip", planes(replace(PLAIN, compensated=True), 2), "two"),
+    Family("4+2 compensated, symmetric, two", "skip", planes(replace(TIGHT, offset=False), 2), "two"),
     Family("4+2 search, block 64, two", "skip", planes(replace(BASE, block=64), 2), "two"),
     Family("4+2 fit to the high plane, two", "skip", planes(replace(BASE, fit_high=True), 2), "two"),
     Family("3+2 search, two", "skip", planes(replace(BASE, high=3), 2), "two"),

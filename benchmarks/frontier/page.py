@@ -7,6 +7,7 @@ python -m benchmarks.frontier.page --check   # exit code 1 if the page is not wh
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.markers import fill
 from benchmarks.table import markdown
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "frontier.md"
+DISTORTION = "distortion.json"
 NOTHING = "No results are recorded yet."
 WORDS = {"users": "llama.cpp", "dense": "dense", "skip": "skipping"}
 
@@ -116,10 +118,27 @@ def _whole(result: dict[str, Any]) -> str:
     return markdown(["FFNs", "attention", "LM head", "FFN bits", "MB a token", "KL", "perplexity", "top-1"], rows)
 
 
+def normal(result: dict[str, Any]) -> str:
+    """What the page says about the errors on normal weights."""
+    one = [[item["name"], f"{item['bits']:.2f}", f"{item['error']:.4f}", f"{item['worth']:+.2f}"] for item in result["one"]]
+    two = [[item["name"], f"{item['bits']:.2f}", f"{item['high']:.4f}", f"{item['error']:.4f}"] for item in result["two"]]
+    return "\n\n".join(
+        (
+            "### Normal weights",
+            f"Relative error of {result['rows']} x {result['row']} normal numbers. `worth`: bits ahead of `4 offset f16` at "
+            "equal error, if a bit more halves it.",
+            markdown(["one plane", "bits", "error", "worth"], one),
+            markdown(["two planes", "bits", "error of the high plane", "error of both"], two),
+        )
+    )
+
+
 def current(results: Path, page: str) -> str:
     """The page that the recorded results give."""
     found = recorded(results).items()
     sections = [section(name, result, (results / f"{name}.svg").is_file()) for name, result in found]
+    if (results / DISTORTION).is_file():
+        sections.append(normal(json.loads((results / DISTORTION).read_text(encoding="utf-8"))))
     return fill(page, "\n\n".join(sections) or NOTHING)
 
 

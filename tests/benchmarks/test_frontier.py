@@ -13,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
+from benchmarks.frontier import distortion
 from benchmarks.frontier.__main__ import main
 from benchmarks.frontier.blocks import fit, super_block
 from benchmarks.frontier.compensate import codes_of
@@ -22,6 +23,7 @@ from benchmarks.frontier.grids import Grid, round_input
 from benchmarks.frontier.llama import LlamaFormat
 from benchmarks.frontier.model import Plan, Simulation, Yardstick
 from benchmarks.frontier.page import main as page_main
+from benchmarks.frontier.page import normal
 from benchmarks.frontier.read import bits_at, envelope, megabytes, points
 from benchmarks.frontier.tables import Choice, choices, share_out
 from benchmarks.frontier.turn import Turn
@@ -301,6 +303,18 @@ def test_bits_at_equal_kl() -> None:
     assert bits_at(found, 0.02) == pytest.approx(6.0)
     assert bits_at(found, 0.01) is None and bits_at(found, 0.1) is None
     assert megabytes(result, {"ffn": 4, "attention": 8, "head": 16}) == pytest.approx(4 + 4 + 4)
+
+
+def test_errors_on_normal_weights_say_what_a_format_is_worth() -> None:
+    found = distortion.measure(32, 256)
+    one = {item["name"]: item for item in found["one"]}
+    assert one["4 offset f16"]["worth"] == 0
+    # The same bits, and a better way to find scales.
+    for name in ("4 symmetric f16", "5 offset f16"):
+        assert one[f"{name} search"]["error"] < one[name]["error"]
+        assert one[f"{name} search"]["worth"] > one[name]["worth"]
+    assert all(item["error"] < item["high"] for item in found["two"])
+    assert "4+2 symmetric super search" in normal(found)
 
 
 def test_the_page_is_made_of_results(tmp_path: Path) -> None:
