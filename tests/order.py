@@ -27,6 +27,7 @@ LONGEST = (
     "op/test_plugin.py",
     "clada_export/calibration/test_degenerate_models.py",
     "clada_export/lab/test_sweep.py",
+    "clada_export/workers/test_pool.py",
     "exporters/test_other_exporters.py",
     "benchmarks/test_decode.py",
     "clada_export/cli/test_inspection.py",

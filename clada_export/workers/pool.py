@@ -15,7 +15,6 @@ from typing import Any
 
 from clada_export.calibration.context import Progress
 from clada_export.calibration.windows import Desk, Job, Part
-from clada_export.decoder.digest import weights_digest
 from clada_export.errors import BackendError, CladaError, UsageError
 from clada_export.plan.tensors import LayerTensors, tensors_digest
 from clada_export.workers.session import RaySession, in_short
@@ -284,7 +283,7 @@ class WorkerRunner:
         # The same pruning and adapters give the same weights, so their digest is computed once.
         key = str(pruning), tensors_digest(adapters)
         if key not in self._digests:
-            self._digests[key] = weights_digest(self.desk.decoder.module)
+            self._digests[key] = self.desk.decoder.weights_digest()
         return _State(self._digests[key], pruning, adapters)
 
 

@@ -18,7 +18,6 @@ from clada_export.calibration.precision import has_fast_products
 from clada_export.calibration.weights import FFNWeights, Pruning
 from clada_export.calibration.windows import Desk, Job
 from clada_export.decoder.decoder import Decoder
-from clada_export.decoder.digest import weights_digest
 from clada_export.errors import UsageError
 from clada_export.plan.tensors import LayerTensors
 from clada_export.source.load import load_source
@@ -77,7 +76,7 @@ def identity(decoder: Decoder) -> dict[str, str]:
         "code": code_digest(),
         "python": platform.python_version(),
         **installed_versions(PACKAGES),
-        "weights": weights_digest(decoder.module),
+        "weights": decoder.weights_digest(),
     }
 
 
@@ -135,7 +134,7 @@ class CalibrationWorker:
         self._task = None
         if task.digest != self._digest:
             self._desk.weights.follow(task.pruning, task.adapters)
-            self._digest = weights_digest(self._desk.decoder.module)
+            self._digest = self._desk.decoder.weights_digest()
             if self._digest != task.digest:
                 raise UsageError(
                     f"a worker on {socket.gethostname()} has other weights after pruning ({task.pruning}) or tuning than this "
