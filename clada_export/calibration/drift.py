@@ -65,9 +65,8 @@ class Drift:
 
     def upto(self, other: Drift) -> Drift:
         """The part of it that is of the windows of another, which was measured on the first of them only."""
-        count = len(other.nll)
-        arrays = (self.nll, self.dense_nll, self.kl, self.top1, self.window)
-        return Drift(*(array[:count] for array in arrays), self.sparsity)
+        part = slice(len(other.nll))
+        return Drift(self.nll[part], self.dense_nll[part], self.kl[part], self.top1[part], self.window[part], self.sparsity)
 
     def gain_over(self, other: Drift) -> tuple[float, float]:
         """How much lower the mean KL is than that of `other`, window by window, and the standard error of it (nats a token).

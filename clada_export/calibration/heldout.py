@@ -23,6 +23,7 @@ from clada_export.calibration.teacher import KEEP_LIMIT, Teacher, chunks
 from clada_export.calibration.windows import Desk
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn.projections import parameters
+from clada_export.decoder.model_config import text_config_of
 from clada_export.decoder.tap import FFNTap
 from clada_export.load.surprisal import surprisal_entropy
 from clada_export.plan.method import Method
@@ -33,7 +34,7 @@ SAME = 1e-3
 """Of the largest logit: how far going on from a prompt's cache may be from running the text in one piece. Rounding is a
 hundredth of it."""
 CHECKED = 16
-"""Tokens after the prompt on which that is looked at."""
+"""Tokens after the prompt on which that is looked at; all, if the model's attention does not reach over the whole text."""
 
 METHODS = 16
 """Whose selectors are kept."""
@@ -275,7 +276,9 @@ class HeldOut:
     def _can_go_on(self, fast: bool) -> bool:
         """Whether going on from a prompt's cache is the same as running the text in one piece, by a few tokens of it."""
         if self._goes_on is None:
-            text = self._windows[:1, : self._prompt + CHECKED]
+            text = self._windows[:1]
+            if not _forgets(self._decoder, text.shape[1]):
+                text = text[:, : self._prompt + CHECKED]
             with products(False):
                 cache = self._decoder.run(text[:, : self._prompt], keep_cache=True).cache
                 self._goes_on = bool(cache) and _size(cache) * len(self._windows) <= KEEP_LIMIT
@@ -295,6 +298,14 @@ def groups_of(windows: Tensor, prompt: int, vocabulary: int, most: int | None = 
     rows = windows.shape[1] - prompt
     size = max(1, min(most or len(windows), len(windows), LOGITS_LIMIT // max(4 * rows * vocabulary, 1)))
     return [list(range(start, min(start + size, len(windows)))) for start in range(0, len(windows), size)]
+
+
+def _forgets(decoder: Decoder, context: int) -> bool:
+    """Whether the configuration has a window or a chunk of attention that is shorter than the text: caches of such models drop
+    tokens, which a few tokens after a prompt would not show."""
+    sizes = vars(text_config_of(decoder.config)).items()
+    lengths = [size for name, size in sizes if isinstance(size, int) and ("window" in name or "chunk" in name)]
+    return any(0 < size < context for size in lengths if not isinstance(size, bool))
 
 
 def _signals(logits: Tensor, targets: Tensor) -> Tensor:

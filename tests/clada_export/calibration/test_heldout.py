@@ -164,3 +164,25 @@ def test_fast_measurements_agree_within_their_error() -> None:
     assert exact.nll.tolist() == meter(decoder).measure(layers, levels).nll.tolist()
     gain, error = fast.gain_over(exact)
     assert abs(gain) < error + 0.02 * exact.mean_kl
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "phi3"])
+def test_models_whose_attention_is_short_are_looked_at_over_the_whole_text(kind: str) -> None:
+    decoder = TorchDecoder(tiny_model(kind, 0))
+    lengths: list[int] = []
+    real = decoder.run
+
+    def run(ids: torch.Tensor, **given: Any) -> DecoderOutput:
+        lengths.append(ids.shape[1])
+        return real(ids, **given)
+
+    decoder.run = run  # type: ignore[method-assign]
+    short = getattr(decoder.config, "sliding_window", None)
+    layers, levels = selected(decoder, *METHODS[1])
+    lengths.clear()
+    found = meter(decoder).measure(layers, levels)
+    assert (CONTEXT in lengths) == (short is not None and short < CONTEXT)
+    assert PROMPT in lengths and found.mean_kl > 0
+    wanted = meter(decoder, 1)
+    HeldOut.at(wanted._runner.desk)._goes_on = False
+    np.testing.assert_allclose(found.kl, wanted.measure(layers, levels).kl, atol=2e-5)
