@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from clada_export.decoder.torch_decoder import TorchDecoder
-from clada_export.errors import UsageError
 from clada_export.foreign import GGUF_ARCHITECTURE, MODEL, reading
 from clada_export.patches.gguf_reader import one_gguf_reader
 from clada_export.source.causal_lm import decoder_config, loader_of, require_decoder
-from clada_export.source.config_file import Stored, check_counts
+from clada_export.source.config_file import Stored, check_counts, check_size
 from clada_export.source.gguf_header import check_layers, read_gguf_header
 from clada_export.source.hub import fetch
 from clada_export.source.mixtures import folder_layout, import_blocks
@@ -27,8 +26,6 @@ from clada_export.source.model import SourceRequest
 from clada_export.source.pretrained import alone, load_config, model_without_memory, quiet
 from clada_export.source.weight_files import check_config_file, check_safetensors, weight_files
 
-_SPARE, _FEW = 4, 1024
-"""How many times the stored numbers a model may have: tied weights are stored once."""
 _FEW_ROWS = 64
 """Of the head of a stand-in: what comes out of it is not looked at."""
 
@@ -40,6 +37,7 @@ class Outline:
     Attributes:
         model: on the meta device; ties are ties.
         stored: bytes of the weight files.
+        place: for messages.
         source_dtype: as `SourceModel.source_dtype`; empty where only the weights would say.
         build: makes another such model.
     """
@@ -50,6 +48,7 @@ class Outline:
     stored: int
     source_dtype: str
     import_experts: bool
+    place: str
     build: Callable[[], PreTrainedModel] = field(repr=False)
 
     def decoder(self) -> TorchDecoder:
@@ -59,7 +58,7 @@ class Outline:
         Nothing else of it means anything.
         """
         model = self.build()
-        _stand_in(model)
+        _stand_in(model, self.place)
         if self.import_experts:
             import_blocks(model)
         return TorchDecoder(model)
@@ -130,13 +129,11 @@ def _outlined(
         return model
 
     model = build()
-    asked = sum(weight.numel() for weight in model.parameters())
-    if asked > _SPARE * stored.elements + _FEW:
-        raise UsageError(f"{place}: it asks for {asked} parameters, and the weights hold {stored.elements}")
-    return Outline(name, kind, model, size, dtype, request.import_experts, build)
+    check_size(model, stored, place)
+    return Outline(name, kind, model, size, dtype, request.import_experts, place, build)
 
 
-def _stand_in(model: PreTrainedModel) -> None:
+def _stand_in(model: PreTrainedModel, place: str) -> None:
     """Give a model of the meta device numbers to compute with, in place."""
     generator = torch.Generator().manual_seed(0)
     made: dict[tuple[str, torch.Size], Tensor] = {}
@@ -156,7 +153,7 @@ def _stand_in(model: PreTrainedModel) -> None:
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     # Fills the buffers; the weights are marked as done.
-    with reading(MODEL, type(model).__name__), quiet():
+    with reading(MODEL, place), quiet():
         model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
@@ -166,7 +163,7 @@ def _numbers(shape: torch.Size, rows: bool, generator: torch.Generator) -> Tenso
     if rows:
         # As large as it likes: each row begins one number after the row before.
         return torch.randn(shape[0] + shape[1], generator=generator).as_strided(shape, (1, 1))
-    return torch.randn(shape, generator=generator) / math.sqrt(min(shape[-2:]))
+    return torch.randn(shape, generator=generator) / math.sqrt(max(1, min(shape[-2:])))
 
 
 def _few_rows(weight: Tensor, generator: torch.Generator) -> Tensor:

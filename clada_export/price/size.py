@@ -90,9 +90,9 @@ class ModelSize:
     def of_graph(cls, model: ir.Model, matches: Iterable[FFNSize]) -> ModelSize:
         """Of an ONNX graph; no weight is read."""
         values = [value.const_value for value in model.graph.initializers.values()]
-        tensors = [tensor for tensor in values if tensor is not None]
-        sizes = [tensor.size for tensor in tensors if tensor.dtype.is_floating_point()]
-        stored = sum(tensor.nbytes for tensor in tensors)
+        tensors = [tensor for tensor in values if tensor is not None and tensor.dtype.is_floating_point()]
+        sizes = [tensor.size for tensor in tensors]
+        stored = sum(int(tensor.size * tensor.dtype.itemsize) for tensor in tensors)
         widths = [_elements(match) for match in matches]
         return cls(sum(sizes), sum(sizes), max(sizes, default=0), *_ffns(widths), _vocabulary(model), stored, graph=True)
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from clada_export.calibration.text import load_calibration_data
+from clada_export.cli.inspection import inspect_model
 from clada_export.source.companions import write_companions
 from clada_export.source.config_file import Stored, check_counts, check_size
 from clada_export.source.load import load_source
@@ -297,6 +298,7 @@ def test_folders(tmp_path: Path) -> None:
         place = _put(tmp_path / "model", files)
         error = hold(lambda: _use(place, tmp_path / "out"))
         assert error is None or "model" in str(error) or "out.txt" in str(error)
+        hold(lambda: inspect_model(str(place)))
 
     assert fuzz("model folder", _folders(), check, chunk=20) > 0
 
@@ -310,6 +312,7 @@ def test_gguf_files(tmp_path: Path) -> None:
         (tmp_path / "model.gguf").write_bytes(data)
         error = hold(lambda: _use(tmp_path / "model.gguf", tmp_path / "out"))
         assert error is None or "model" in str(error)
+        hold(lambda: inspect_model(str(tmp_path / "model.gguf")))
 
     cases = damaged(whole[:header]).map(lambda changed: changed + whole[header:]) | damaged(whole)
     assert fuzz("GGUF file", cases, check, chunk=20) > 0

@@ -177,7 +177,7 @@ def test_a_configuration_that_asks_for_more_than_is_stored(model_folder: Folder,
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 60_000}))
-    with pytest.raises(UsageError, match="parameters, and the weights hold"):
+    with pytest.raises(UsageError, match=r"it asks for .* parameters, and the weights hold"):
         _outline(folder)
 
 
