@@ -14,27 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clada_export.cli import main, main_export
 from clada_export.decoder.ffn import find_eager_ffns, plain_ffns
-from clada_export.decoder.rounding import in_dtype, round_ffn_weights
-from clada_export.decoder.tap import FFNTap
 from clada_export.decoder.torch_decoder import TorchDecoder
-from clada_export.errors import BackendError, CladaError, UnsupportedModelError, UsageError
+from clada_export.errors import BackendError, UnsupportedModelError, UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.methods import PolicySettings
 from clada_export.pipeline import ExportResult, export, verify_folder
 from clada_export.plan.plan import SparsityPlan
 from clada_export.runtime import load_engine
 from clada_export.source.load import load_source
-from clada_export.source.mixtures import RoutedMLP, import_blocks, routed_mlps
-from clada_export.source.mixtures.ds_moe import LAYOUT
+from clada_export.source.mixtures import import_blocks, routed_mlps
 from clada_export.verify.mixture import measure_mixture
 from clada_export.verify.parity import dense_check
 from clada_export.verify.precision import Rounding
-from graph_passes.op import ContractError
-from graph_passes.router import Router
 from tests.moe_checkpoints import (
     CHOSEN,
     EXPERTS,
@@ -49,7 +44,6 @@ from tests.moe_checkpoints import (
     write_tokenizer,
 )
 from tests.tiny_models import tiny_model
-from tests.token_models import TokenModel
 
 TOKENS = torch.tensor([[3, 17, 101, 5, 200, 44, 90, 12]])
 OPTIONS = ExportOptions(calibration_context=48, load_response=False)
@@ -295,74 +289,6 @@ def test_a_block_is_taken_only_if_its_numbers_are_the_mixture(settings: dict[str
         torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-# --- the module ---
-
-
-def mixture(**settings: Any) -> RoutedMLP:
-    rng = torch.Generator().manual_seed(0)
-    gate, up, down = (torch.randn(12, 8, generator=rng), torch.randn(12, 8, generator=rng), torch.randn(8, 12, generator=rng))
-    weights = (torch.randn(3, 8, generator=rng).numpy(),)
-    router = Router(
-        weights, (np.ones(3, np.float32),), **{"output": "topk_softmax", "k": 1, "dense_rows": "scores", **settings}
-    )
-    return RoutedMLP(gate, up, down, torch.nn.functional.silu, router, LAYOUT)
-
-
-def test_plain_is_undone_after_an_error() -> None:
-    model = nn.Sequential(mixture())
-    x = torch.randn(4, 8)
-    before = model(x)
-    with pytest.raises(RuntimeError, match="inside"), plain_ffns(model):
-        torch.testing.assert_close(
-            model(x), model[0].down_proj(torch.nn.functional.silu(model[0].gate_proj(x)) * model[0].up_proj(x))
-        )
-        raise RuntimeError("inside")
-    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
-
-
-def test_a_tap_sees_and_replaces_a_mixture() -> None:
-    block = mixture()
-    x = torch.randn(4, 8)
-    y = block(x)
-    seen: list[Tensor] = []
-    ffns = find_eager_ffns(TokenModel(block, width=8)).found
-    assert [ffn.name for ffn in ffns] == ["blocks.0.down_proj"]
-    with FFNTap(ffns, inner=lambda index, x, h: seen.append(h)):
-        block(x)
-    torch.testing.assert_close(block.down_proj(seen[0]), y)
-    with FFNTap(ffns, replace=lambda index, x: x * 2):
-        torch.testing.assert_close(block(x), x * 2)
-
-
-def test_rounding_leaves_the_router() -> None:
-    model = nn.Sequential(mixture())
-    before = model[0].router_weight_0.clone()
-    ffns = find_eager_ffns(TokenModel(model[0], width=8)).found
-    assert len(ffns) == 1
-    round_ffn_weights(ffns, "bfloat16")
-    assert (model[0].router_weight_0 == before).all()
-    model.config = PreTrainedConfig()  # which a copy says its type in
-    copy = in_dtype(model, "bfloat16")
-    x = torch.randn(4, 8)
-    assert copy(x.bfloat16()).dtype == torch.bfloat16 and copy[0].router_weight_0.dtype == torch.float32
-    torch.testing.assert_close(copy(x.bfloat16()).float(), model(x.bfloat16().float()), rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize("fault", ["dense_rows", "granules", "shapes"])
-def test_the_module_refuses_what_does_not_fit(fault: str) -> None:
-    good = mixture()
-    gate, up, down = (layer.weight for layer in (good.gate_proj, good.up_proj, good.down_proj))
-    router = good.router
-    if fault == "dense_rows":
-        router = replace(router, dense_rows="ones")
-    if fault == "granules":
-        gate, up, down = gate[:11], up[:11], down[:, :11]
-    if fault == "shapes":
-        down = down.T
-    with pytest.raises(ContractError, match="RoutedMLP"):
-        RoutedMLP(gate, up, down, good.act_fn, router, good.layout)
-
-
 # --- exports ---
 
 
@@ -500,81 +426,6 @@ def test_a_shared_expert_is_an_ffn_beside_the_routed_ones(policy: str, rewritten
     left = "block_sparse_moe" if policy == "clada" else "shared_mlp"
     assert sum(left in warning and "left dense" in warning for warning in result.manifest.warnings) == LAYERS
     assert verify_folder(tmp_path / "out", source=str(model)).passed
-
-
-# --- bad checkpoints ---
-
-EXPERT = "model.layers.0.mlp.calculator.experts.weight_up.3"
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "said"),
-    [
-        ({"num_selects": 7}, UsageError, "num_selects: 7 experts are chosen of 6"),
-        ({"num_selects": 0}, UsageError, "num_selects: 0; an integer of at least 1"),
-        ({"num_experts": "six"}, UsageError, "num_experts: 'six'"),
-        ({"num_experts": 7, "size_experts": None}, UsageError, "7 experts do not divide 96 neurons"),
-        ({"num_experts": 4, "size_experts": None}, UsageError, "the weights hold tensors that .*experts.weight_down.4"),
-        ({"num_experts": 8, "size_experts": None}, UsageError, "weights are missing .*experts.weight_down.6"),
-        (
-            {"size_experts": [[8, 24, 16, 16, 16, 16], [16] * 6]},
-            UnsupportedModelError,
-            "layer 0 has experts of 8 to 24 neurons",
-        ),
-        ({"size_experts": [[16] * 6]}, UsageError, "size_experts: a list of 2 lists"),
-        ({"size_experts": [[16] * 6, [16] * 5]}, UsageError, "layer 1 has .* wanted are 6 sizes"),
-        ({"gate_network": "linear"}, UsageError, "hold tensors|are missing"),
-        ({"score_scale_factor": [1.0]}, UsageError, "score_scale_factor: .* a list of 2"),
-        ({"score_scale_factor": 0}, UsageError, "score_scale_factor: 0; a number above 0"),
-        ({"score_scale_factor": [1.0, "2"]}, UsageError, "score_scale_factor"),
-        ({"gate_use_softmax": False}, UnsupportedModelError, "gate_use_softmax: False; only True"),
-        ({"add_weight_norm": True}, UnsupportedModelError, "add_weight_norm: True"),
-        ({"calculator_type": "SwitchDropTokenCalculator"}, UnsupportedModelError, "calculator_type: .* drop tokens"),
-        ({"gate_type": "SwitchBalancedGate"}, UnsupportedModelError, "gate_type"),
-        ({"multiply_gate_scores": False}, UnsupportedModelError, "multiply_gate_scores"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, UsageError, "rope_scaling: .*yarn.* linear or dynamic"),
-        ({"hidden_act": "swash"}, UsageError, "can't build the model: .*swash"),
-        ({"num_hidden_layers": 1, "size_experts": None, "score_scale_factor": 1.0}, UsageError, "no place for: model.layers.1"),
-    ],
-)
-def test_bad_configs(fields: dict[str, Any], error: type[CladaError], said: str, tmp_path: Path) -> None:
-    path = write_llama_moe(tmp_path / "tiny")
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **fields}))
-    with pytest.raises(error, match=said):
-        load_source(str(path))
-
-
-def test_an_unknown_gate_network(tmp_path: Path) -> None:
-    path = write_llama_moe(tmp_path / "tiny", gate_network="cosine")
-    with pytest.raises(UnsupportedModelError, match="gate_network: 'cosine' is unknown; mlp and linear"):
-        load_source(str(path))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda state: state.__delitem__(EXPERT), f"weights are missing that the config asks for: {EXPERT}"),
-        (lambda state: state.__delitem__("model.norm.weight"), "missing .* model.norm.weight"),
-        (lambda state: state.update({"model.extra": torch.ones(2)}), "no place for: model.extra"),
-        (
-            lambda state: state.update({EXPERT: torch.ones(SIZE + 1, HIDDEN)}),
-            rf"{EXPERT}: \(17, 64\) in the weights, \(16, 64\)",
-        ),
-        (lambda state: state.update({EXPERT: torch.full((SIZE, HIDDEN), torch.nan)}), "up_proj.weight: 1024 of .* NaN"),
-    ],
-)
-def test_bad_weights(change: Callable[[dict[str, Tensor]], None], said: str, tmp_path: Path) -> None:
-    path = write_llama_moe(tmp_path / "tiny", change=change)
-    with pytest.raises(UsageError, match=said):
-        load_source(str(path))
-
-
-def test_an_activation_that_the_op_does_not_have(tmp_path: Path) -> None:
-    path = write_granite_moe(tmp_path / "tiny", hidden_act="mish")
-    assert isinstance(load_source(str(path)).decoder.module, GraniteMoeForCausalLM)
-    with pytest.raises(UnsupportedModelError, match=r"neither act\(up\) nor act\(gate\) \* up .*with act one of silu"):
-        export(path, tmp_path / "out", replace(OPTIONS, policy="ds-moe"))
 
 
 # --- what rounding may cost ---
