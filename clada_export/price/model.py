@@ -36,6 +36,7 @@ class Work:
         trained: how many policies train routers.
         planned: whether the plan is given, so that nothing is calibrated.
         context: tokens of a calibration window.
+        workers: more processes on this machine that each hold the model while it is calibrated.
         shadow: whether the engine may score neurons with 4-bit copies of gate and up.
     """
 
@@ -47,6 +48,7 @@ class Work:
     verified: bool = True
     context: int = 512
     shadow: bool = True
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,16 @@ _VERIFY = _Line(2.0, a_layer=0.05, a_gb=3.0, tokens=4_000.0, layer_copies=2.0, l
 
 def resident(size: ModelSize, work: Work) -> int:
     """Bytes of memory that an export needs at its peak and that the system can't take back, whatever the machine."""
-    lines = [_SOURCE, _TRACE, _WRITE, *(() if work.planned else (_CALIBRATE,)), *((_VERIFY,) if work.verified else ())]
-    return max(round(_own(line, size, work)) for line in lines)
+    lines = [_SOURCE, _TRACE, _WRITE, *((_VERIFY,) if work.verified else ())]
+    copies = (1 + work.workers) * _own(_CALIBRATE, size, work) if not work.planned else 0.0
+    return round(max(copies, *(_own(line, size, work) for line in lines)))
 
 
 def price(size: ModelSize, machine: Machine, work: Work) -> Price:
     """What an export of a model costs on a machine."""
     output = output_bytes(size, work)
     stages = tuple(_stages(size, machine, work, output))
-    temporary = 0 if size.graph else size.float32_bytes
+    temporary = 0 if size.graph else size.float32_bytes * (1 + work.workers)
     return Price(START, stages, max(stage.memory for stage in stages), resident(size, work), output, temporary)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clada_export.calibration.choose import AUTO
 from clada_export.decoder.model_config import text_config_of
+from clada_export.decoder.spool import spool_folder
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
 from clada_export.files.capacity import available_memory, disk
@@ -58,6 +59,9 @@ def require_room(source: SourceModel, output: Path, options: ExportOptions, give
             )
         if free < likely:
             told.append(f"the disk of {output} has {_gb(free)} free, and the engine may take {_gb(likely)}")
+    copies = work.workers * size.float32_bytes
+    if copies and spool_folder(copies) is None:
+        told.append(f"{work.workers} workers take {_gb(copies)} of disk for the weights, and no folder for them has so much")
     needed, left = resident(size, work), available_memory()
     if left is not None and needed > left:
         told.append(f"about {_gb(needed)} of memory are needed beside the weights, and {_gb(left)} are available")

@@ -22,5 +22,6 @@ def work_of(options: ExportOptions) -> Work:
         planned=options.plan is not None,
         verified=options.verify,
         context=options.calibration_context,
+        workers=options.calibration_workers if options.ray_address is None else 0,
         shadow=any((options.settings.score or policy.scores[0]) == "shadow" for policy in chosen),
     )

@@ -128,6 +128,9 @@ def test_all_policies_that_train_nothing_take_part_in_a_choice() -> None:
     assert work_of(ExportOptions(policy="auto")).measured == untrained > 1
     assert work_of(ExportOptions(policy="auto", train=True)).trained == len(POLICIES) - untrained
     assert work_of(ExportOptions()) == Work()
+    workers = ExportOptions(calibration_workers=2)
+    assert price(SIZE, MACHINE, work_of(workers)).temporary == 3 * SIZE.float32_bytes
+    assert work_of(replace(workers, ray_address="a:1")).workers == 0
     assert not work_of(ExportOptions(policy="griffin")).shadow
 
 

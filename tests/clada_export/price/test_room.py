@@ -75,6 +75,15 @@ def test_memory_is_told_and_refuses_nothing(source: SourceModel, machine: Callab
     assert told is not None and "of memory are needed beside the weights, and 0.00 GB are available" in told
 
 
+def test_workers_without_a_place_for_their_weights(
+    source: SourceModel, machine: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(PLENTY, PLENTY)
+    monkeypatch.setattr(room, "spool_folder", lambda size: None)
+    told = require_room(source, Path("out"), ExportOptions(calibration_workers=3), None)
+    assert told is not None and told.startswith("3 workers take")
+
+
 def test_a_system_that_does_not_say(source: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(place: Path) -> Disk:
         raise OSError
