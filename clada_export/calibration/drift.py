@@ -189,6 +189,8 @@ class DriftMeter:
         self._runner = runner or InProcess(Desk(decoder, windows, windows, prompt))
         self._windows = windows
         self._groups = groups_of(windows, prompt, decoder.vocab_size, self._runner.desk.at_once)
+        # Where a measurement may end early does not depend on how many windows the runner takes at once.
+        self._ends = {group[-1] for group in groups_of(windows, prompt, decoder.vocab_size)}
         self._text = {"windows": arrays_digest({"windows": windows.numpy()}), "prompt": prompt, "groups": len(self._groups)}
         self.signals = self._signals(progress)
         """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""
@@ -244,7 +246,7 @@ class DriftMeter:
             drift = drift_of(parts, 1.0 - active / total)
             for _ in group:
                 step()
-            if len(parts) < len(self._groups) and enough(drift):
+            if group[-1] in self._ends and len(parts) < len(self._groups) and enough(drift):
                 return drift
         assert drift is not None
         self.cache.keep_arrays("drift", key, {"rows": torch.cat(parts, dim=1).numpy(), "sparsity": np.array([drift.sparsity])})

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from clada_export.calibration import heldout
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.heldout import HeldOut
 from clada_export.calibration.jobs import run_sensitivity, run_statistics
@@ -110,3 +111,22 @@ def test_drift_also_of_pruned_weights(methods: tuple[Method, ...], at_once: int)
         assert same(one, other)
         seen.append(one)
     assert np.array_equal(seen[0].dense_nll, seen[1].dense_nll) and not np.array_equal(seen[0].kl, seen[1].kl)
+
+
+def test_a_measurement_ends_early_at_the_same_window(methods: tuple[Method, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows fit into a batch; whoever runs them one by one asks after two as well whether they are enough."""
+    monkeypatch.setattr(heldout, "LOGITS_LIMIT", 2 * 4 * (HELDOUT.shape[1] - PROMPT) * 256)
+    found: list[Drift] = []
+    asked: list[int] = []
+    for at_once in (None, 1):
+        here = desk(at_once=at_once)
+        meter = DriftMeter(here.decoder, HELDOUT, PROMPT, runner=InProcess(here))
+        layers = Selectors(here.decoder.ffns, methods).layers[0]
+
+        def enough(drift: Drift) -> bool:
+            asked.append(len(np.unique(drift.window)))
+            return True
+
+        found.append(meter.measure(layers, np.full(2, 0.4), enough=enough))
+    assert asked == [2, 2]
+    assert np.array_equal(found[0].window, found[1].window) and found[0].mean_kl == pytest.approx(found[1].mean_kl, rel=1e-4)
