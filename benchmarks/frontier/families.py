@@ -32,8 +32,9 @@ class Family:
     """A curve of the picture.
 
     Attributes:
-        forms: what a layer may have; `skip`: see `clada_export`'s plans, one of `benchmarks.frontier.tables.SKIPS`.
         group: `users` (formats that users have), `dense` (ours without skipping), `skip`.
+        forms: what a layer may have.
+        skip: one of `benchmarks.frontier.tables.SKIPS`.
     """
 
     name: str
