@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Self
 from clada_export.artifact.manifest import MANIFEST_NAME, Manifest, file_record, write_manifest
 from clada_export.errors import CladaError, UsageError
 from clada_export.files.json_files import read_json
+from clada_export.files.stamps import Stamp
 from clada_export.files.work_folder import WorkFolder, abandoned_work_folders
 from clada_export.foreign import DISK_FULL
 
@@ -26,6 +28,8 @@ _DISK_FULL_TEXT = ("No space left on device", "os error 28", "Disk quota exceede
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 _PROBE_BYTES = 256 << 10
 _NAMES_SHOWN = 3
+TICK_NS = 100_000_000
+"""A file that changed less than this before it was hashed may change again without showing it: times of files come in ticks."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -49,6 +53,7 @@ class ArtifactWriter:
         self.overwrite = overwrite
         self._work: WorkFolder | None = None
         self._previous_handler: Any = None
+        self._hashed: dict[str, tuple[Stamp, dict[str, Any]]] = {}
 
     @property
     def path(self) -> Path:
@@ -88,7 +93,7 @@ class ArtifactWriter:
         Raises:
             UsageError: the manifest is not valid.
         """
-        write_manifest(self.path, manifest.with_files(_records(self.path)))
+        write_manifest(self.path, manifest.with_files(self._records(self.path)))
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Record every file, write the manifest last, and put the folder in place.
@@ -102,7 +107,7 @@ class ArtifactWriter:
         Raises:
             UsageError: the manifest is not valid, or the folder can't be put in place.
         """
-        complete = manifest.with_files(_records(self.path))
+        complete = manifest.with_files(self._records(self.path))
         write_manifest(self.path, complete)
         with _signals_held():
             try:
@@ -112,6 +117,20 @@ class ArtifactWriter:
                     raise
                 raise UsageError(f"{self.out}: the finished export can't be put in place: {error.strerror or error}") from error
         return complete
+
+    def _records(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """The entry of every file; one that is as it was when it was hashed is not read again: weights are gigabytes."""
+        records = {}
+        for name, path in _files(folder):
+            stamp, now = Stamp.of(path.stat()), time.time_ns()
+            known = self._hashed.get(name)
+            if known is not None and known[0] == stamp:
+                records[name] = known[1]
+                continue
+            records[name] = file_record(path)
+            if now - max(stamp.modified, stamp.changed) > TICK_NS:
+                self._hashed[name] = stamp, records[name]
+        return records
 
     def _put_in_place(self) -> None:
         assert self._work is not None
@@ -256,12 +275,10 @@ def _check_export(out: Path) -> None:
         raise UsageError(f"{out}: holds files that the export did not write ({names}{more}), so it is not replaced; {remedy}")
 
 
-def _records(folder: Path) -> dict[str, dict[str, Any]]:
-    records = {}
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise UsageError(f"{name}: an export holds plain files and folders only")
         if path.is_file() and name != MANIFEST_NAME:
-            records[name] = file_record(path)
-    return records
+            yield name, path

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from clada_export.artifact import writer as artifact
-from clada_export.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from clada_export.artifact.manifest import MANIFEST_NAME, Manifest, file_record, read_manifest
 from clada_export.artifact.writer import ArtifactWriter
 from clada_export.errors import UsageError
 from clada_export.files.work_folder import WorkFolder
@@ -64,6 +64,33 @@ def test_writes_a_folder_that_reads_back(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
     export(tmp_path / "again")
     assert (tmp_path / "again" / MANIFEST_NAME).read_bytes() == (tmp_path / "out" / MANIFEST_NAME).read_bytes()
+
+
+def test_a_file_is_hashed_once_unless_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def record(path: Path) -> dict[str, Any]:
+        hashed.append(path.name)
+        return file_record(path)
+
+    monkeypatch.setattr(artifact, "file_record", record)
+    monkeypatch.setattr(artifact, "TICK_NS", 1_000_000)
+    with ArtifactWriter(tmp_path / "out") as writer:
+        for name in ("model.onnx", "changed"):
+            (writer.path / name).write_bytes(b"one")
+        time.sleep(0.05)
+        writer.draft(make_manifest())
+        (writer.path / "changed").write_bytes(b"two")
+        manifest = writer.commit(make_manifest())
+    assert hashed == ["changed", "model.onnx", "changed"]
+    assert manifest.files["changed"] == file_record(tmp_path / "out" / "changed")
+    monkeypatch.setattr(artifact, "TICK_NS", 10**12)
+    hashed.clear()
+    with ArtifactWriter(tmp_path / "young") as writer:
+        (writer.path / "model.onnx").write_bytes(b"one")
+        writer.draft(make_manifest())
+        writer.commit(make_manifest())
+    assert hashed == ["model.onnx", "model.onnx"]
 
 
 def test_refuses_an_existing_folder_at_the_start(tmp_path: Path) -> None:
