@@ -46,7 +46,7 @@ def current(result: dict[str, Any], page: str) -> str:
         series = "\n\n".join(_series(measured))
         if series:
             parts += ["### Against depth", series]
-        parts += ["### What was predicted", predicted_table(measured)]
+        parts += ["### What was predicted", predicted_table(measured), predicted_stages(measured)]
         if PICTURE.is_file():
             parts.append("![Seconds by stage, and memory against depth](images/export-cost.svg)")
     absent = [f"- {cell['title']}: {cell['missing']}" for cell in cells if "missing" in cell]
@@ -165,6 +165,20 @@ def predicted_table(cells: Sequence[dict[str, Any]]) -> str:
         )
     pairs = [(what, "measured over said") for what in ("time", "peak memory", "needed memory", "engine")]
     return markdown(["cell", *(name for pair in pairs for name in pair)], rows)
+
+
+def predicted_stages(cells: Sequence[dict[str, Any]]) -> str:
+    """Seconds of each stage, said and measured."""
+    good = [cell for cell in cells if cell["code"] == 0]
+    names = list(dict.fromkeys(stage["stage"] for cell in good for stage in cell["predicted"]["price"].get("stages", ())))
+    rows = []
+    for cell in good:
+        price = cell["predicted"]["price"]
+        said = {stage["stage"]: stage["seconds"] for stage in price.get("stages", ())}
+        found = {stage["name"]: stage["seconds"] for stage in cell["stages"]}
+        pairs = [f"{said[name]:.0f}, {found[name]:.0f}" if name in said and name in found else "" for name in names]
+        rows.append([cell["name"], *pairs])
+    return "Seconds by stage, said and measured.\n\n" + markdown(["cell", *names], rows)
 
 
 def _beside(said: float, found: float, scale: float, unit: str, digits: int) -> tuple[str, str]:

@@ -1,10 +1,10 @@
 """The price of an export: a line for each stage, of what grows with the model, the text and the machine.
 
     seconds = fixed + layers * a_layer + GB of float32 weights * a_gb + tokens * 2 * weights used / speed of matrix products
-    memory  = fixed + share of float32 weights + weights of one layer * copies + logits of one window * copies
+    memory  = base + weights + FFNs of one layer * copies + largest weight * copies + logits of one window * copies
 
-The numbers of each line are fitted to measurements (`python -m benchmarks.export_cost`, `docs/export-cost.md`, which has what
-was predicted beside what was measured). They hold within a factor of `WITHIN` where nothing else keeps the machine busy.
+The numbers of the lines are estimates. `docs/export-cost.md` holds them to measurements, stage by stage: what was predicted
+stands beside what was measured (`python -m benchmarks.export_cost`), and what is off there is to be changed here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from clada_export.price.machine import Machine
 from clada_export.price.size import FLOAT32, ModelSize
 
 WITHIN = 2.0
-"""Of seconds: a measured export took between the price divided by this and the price times this."""
+"""Of seconds: an export is meant to take between the price divided by this and the price times this."""
 WINDOWS = 9
 """Of the text: five that statistics read, four held out."""
 SHADOW = 0.42
@@ -91,35 +91,40 @@ class Price:
 
 @dataclass(frozen=True)
 class _Line:
-    """A stage's line; see the module."""
+    """A stage's line; see the module. `packed` says whether an engine is open, which packs a copy of all but the FFNs."""
 
     fixed: float
     a_layer: float = 0.0
     a_gb: float = 0.0
     tokens: float = 0.0
-    base: float = 0.5
-    share: float = 1.0
-    layer_copies: float = 0.0
-    logit_copies: float = 0.0
+    base: float = 0.6
+    ffns: float = 0.0
+    largest: float = 0.0
+    logits: float = 0.0
+    packed: bool = False
 
 
-START = 6.0
+START = 5.0
 _EFFICIENCY = 0.5
 """Of the speed of square products, what a model's pass reaches."""
-_SOURCE = _Line(1.0, a_gb=4.0)
-_CALIBRATE = _Line(2.0, a_layer=0.1, tokens=10_000.0, layer_copies=2.0, logit_copies=4.0)
-_EACH_POLICY, _EACH_TRAINED = 10_000.0, 60_000.0
+_SOURCE = _Line(2.0, a_gb=3.5)
+_CALIBRATE = _Line(2.0, a_layer=0.15, tokens=8_000.0, base=0.7, ffns=3.0, logits=4.0)
+_EACH_POLICY, _EACH_TRAINED = 3_000.0, 60_000.0
 """More tokens for each policy that is measured, and for each that trains routers."""
-_TRACE = _Line(8.0, a_layer=0.1)
-_WRITE = _Line(0.5, a_layer=0.05, a_gb=1.0, layer_copies=2.0)
-_VERIFY = _Line(2.0, a_layer=0.05, a_gb=3.0, tokens=4_000.0, layer_copies=2.0, logit_copies=4.0)
+_TRACE = _Line(10.0, a_layer=0.1, base=0.8)
+_WRITE = _Line(0.5, a_layer=0.02, a_gb=1.5, base=0.8, largest=1.0)
+_VERIFY = _Line(3.0, a_gb=12.0, tokens=2_000.0, base=0.8, ffns=3.0, logits=2.0, packed=True)
 
 
-def resident(size: ModelSize, work: Work) -> int:
-    """Bytes of memory that an export needs at its peak and that the system can't take back, whatever the machine."""
+def resident(size: ModelSize, work: Work, memory: int | None) -> int:
+    """Bytes of memory that an export needs at its peak and that the system can't take back.
+
+    Args:
+        memory: bytes that are available, or None: where the engine is large beside them, nothing is packed.
+    """
     lines = [_SOURCE, _TRACE, _WRITE, *((_VERIFY,) if work.verified else ())]
-    copies = (1 + work.workers) * _own(_CALIBRATE, size, work) if not work.planned else 0.0
-    return round(max(copies, *(_own(line, size, work) for line in lines)))
+    calibrating = 0.0 if work.planned else (1 + work.workers) * _own(_CALIBRATE, size, work, memory)
+    return round(max(calibrating, *(_own(line, size, work, memory) for line in lines)))
 
 
 def price(size: ModelSize, machine: Machine, work: Work) -> Price:
@@ -127,7 +132,8 @@ def price(size: ModelSize, machine: Machine, work: Work) -> Price:
     output = output_bytes(size, work)
     stages = tuple(_stages(size, machine, work, output))
     temporary = 0 if size.graph else size.float32_bytes * (1 + work.workers)
-    return Price(START, stages, max(stage.memory for stage in stages), resident(size, work), output, temporary)
+    needed = resident(size, work, machine.memory)
+    return Price(START, stages, max(stage.memory for stage in stages), needed, output, temporary)
 
 
 def output_bytes(size: ModelSize, work: Work) -> int:
@@ -156,10 +162,13 @@ def _stage(name: str, line: _Line, size: ModelSize, machine: Machine, work: Work
     gb = size.float32_bytes / 1e9
     products = (line.tokens + more) * work.context / 512 * 2.0 * size.used / (_EFFICIENCY * machine.gflops * 1e9)
     seconds = line.fixed + line.a_layer * size.layers + line.a_gb * gb + products
-    return StagePrice(name, seconds, round(_own(line, size, work) + line.share * size.float32_bytes))
+    own = _own(line, size, work, machine.memory)
+    return StagePrice(name, seconds, round(own + size.float32_bytes))
 
 
-def _own(line: _Line, size: ModelSize, work: Work) -> float:
+def _own(line: _Line, size: ModelSize, work: Work, memory: int | None) -> float:
     """Bytes of a stage beside the weights."""
-    layer = max(size.widest, size.largest) * FLOAT32
-    return line.base * 1e9 + line.layer_copies * layer + line.logit_copies * work.context * size.vocabulary * FLOAT32
+    elements = line.ffns * size.widest + line.largest * size.largest + line.logits * work.context * size.vocabulary
+    if line.packed and (memory is None or output_bytes(size, work) <= memory / 2):
+        elements += size.used - size.ffn
+    return line.base * 1e9 + elements * FLOAT32

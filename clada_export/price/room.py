@@ -62,7 +62,8 @@ def require_room(source: SourceModel, output: Path, options: ExportOptions, give
     copies = work.workers * size.float32_bytes
     if copies and spool_folder(copies) is None:
         told.append(f"{work.workers} workers take {_gb(copies)} of disk for the weights, and no folder for them has so much")
-    needed, left = resident(size, work), available_memory()
+    left = available_memory()
+    needed = resident(size, work, left)
     if left is not None and needed > left:
         told.append(f"about {_gb(needed)} of memory are needed beside the weights, and {_gb(left)} are available")
     return "; ".join(told) or None

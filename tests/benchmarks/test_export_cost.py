@@ -113,7 +113,13 @@ def recorded(name: str, layers: int | None) -> dict[str, Any]:
         "stages": [{"name": "verify", "seconds": 10.0 * weights, "peak": (weights + 0.5) * 1e9, "own": 5e8, "mapped": 0}],
         "predicted": {
             "size": {"parameters": weights * 0.25e9},
-            "price": {"seconds": 20.0, "memory": 4e9, "needed": 1e9, "output": weights * 1e9},
+            "price": {
+                "seconds": 20.0,
+                "memory": 4e9,
+                "needed": 1e9,
+                "output": weights * 1e9,
+                "stages": [{"stage": "verify", "seconds": 12.0, "memory": 1e9}],
+            },
         },
         "commit": "1",
         **MACHINE,
@@ -163,6 +169,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| peak memory, GB | 1.50 | 1.000 | 0.00 |" in page
     assert "takes 1.00 GB more at the peak (wanted: at most 1.3: reached) and 0.00 GB more of memory" in page
     assert "| depth-4 | 20, 50 s | 2.50 |" in page
+    assert "| depth-4 | 12, 50 |" in page
     assert "No results are recorded yet." in export_page.current({"cells": {}}, f"{BEGIN}\n{END}")
 
 

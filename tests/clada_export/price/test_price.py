@@ -115,10 +115,17 @@ def test_more_work_costs_more() -> None:
 
 def test_weights_are_mapped_and_not_needed() -> None:
     deep = replace(SIZE, parameters=8 * SIZE.parameters, ffn=8 * SIZE.ffn, layers=8 * SIZE.layers)
-    more = price(deep, MACHINE, Work())
-    base = price(SIZE, MACHINE, Work())
+    tight = replace(MACHINE, memory=8 * GB)
+    more, base = price(deep, tight, Work()), price(SIZE, tight, Work())
     assert more.needed == base.needed  # it does not grow with depth
     assert more.temporary == deep.float32_bytes
+
+
+def test_an_engine_is_packed_where_it_is_small_beside_the_memory() -> None:
+    size, work = replace(SIZE, largest=1000, widest=1000), Work(context=8)
+    tight = replace(MACHINE, memory=price(size, MACHINE, work).output)
+    packed, mapped = (price(size, machine, work).needed for machine in (MACHINE, tight))
+    assert packed - mapped == pytest.approx((SIZE.used - SIZE.ffn) * 4, rel=0.01)
 
 
 def test_all_policies_that_train_nothing_take_part_in_a_choice() -> None:
