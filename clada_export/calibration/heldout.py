@@ -19,7 +19,7 @@ from torch import Tensor
 from clada_export.calibration.precision import products
 from clada_export.calibration.selector import LayerSelector, MethodSelectors, ScorerShelf, Selectors
 from clada_export.calibration.soundness import bounded, require_finite
-from clada_export.calibration.teacher import KEEP_LIMIT, Teacher, chunks
+from clada_export.calibration.teacher import Teacher, chunks
 from clada_export.calibration.windows import Desk
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn.projections import parameters
@@ -28,8 +28,10 @@ from clada_export.decoder.tap import FFNTap
 from clada_export.load.surprisal import surprisal_entropy
 from clada_export.plan.method import Method
 
-LOGITS_LIMIT = 640 * 2**20
+LOGITS_LIMIT = 480 * 2**20
 """Bytes of the logits of windows that are run at once."""
+CACHE_LIMIT = 512 * 2**20
+"""Bytes of the caches of all prompts; where they take more, prompts are run again."""
 SAME = 1e-3
 """Of the largest logit: how far going on from a prompt's cache may be from running the text in one piece. Rounding is a
 hundredth of it."""
@@ -230,8 +232,7 @@ class HeldOut:
             signals.append(bounded(torch.cat(pieces, dim=1)))
         self._signals[group] = torch.stack(signals)
         size = 4 * len(self._windows) * count * rest.shape[-1]
-        parts = rest[:, :-1].reshape(-1, rest.shape[-1])
-        return Teacher.of(parts, windows[:, prompt + 1 :].reshape(-1), size)
+        return Teacher.of_parts([(after[:-1], window[prompt + 1 :]) for window, after in zip(windows, rest, strict=True)], size)
 
     def _decided(self, group: int, tap: AbstractContextManager[Any], fast: bool) -> Tensor:
         """The logits [windows, context - prompt, V] of the tokens after the prompt, under a tap."""
@@ -281,7 +282,7 @@ class HeldOut:
                 text = text[:, : self._prompt + CHECKED]
             with products(False):
                 cache = self._decoder.run(text[:, : self._prompt], keep_cache=True).cache
-                self._goes_on = bool(cache) and _size(cache) * len(self._windows) <= KEEP_LIMIT
+                self._goes_on = bool(cache) and _size(cache) * len(self._windows) <= CACHE_LIMIT
                 if self._goes_on:
                     found = self._decoder.run(text[:, self._prompt :], cache=cache, keep_cache=True).logits
                     wanted = self._decoder.run(text).logits[:, self._prompt :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from clada_export.calibration.soundness import bounded
 from clada_export.decoder.spool import Pages, Spool
 
-KEEP_LIMIT = 640 * 2**20
+KEEP_LIMIT = 128 * 2**20
 """Bytes of dense logits that are kept in memory between measurements; beyond it they are in a temporary file."""
 CHUNK = 2**21
 """Logits that are compared at a time: they fit into a core's cache, which what is made of a whole window would not."""
@@ -35,21 +35,29 @@ class Teacher:
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor, size: int) -> Teacher:
-        """From logits, float32 [rows, V].
+        """From logits, float32 [rows, V]; otherwise as `of_parts`."""
+        return cls.of_parts([(logits, targets)], size)
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[tuple[Tensor, Tensor]], size: int) -> Teacher:
+        """From the logits, float32 [rows, V], of some rows after others.
 
         Args:
-            targets: the tokens that followed, int64 [rows].
-            size: bytes of all logits that are kept at a time (`hold`).
+            parts: logits, and the tokens that followed, int64 [rows].
+            size: bytes of all logits that are kept at a time, here and by others.
         """
+        shape = sum(len(logits) for logits, _ in parts), parts[0][0].shape[-1]
         spool = None if size <= KEEP_LIMIT else Spool()
-        place = torch.empty(logits.shape) if spool is None else spool.take(logits.shape, torch.float32)
+        place = torch.empty(shape) if spool is None else spool.take(shape, torch.float32)
         columns: list[Tensor] = []
-        for part in chunks(logits):
-            log_p = logits[part].log_softmax(-1)
-            chosen = -log_p.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
-            best = log_p.argmax(-1)
-            torch.exp(log_p, out=place[part])
-            columns.append(torch.stack(((place[part] * log_p.nan_to_num(neginf=0.0)).sum(-1), chosen, best.float())))
+        done = 0
+        for logits, targets in parts:
+            for part in chunks(logits):
+                log_p = logits[part].log_softmax(-1)
+                chosen = -log_p.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
+                p = torch.exp(log_p, out=place[done : done + len(log_p)])
+                done += len(log_p)
+                columns.append(torch.stack(((p * log_p.nan_to_num(neginf=0.0)).sum(-1), chosen, log_p.argmax(-1).float())))
         p_log_p, nll, best = torch.cat(columns, dim=1)
         made = cls(place, p_log_p, nll, best.long(), None if spool is None else spool.pages([place]))
         made.rest()

@@ -107,8 +107,7 @@ def plan_thresholds(
         # What a plan says of itself is measured as the model is computed.
         drift = _exact(calibrator, best, settled)
         if not options.keeps(drift):
-            known = replace(best, drift=_exact_at(calibrator, best, settled.sparsity))
-            settled = _settled(calibrator, known, settled.sparsity, options, statistics.load, maker.responds, exact=True)
+            settled = _settled_again(calibrator, best, settled, drift, options, statistics.load)
             drift = settled.drift
     record = replace(
         calibrator.record(options, best.method),
@@ -172,11 +171,36 @@ def _settled(
     return _Settled(sparsity, levels, signal, drift, history, tried)
 
 
+def _settled_again(
+    calibrator: Calibrator,
+    best: AllocatedMethod,
+    before: _Settled,
+    drift: Drift,
+    options: CalibrationOptions,
+    signal: LoadSignal,
+) -> _Settled:
+    """Search in float32, from what rounded products took for the end.
+
+    Args:
+        drift: of `before`, in float32: it is over the budget.
+        signal: without a response. One is fitted again only if there was one.
+    """
+    if _responds(before.signal):
+        known = replace(best, drift=_exact_at(calibrator, best, before.sparsity))
+        return _settled(calibrator, known, before.sparsity, options, signal, True, exact=True)
+    known = replace(best, drift=drift)
+    again = _settled(calibrator, known, before.sparsity, options, signal, False, exact=True)
+    return replace(again, history=(*before.history, *again.history), tried=before.tried)
+
+
+def _responds(signal: LoadSignal) -> bool:
+    return signal.surprisal_weight != 0.0 or signal.entropy_weight != 0.0
+
+
 def _exact(calibrator: Calibrator, best: AllocatedMethod, settled: _Settled) -> Drift:
     """The drift of what was settled, in float32."""
     meter, signal = calibrator.meter, settled.signal
-    responds = signal.surprisal_weight != 0.0 or signal.entropy_weight != 0.0
-    multiplier = multiplier_of(signal, meter.signals, meter.context) if responds else None
+    multiplier = multiplier_of(signal, meter.signals, meter.context) if _responds(signal) else None
     return meter.measure(best.layers, settled.levels, multiplier, calibrator.step, exact=True)
 
 

@@ -110,10 +110,11 @@ def test_groups_are_as_large_as_their_logits_allow(monkeypatch: pytest.MonkeyPat
     assert groups_of(WINDOWS, PROMPT, 256) == [[0], [1], [2]]
 
 
-def test_what_is_enough_ends_a_measurement_and_is_not_kept_for_one() -> None:
+def test_what_is_enough_ends_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOGITS_LIMIT", 2 * 4 * (CONTEXT - PROMPT) * 256)
     decoder = TorchDecoder(tiny_model("llama", 0))
     layers, levels = selected(decoder, *METHODS[1])
-    measuring = meter(decoder, 1)
+    measuring = meter(decoder)
     whole = measuring.measure(layers, levels)
     part = measuring.measure(layers, levels, enough=lambda drift: len(set(drift.window)) == 2)
     assert set(part.window) == {0, 1} and set(whole.window) == {0, 1, 2}

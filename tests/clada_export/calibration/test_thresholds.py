@@ -16,10 +16,13 @@ from clada_export.calibration.budget import STEPS
 from clada_export.calibration.calibrate import CalibrationResult, Calibrator
 from clada_export.calibration.drift import Drift, DriftMeter
 from clada_export.calibration.load_response import LoadResponse
+from clada_export.calibration.selector import Selectors
 from clada_export.calibration.statistics import LayerTable
 from clada_export.decoder.torch_decoder import TorchDecoder
-from clada_export.methods import PolicySettings, get_policy
+from clada_export.methods import POLICIES, PolicySettings, get_policy
 from clada_export.plan.goal import Budget
+from clada_export.plan.method import Method
+from clada_export.plan.plan import SparsityPlan
 from tests.tiny_models import tiny_model
 
 BUDGET = Budget(ppl=0.02, kl=0.004)
@@ -105,3 +108,35 @@ def test_a_search_over_pruning_measures_each_amount_once(monkeypatch: pytest.Mon
     assert steps is not None and measured == [True] * len(steps) and len(steps) <= STEPS
     assert len({step.sparsity for step in steps}) == len(steps)
     assert BUDGET.keeps(result.drift)
+
+
+@pytest.mark.parametrize("respond", [False, True])
+def test_what_rounded_products_find_is_searched_again_in_float32_if_it_costs_too_much(
+    respond: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = DriftMeter.measure, []
+
+    def measure(meter: DriftMeter, *args: Any, exact: bool = False, **given: Any) -> Drift:
+        found = real(meter, *args, exact=True, **given)
+        asked.append(exact)
+        return found if exact else replace(found, kl=found.kl / 3)
+
+    monkeypatch.setattr(DriftMeter, "measure", measure)
+    model = TorchDecoder(tiny_model("llama", 0))
+    data = load_calibration_data(None, 256, context=32)
+    options = CalibrationOptions(budget=Budget.parse("kl=0.01"), load_response=respond)
+    result = Calibrator(model, data, fast=True).calibrate(POLICIES["clada"], {"weights_digest": "0"}, options)
+    assert options.keeps(result.drift)
+    # Both searches are told, and the levels are those of a measurement in float32.
+    assert asked.count(True) >= 2 and not asked[0] and asked == sorted(asked)
+    exact = Calibrator(TorchDecoder(tiny_model("llama", 0)), data, fast=False)
+    layers = Selectors(exact.decoder.ffns, (_method(result.plan),)).layers[0]
+    if not respond:
+        found = real(exact.meter, layers, np.array([layer.threshold[0] for layer in result.plan.layers]))
+        np.testing.assert_allclose(result.drift.kl, found.kl, atol=1e-6)
+        sparsities = [step.sparsity for step in result.plan.calibration.search]
+        assert max(sparsities) > result.plan.expected_sparsity + 0.02
+
+
+def _method(plan: SparsityPlan) -> Method:
+    return Method(plan.policy, plan.score, plan.rule, plan.layers, dict(plan.arrays))
