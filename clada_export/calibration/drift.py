@@ -149,7 +149,7 @@ class DriftJob:
 
         def run(group: int) -> DriftPart:
             with torch.inference_mode():
-                layers = heldout.selectors(self.method, self.fast)
+                layers = heldout.selectors(self.method)
                 return DriftPart(*heldout.sparse(group, layers, self.levels, self.multiplier, self.fast))
 
         return run

@@ -55,9 +55,9 @@ class _Start:
 
 @dataclass
 class _State:
-    """What holds for one state of the weights and one precision."""
+    """What holds for one state of the weights; of the prompts, in one precision at a time."""
 
-    starts: dict[int, _Start] = field(default_factory=dict)
+    starts: dict[tuple[int, bool], _Start] = field(default_factory=dict)
     selectors: dict[int, tuple[Method, MethodSelectors]] = field(default_factory=dict)
     shelf: ScorerShelf | None = None
 
@@ -118,19 +118,19 @@ class HeldOut:
             self.teacher(group, fast)
         return self._signals[group]
 
-    def selectors(self, method: Method, fast: bool) -> MethodSelectors:
+    def selectors(self, method: Method) -> MethodSelectors:
         """Those of a method for the weights as they are now."""
-        state = self._state(fast)
+        state = self._state()
         if id(method) not in state.selectors:
             if len(state.selectors) >= METHODS:
                 state.selectors.clear()
             # The method is kept with them, so that no other takes its id.
-            state.selectors[id(method)] = method, Selectors(self._decoder.ffns, (method,), self.shelf(fast)).layers[0]
+            state.selectors[id(method)] = method, Selectors(self._decoder.ffns, (method,), self.shelf()).layers[0]
         return state.selectors[id(method)][1]
 
-    def shelf(self, fast: bool) -> ScorerShelf:
+    def shelf(self) -> ScorerShelf:
         """The scorers for the weights as they are now."""
-        state = self._state(fast)
+        state = self._state()
         state.shelf = state.shelf or ScorerShelf(self._decoder.ffns)
         return state.shelf
 
@@ -245,8 +245,8 @@ class HeldOut:
 
     def _start(self, group: int, layers: Sequence[LayerSelector], fast: bool) -> _Start:
         """What the group's dense prompts leave behind; with the statistics that these layers ask for."""
-        state = self._state(fast)
-        start = state.starts.get(group)
+        state = self._state()
+        start = state.starts.get((group, fast))
         wanted = {(index, item.stat_kind): item for index, item in enumerate(layers) if item.needs_stat}
         missing = {kind: item for kind, item in wanted.items() if start is None or kind not in start.stats}
         if start is not None and not missing:
@@ -264,14 +264,14 @@ class HeldOut:
             cache = self._decoder.run(windows, keep_cache=True).cache
         start = start or _Start(cache)
         start.stats.update(found)
-        state.starts[group] = start
+        state.starts = {key: item for key, item in state.starts.items() if key[1] == fast} | {(group, fast): start}
         return start
 
-    def _state(self, fast: bool) -> _State:
+    def _state(self) -> _State:
         """What is known for the weights as they are now, which change in place."""
         weights = [(id(item), item._version) for ffn in self._decoder.ffns for item in parameters(ffn)]
-        if self._known is None or self._known[0] != (fast, weights):
-            self._known = (fast, weights), _State()
+        if self._known is None or self._known[0] != weights:
+            self._known = weights, _State()
         return self._known[1]
 
     def _can_go_on(self, fast: bool) -> bool:

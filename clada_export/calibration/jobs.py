@@ -56,7 +56,7 @@ class StatisticsJob:
 
     def open(self, desk: Desk) -> Callable[[int], StatisticsPart]:
         """See `Job.open`."""
-        selectors = Selectors(desk.decoder.ffns, self.methods, HeldOut.at(desk).shelf(self.fast))
+        selectors = Selectors(desk.decoder.ffns, self.methods, HeldOut.at(desk).shelf())
 
         def measure(window: int) -> StatisticsPart:
             with torch.inference_mode():
