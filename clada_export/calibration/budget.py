@@ -32,7 +32,7 @@ _OVER = 0.3
 """How far past the aim a guess goes, as log share, for each measurement before it that stayed on the same side."""
 _POWER = 4.0
 """Cost grows roughly as this power of sparsity where nothing better is known."""
-_PLACES = 48
+_PLACES = 24
 
 
 class BudgetUnmetError(UsageError):

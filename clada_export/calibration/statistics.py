@@ -66,17 +66,14 @@ class LayerTable:
         return float(np.interp(level, self.coarse_level, self.cett))
 
     def level_for_cett(self, target: float) -> float:
-        """The highest level whose error stays within `target`, by bisection."""
-        low, high = 0.0, float(self.level[-1])
-        if self.cett_at(high) <= target:
-            return high
-        for _ in range(50):
-            middle = (low + high) / 2
-            if self.cett_at(middle) <= target:
-                low = middle
-            else:
-                high = middle
-        return low
+        """The highest level whose error stays within `target`."""
+        after = int(np.searchsorted(self.cett, target, side="right"))
+        if after == 0:
+            return 0.0
+        if after == len(self.cett):
+            return float(self.level[-1])
+        share = (target - self.cett[after - 1]) / (self.cett[after] - self.cett[after - 1])
+        return float(self.coarse_level[after - 1] + share * (self.coarse_level[after] - self.coarse_level[after - 1]))
 
 
 @dataclass(frozen=True)
