@@ -7,7 +7,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,8 +21,6 @@ LARGE = 0.5
 later stages hold (activations, statistics, the graph that is written)."""
 _LEAST = 1 << 20
 """Bytes of a file that is made because the others are full."""
-_POPULATE_WRITE = 23
-"""Of madvise(2), which Python's mmap does not name: bring all pages of a range for writing, in one call (Linux 5.14)."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 
@@ -117,8 +114,6 @@ class Spool:
             self.reserve(max(size, _LEAST))
             part = self._parts[-1]
         tensor = torch.frombuffer(part.map, dtype=dtype, count=count, offset=part.used)
-        with suppress(OSError):  # a kernel that does not know it: pages come when they are written to, each by itself
-            part.map.madvise(_POPULATE_WRITE, part.used, size)
         part.used += size
         return tensor.view(tuple(shape))
 
