@@ -182,6 +182,7 @@ _ALLOWED = {
     ("benchmarks/passes.py", "AutoConfig"),
     # As keys of the door: which class loads a model, never a call.
     ("clada_export/source/causal_lm.py", "AutoModelForCausalLM"),
+    ("clada_export/price/outline.py", "AutoModelForCausalLM"),
     ("benchmarks/tiny_decoders.py", "AutoModelForCausalLM"),
     ("benchmarks/passes.py", "AutoModelForCausalLM"),
 }
