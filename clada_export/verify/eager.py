@@ -222,7 +222,7 @@ class _ReferenceLayer:
             hidden, _ = neuron_outputs(x, self.tensors.w_in, self.tensors, self.attributes)
             prompt = (load == float("inf")).unsqueeze(-1)
             shares = torch.where(prompt, prompt_shares(hidden, self.attributes), torch.zeros(()))
-            sums = [part.cumsum(0) for part in shares.split(lengths)]
+            sums = [part.cumsum(0) for part in torch.split(shares, lengths)]
             past = torch.cat([torch.cat((torch.zeros_like(part[:1]), part[:-1])) for part in sums])
             stats = [part[-1:] for part in sums]
         # Every token is a sequence of its own, so that each has its own statistic.
@@ -235,7 +235,7 @@ class _ReferenceLayer:
             past_stat=past,
             shadow_weight=self.shadow,
         )
-        parts = result.y.squeeze(1).split(lengths), result.active.squeeze(1).split(lengths)
+        parts = torch.split(result.y.squeeze(1), lengths), torch.split(result.active.squeeze(1), lengths)
         return list(zip(*parts, stats, strict=True))
 
     def _run_merged(self, x: Tensor, load: Tensor, merging: MergedReference) -> tuple[Tensor, Tensor]:
