@@ -97,7 +97,7 @@ def _stack(model: Model, rows: int, threads: int, library: bool, make_node: Any)
 
 
 def _random_bytes(shape: tuple[int, ...]) -> np.ndarray:
-    """Aligned to lines, as ONNX Runtime allocates what it loads."""
+    """Aligned to lines, as ONNX Runtime allocates what it loads; in memory of its own, which may lie on large pages."""
     size = int(np.prod(shape))
     memory = np.empty(size + 64, np.uint8)
     at = -memory.ctypes.data % 64
@@ -153,15 +153,15 @@ class Read:
             pass
 
 
-def rounds(variants: dict[str, Any], count: int) -> dict[str, list[float]]:
-    """Seconds of each run, the variants in turn."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+def rounds(variants: dict[str, Any], count: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds, and seconds of processors, of each run, the variants in turn."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for turn in range(count + 1):
         for name, variant in variants.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             variant.run()
             if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return times
 
 
@@ -175,15 +175,20 @@ def measure(model_name: str, threads: int, rows: int, count: int, peers: bool) -
             variants["matmul_nbits"] = peer(model, bits, rows, threads)
         times = rounds(variants, count)
         line: dict[str, Any] = {"model": model_name, "threads": threads, "rows": rows, "bits": bits}
-        for name, seconds in times.items():
-            best, size = min(seconds), variants[name].bytes
+        for name, pairs in times.items():
+            (seconds, processors), size = zip(*pairs, strict=True), variants[name].bytes
+            best = min(seconds)
             line[name] = {
                 "ms": round(best * 1e3, 3),
                 "ms_median": round(statistics.median(seconds) * 1e3, 3),
                 "mb": round(size / 1e6, 1),
                 "gb_s": round(size / best / 1e9, 2),
             }
-        line["of_read"] = round(line["quant_matmul"]["gb_s"] / line["read"]["gb_s"], 3)
+            if threads == 1:  # what a busy machine leaves to compare; waiting threads of a pool would count as busy
+                line[name]["cpu_ms"] = round(min(processors) * 1e3, 3)
+        key = "cpu_ms" if threads == 1 else "ms"
+        speeds = {name: variants[name].bytes / line[name][key] for name in times}
+        line["of_read"] = round(speeds["quant_matmul"] / speeds["read"], 3)
         yield line
         del stack, variants
         gc.collect()

@@ -7,6 +7,10 @@
 
 #include "clada/quant_matmul.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -23,6 +27,17 @@ bool HasAvx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool HasAvx512Vnni() { return HasAvx512() && __builtin_cpu_supports("avx512vnni"); }
+bool HasAmx() {
+#if defined(__linux__)
+  if (!HasAvx512Vnni() || !__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-int8")) return false;
+  // The kernel gives a process the tile registers when it asks for them, and refuses where a thread's signal stack is too small.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 bool HasNeonDot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
@@ -32,6 +47,7 @@ bool Always() { return true; }
 // Best first.
 constexpr InstructionSet kSets[] = {
 #if defined(__x86_64__)
+    {"amx", HasAmx, &kAvx512Kernels, &quant::kAmxKernels},
     {"avx512vnni", HasAvx512Vnni, &kAvx512Kernels, &quant::kAvx512VnniKernels},
     {"avx512", HasAvx512, &kAvx512Kernels, &quant::kAvx2Kernels},
     {"avxvnni", HasAvxVnni, &kAvx2Kernels, &quant::kAvxVnniKernels},

@@ -97,6 +97,15 @@ Problem MakeProblem(const std::string& node, const Attributes& attributes, const
   return p;
 }
 
+void SetRows(const std::string& node, const TensorView& x, Problem* problem) {
+  CheckType(node, x, 0, ElementType::kFloat32);
+  if (x.shape.empty() || x.shape.back() != problem->in_features)
+    Fail(node, Name(0) + " has shape " + Text(x.shape) + "; its last axis must be " + std::to_string(problem->in_features) +
+                   ", the width of the matrix");
+  problem->rows = CountRows(node, x.shape);
+  problem->x = static_cast<const float*>(x.data);
+}
+
 std::vector<int64_t> OutputShape(const Attributes& attributes, const std::vector<int64_t>& x) {
   Shape y = x;
   y.back() = attributes.out_features;

@@ -18,17 +18,21 @@ struct XRows {
   int64_t blocks = 0;
 };
 
+constexpr int64_t kMostRunRows = 64;
+
 struct Kernels {
   const char* name;
+  int64_t run_rows;  // rows that read a tile's memory once, at most kMostRunRows
 
   // One row of x in 8 bits.
   void (*quantise)(const float* x, int64_t blocks, int8_t* q, float* scale, int32_t* sum);
 
-  // out[r * kTileRows + j] = x[r] . row j of the tile, without the bias. Indexed by the place in kFormatBits, and by has_offset.
+  // out[r * kTileRows + j] = x[r] . row j of the tile, without the bias, for up to run_rows rows. Indexed by the place in kFormatBits, and by has_offset.
   void (*tile[kFormats][2])(const uint8_t* tile, const XRows& x, int64_t rows, float* out);
 };
 
 #if defined(__x86_64__)
+extern const Kernels kAmxKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx2Kernels;

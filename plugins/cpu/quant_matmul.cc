@@ -9,7 +9,7 @@
 namespace clada::quant {
 namespace {
 
-constexpr int64_t kRunRows = 8;     // rows that go through a tile together: up to here a weight is read once
+constexpr int64_t kFewRows = 8;     // of which none is left to another thread
 constexpr int64_t kPassRows = 256;  // rows whose 8-bit numbers are kept at a time; then the weights are read again
 constexpr int64_t kMostChunks = 16;
 constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least: less is not worth another thread
@@ -42,9 +42,9 @@ void RunTile(const Problem& problem, const Kernels& kernels, const Plan& plan, i
   const int64_t columns = std::min(kTileRows, n - column);
   const uint8_t* weight = problem.weight + tile * blocks * RecordBytes(static_cast<int>(a.bits), a.has_offset);
   const auto product = kernels.tile[FormatOf(a.bits)][a.has_offset];
-  for (int64_t r = 0; r < count; r += kRunRows) {
-    const int64_t rows = std::min(kRunRows, count - r);
-    alignas(64) float out[kRunRows * kTileRows];
+  for (int64_t r = 0; r < count; r += kernels.run_rows) {
+    const int64_t rows = std::min(kernels.run_rows, count - r);
+    alignas(64) float out[kMostRunRows * kTileRows];
     product(weight, {plan.q + r * problem.in_features, plan.scale + r * blocks, plan.sum + r * blocks, blocks}, rows, out);
     for (int64_t i = 0; i < rows; ++i) {
       float* y = problem.y + (first + r + i) * n + column;
@@ -73,13 +73,13 @@ void Run(const Problem& problem, const ParallelFor& parallel_for, const Kernels&
       kernels.quantise(problem.x + (first + r) * k, blocks, plan.q + r * k, plan.scale + r * blocks, plan.sum + r * blocks);
     };
     // A few rows are done sooner than other threads have begun.
-    if (count <= kRunRows)
+    if (count <= kFewRows)
       for (int64_t r = 0; r < count; ++r) round(r);
     else
-      Parallel(host, CeilDiv(count, kRunRows), [&](int64_t run) {
-        for (int64_t r = run * kRunRows; r < std::min(count, (run + 1) * kRunRows); ++r) round(r);
+      Parallel(host, CeilDiv(count, kFewRows), [&](int64_t run) {
+        for (int64_t r = run * kFewRows; r < std::min(count, (run + 1) * kFewRows); ++r) round(r);
       });
-    const int64_t work = tiles * blocks * record * CeilDiv(count, kRunRows);
+    const int64_t work = tiles * blocks * record * CeilDiv(count, kFewRows);
     const int64_t chunks = std::min(tiles, std::clamp<int64_t>(work / kChunkBytes, 1, kMostChunks));
     Parallel(host, chunks, [&](int64_t chunk) {
       for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile)

@@ -77,7 +77,7 @@ TensorView View(Ort::ConstValue value) {
   const Ort::TensorTypeAndShapeInfo info = value.GetTensorTypeAndShapeInfo();
   TensorView view;
   view.type = ToElementType(info.GetElementType());
-  view.type_name = "ONNX type " + std::to_string(info.GetElementType());
+  if (view.type == ElementType::kOther) view.type_name = "ONNX type " + std::to_string(info.GetElementType());
   view.shape = info.GetShape();
   view.data = value.GetTensorRawData();
   return view;

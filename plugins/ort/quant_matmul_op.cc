@@ -3,11 +3,35 @@
 
 #include <cstdlib>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "node.h"
 #include "shape_inference.h"
 
 namespace clada::ort {
 namespace {
+
+constexpr size_t kStackBytes = 16 << 10;  // a row's scratch memory, as wide as most
+
+// A call reads its whole weight once, at the speed of memory, and on small pages looking pages up takes up to a third of that. This
+// puts them together in place; a mapped file keeps its small pages, and so does a system that has no large ones.
+void AskForLargePages(const void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1
+  const auto first = reinterpret_cast<uintptr_t>(data) / kLargePage * kLargePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kLargePage - 1) / kLargePage * kLargePage;
+  for (uintptr_t page = first; page < end; page += kLargePage) {
+    // Contents stay what they are, whatever else is on the page. Both may fail, and nothing hangs on it.
+    madvise(reinterpret_cast<void*>(page), kLargePage, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(page), kLargePage, kCollapse);
+  }
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 // y: float32, x's rows and out_features. What is wrong with attributes is said when the kernel is made.
 OrtStatusPtr ORT_API_CALL InferShape(const OrtCustomOp*, OrtShapeInferContext* context) {
@@ -33,26 +57,63 @@ QuantMatMulKernel::QuantMatMulKernel(const OrtKernelInfo* raw)
   quant::CheckCounts(node_, attributes_, info.GetInputCount(), info.GetOutputCount());
   kernels_ = quant::FindKernels(std::getenv("CLADA_ISA"));
   if (kernels_ == nullptr) RefuseInstructionSet(quant::kOpName, node_);
+  ReadConstants(info);
 }
 
-void QuantMatMulKernel::Compute(OrtKernelContext* raw) {
-  Ort::KernelContext context(raw);
-  std::vector<TensorView> views;
-  views.reserve(context.GetInputCount());
-  for (size_t i = 0; i < context.GetInputCount(); ++i) {
+void QuantMatMulKernel::ReadConstants(const Ort::ConstKernelInfo& info) {
+  std::vector<TensorView> views(1);
+  for (size_t i = 1; i < info.GetInputCount(); ++i) {
+    int constant = 0;
+    const Ort::ConstValue value = info.GetTensorConstantInput(i, &constant);
+    if (!constant) return;
+    views.push_back(View(value));
+  }
+  const TensorView& weight = views[1];
+  if (weight.type != ElementType::kUint8 || weight.shape.size() != 3) return;  // refused by the first call
+  int64_t bytes = 1;
+  for (const int64_t size : weight.shape) bytes *= size;
+  AskForLargePages(weight.data, static_cast<size_t>(bytes));
+  views[0].type = ElementType::kFloat32;
+  views[0].shape = {0, weight.shape[1] * quant::kBlock};
+  problem_ = quant::MakeProblem(node_, attributes_, views);
+  constant_ = true;
+}
+
+quant::Problem QuantMatMulKernel::Bind(Ort::KernelContext& context, TensorView* x) const {
+  const auto view = [&](size_t i) {
     const Ort::ConstValue value = context.GetInput(i);
     if (!value)
       throw ContractError(std::string(quant::kOpName) + " node '" + node_ + "': input " + std::to_string(i) + " ('" +
                           quant::kInputNames[i] + "') is not connected; no input is optional");
-    views.push_back(View(value));
+    return View(value);
+  };
+  *x = view(0);
+  if (constant_) {
+    quant::Problem problem = problem_;
+    quant::SetRows(node_, *x, &problem);
+    return problem;
   }
-  quant::Problem problem = quant::MakeProblem(node_, attributes_, views);
-  Ort::UnownedValue y = context.GetOutput(0, quant::OutputShape(attributes_, views[0].shape));
+  std::vector<TensorView> views = {*x};
+  for (size_t i = 1; i < context.GetInputCount(); ++i) views.push_back(view(i));
+  return quant::MakeProblem(node_, attributes_, views);
+}
+
+void QuantMatMulKernel::Compute(OrtKernelContext* raw) {
+  Ort::KernelContext context(raw);
+  TensorView x;
+  quant::Problem problem = Bind(context, &x);
+  Ort::UnownedValue y = context.GetOutput(0, quant::OutputShape(attributes_, x.shape));
   if (!y) throw ContractError(std::string(quant::kOpName) + " node '" + node_ + "': output 0 is not connected");
   problem.y = static_cast<float*>(y.GetTensorMutableRawData());
   if (problem.rows == 0) return;
-  const Scratch scratch(raw, memory_, quant::ScratchBytes(problem) + 64);
-  quant::Run(problem, HostThreads(raw), *kernels_, scratch.Aligned(64));
+  const size_t bytes = quant::ScratchBytes(problem);
+  if (bytes <= kStackBytes) {
+    alignas(64) char scratch[kStackBytes];
+    quant::Run(problem, HostThreads(raw), *kernels_, scratch);
+  } else {
+    const Scratch scratch(raw, memory_, bytes + 64);
+    quant::Run(problem, HostThreads(raw), *kernels_, scratch.Aligned(64));
+  }
 }
 
 OrtStatusPtr QuantMatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {

@@ -15,9 +15,15 @@ class QuantMatMulKernel {
 
  private:
   void Compute(OrtKernelContext* context);
+  // The weight and the bias, checked, if both are constants: calls look at x alone, as between two reads of weights from memory the
+  // runtime's own data are in no cache.
+  void ReadConstants(const Ort::ConstKernelInfo& info);
+  quant::Problem Bind(Ort::KernelContext& context, TensorView* x) const;
 
   std::string node_;
   quant::Attributes attributes_;
+  bool constant_ = false;
+  quant::Problem problem_;  // with constant_
   const quant::Kernels* kernels_ = nullptr;
   Ort::MemoryInfo memory_;
 };

@@ -21,7 +21,7 @@ from graph_passes.quant.function_body import make_function
 from graph_passes.quant.layout import QuantisedMatrix, pack
 from graph_passes.quant.op import QuantMatMulAttributes, input_names
 
-ISAS = ("avx512vnni", "avx512", "avxvnni", "avx2", "baseline")
+ISAS = ("amx", "avx512vnni", "avx512", "avxvnni", "avx2", "baseline")
 
 
 @dataclass(frozen=True)

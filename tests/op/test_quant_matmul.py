@@ -224,6 +224,18 @@ def test_bad_inputs() -> None:
     refused(replace(case, bias=case.bias[:39]), "'bias'", "[39]", "[40]")
 
 
+def test_a_constant_weight_is_checked_when_the_session_is_made() -> None:
+    case = make_case(8)
+    refused(replace(case, x=case.x[:, :64]), "'x'", "[5, 64]", "last axis must be 96", constant=True)
+    with pytest.raises(Exception, match=r"q_proj': input 'weight' has shape \[1, 3, 1088\]; wanted \[2, 3, 1088\]"):
+        open_native(replace(case, weight=case.weight[:1]), constant=True)
+    refused(replace(case, weight=case.weight.view(np.int8)), "'weight'", "int8", "uint8", constant=True)
+    refused(replace(case, weight=case.weight[0]), "'weight'", "[3, 1088]", constant=True)
+    large = make_case(6, shape=(9,), n=200, k=320)
+    for each in (case, large, replace(case, x=case.x[:0])):
+        assert_bits(run(open_native(each, constant=True, threads=2), each), run_reference(each))
+
+
 def test_unknown_instruction_set() -> None:
     with pytest.raises(Exception, match=r"q_proj.*'mmx'.*" + ", ".join(ISAS[:-1]) + f" or {ISAS[-1]}"):
         open_native(make_case(8), "mmx")

@@ -40,6 +40,9 @@ void CheckCounts(const std::string& node, const Attributes& attributes, size_t i
 // Checks types and shapes and fills a problem but y. Throws ContractError.
 Problem MakeProblem(const std::string& node, const Attributes& attributes, const std::vector<TensorView>& inputs);
 
+// Gives a problem whose weight is known other rows: checks x's type and shape. Throws ContractError.
+void SetRows(const std::string& node, const TensorView& x, Problem* problem);
+
 // The shape of y; `x` is that of the input x.
 std::vector<int64_t> OutputShape(const Attributes& attributes, const std::vector<int64_t>& x);
 

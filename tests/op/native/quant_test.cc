@@ -85,7 +85,7 @@ int Run(int number) {
   p.x = x.data(), p.weight = weight.data(), p.bias = a.has_bias ? bias.data() : nullptr;
 
   std::vector<float> first;
-  for (const char* isa : {"baseline", "avx2", "avxvnni", "avx512vnni", "neondot"}) {
+  for (const char* isa : {"baseline", "avx2", "avxvnni", "avx512vnni", "amx", "neondot"}) {
     const quant::Kernels* kernels = quant::FindKernels(isa);
     if (kernels == nullptr) continue;
     const std::vector<float> all = Call(p, {}, *kernels);
@@ -104,7 +104,7 @@ int Run(int number) {
       if (std::isnan(value)) return std::printf("call %d: NaN\n", number), 1;
   }
   // Any result, but no access beyond a buffer.
-  for (const char* isa : {"baseline", "avx2", "avxvnni", "avx512vnni", "neondot"}) {
+  for (const char* isa : {"baseline", "avx2", "avxvnni", "avx512vnni", "amx", "neondot"}) {
     const quant::Kernels* kernels = quant::FindKernels(isa);
     if (kernels == nullptr || number % 8) continue;
     scribbled = {x.data(), p.rows * p.in_features};
