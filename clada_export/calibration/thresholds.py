@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from clada_export.calibration.selector import MethodSelectors, Selectors
 from clada_export.calibration.statistics import LayerTable
 from clada_export.calibration.weights import Pruning
 from clada_export.load.signal import LoadSignal
+from clada_export.plan.goal import Budget
 from clada_export.plan.layer import LayerPlan
 from clada_export.plan.method import Method
 from clada_export.plan.plan import SparsityPlan
@@ -34,6 +36,8 @@ AHEAD = 0.005
 NEARLY, HOPELESS = 1.15, 2.0
 """Shares of the budget. A cost up to the first may be one that a variant keeps; one above the second on a part of the held-out
 windows is not kept on all of them."""
+AGREEMENT = 0.1
+"""By so much of a limit rounded products may be off for their measurements to stand."""
 LOAD_MIN, LOAD_MAX = 0.25, 4.0
 """Bounds of m(load) in the engine: a load of -4..4 does not reach them at the op's slope, only one from outside does."""
 
@@ -104,8 +108,9 @@ def plan_thresholds(
     settled = _settled(calibrator, best, aimed, options, statistics.load, maker.responds)
     drift = settled.drift
     if calibrator.meter.fast and not once:
-        # What a plan says of itself is measured as the model is computed.
-        drift = _exact(calibrator, best, settled)
+        exact = _exact(calibrator, best, settled, options)
+        # A few windows that agree stand for the others; else what a plan says of itself is measured as the model is computed.
+        drift = exact if len(exact.kl) == len(settled.drift.kl) else settled.drift
         if not options.keeps(drift):
             settled = _settled_again(calibrator, best, settled, drift, options, statistics.load)
             drift = settled.drift
@@ -197,11 +202,30 @@ def _responds(signal: LoadSignal) -> bool:
     return signal.surprisal_weight != 0.0 or signal.entropy_weight != 0.0
 
 
-def _exact(calibrator: Calibrator, best: AllocatedMethod, settled: _Settled) -> Drift:
-    """The drift of what was settled, in float32."""
+def _exact(calibrator: Calibrator, best: AllocatedMethod, settled: _Settled, options: CalibrationOptions) -> Drift:
+    """The drift of what was settled, in float32: of all windows, or of the first ones if rounded products agree on them."""
     meter, signal = calibrator.meter, settled.signal
     multiplier = multiplier_of(signal, meter.signals, meter.context) if _responds(signal) else None
-    return meter.measure(best.layers, settled.levels, multiplier, calibrator.step, exact=True)
+    bound = options.sparsity is None and options.budget.cett is None
+    agree = partial(agrees, fast=settled.drift, budget=options.budget) if bound else lambda drift: True
+    return meter.measure(best.layers, settled.levels, multiplier, calibrator.step, exact=True, enough=agree)
+
+
+def agrees(exact: Drift, fast: Drift, budget: Budget) -> bool:
+    """Whether rounded products may speak for float32: on the windows that both have, the mean surprisal and KL differ by at
+    most a tenth of their limits, and with that difference the budget is kept on all windows.
+
+    Args:
+        exact: of the first windows.
+        fast: of all windows.
+    """
+    same = np.isin(fast.window, np.unique(exact.window))
+    nll = float((exact.nll - exact.dense_nll).mean() - (fast.nll[same] - fast.dense_nll[same]).mean())
+    kl = float(exact.kl.mean() - fast.kl[same].mean())
+    limits = budget.limits
+    if nll > AGREEMENT * limits.get("ppl", math.inf) or kl > AGREEMENT * limits.get("kl", math.inf):
+        return False
+    return budget.keeps(replace(fast, nll=fast.nll + max(nll, 0.0), kl=fast.kl + max(kl, 0.0)))
 
 
 def _exact_at(calibrator: Calibrator, best: AllocatedMethod, sparsity: float) -> Drift:

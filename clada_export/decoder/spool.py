@@ -16,7 +16,7 @@ from clada_export.errors import UsageError
 from clada_export.files.capacity import available_memory, disk
 
 PAGE = mmap.PAGESIZE
-LARGE = 0.5
+LARGE = 0.25
 """Weights are large if they are more than this part of the memory that is free before they are read: the rest is for all that
 later stages hold (activations, statistics, the graph that is written)."""
 _LEAST = 1 << 20

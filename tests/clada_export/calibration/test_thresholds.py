@@ -138,5 +138,46 @@ def test_what_rounded_products_find_is_searched_again_in_float32_if_it_costs_too
         assert max(sparsities) > result.plan.expected_sparsity + 0.02
 
 
+@pytest.mark.parametrize(
+    ("nll", "kl", "said"),
+    [
+        (0.0, 0.0, True),
+        (-0.01, -0.004, True),  # float32 is better than was measured
+        (0.001, 0.0, True),
+        (0.003, 0.0, False),  # more than a tenth of 2%
+        (0.0, 0.006, False),  # more than a tenth of 0.05
+        (0.0, 0.004, False),  # little, and with it the budget breaks
+    ],
+)
+def test_the_first_windows_speak_for_the_others_only_if_they_agree(nll: float, kl: float, said: bool) -> None:
+    window = np.repeat(np.arange(4), 8)
+    fast = Drift(np.full(32, 3.0), np.full(32, 3.0), np.full(32, 0.047), np.ones(32), window, 0.6)
+    first = window < 2
+    exact = Drift(fast.nll[first] + nll, fast.dense_nll[first], fast.kl[first] + kl, np.ones(16), window[first], 0.6)
+    assert thresholds.agrees(exact, fast, Budget.parse("ppl=2%,kl=0.05")) == said
+
+
+def test_a_few_windows_in_float32_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, ended = DriftMeter.measure, []
+
+    def measure(meter: DriftMeter, *args: Any, exact: bool = False, enough: Any = None, **given: Any) -> Drift:
+        found = real(meter, *args, exact=exact, **given)
+        if not exact:
+            return found
+        part = found.window < 1
+        few = Drift(
+            found.nll[part], found.dense_nll[part], found.kl[part], found.top1[part], found.window[part], found.sparsity
+        )
+        ended.append(enough(few))
+        return few if ended[-1] else found
+
+    monkeypatch.setattr(DriftMeter, "measure", measure)
+    data = load_calibration_data(None, 256, context=32)
+    options = CalibrationOptions(budget=BUDGET, load_response=False)
+    model = TorchDecoder(tiny_model("llama", 0))
+    result = Calibrator(model, data, fast=True).calibrate(POLICIES["clada"], {"weights_digest": "0"}, options)
+    assert len(ended) == 1 and len(result.drift.kl) == 4 * (32 - 8 - 1) and BUDGET.keeps(result.drift)
+
+
 def _method(plan: SparsityPlan) -> Method:
     return Method(plan.policy, plan.score, plan.rule, plan.layers, dict(plan.arrays))
