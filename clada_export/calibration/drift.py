@@ -188,9 +188,9 @@ class DriftMeter:
         self.cache = cache or CalibrationCache()
         self._runner = runner or InProcess(Desk(decoder, windows, windows, prompt))
         self._windows = windows
-        self._groups = groups_of(windows, prompt, decoder.vocab_size, self._runner.desk.at_once)
+        self._groups = groups_of(windows, prompt, decoder, self._runner.desk.at_once)
         # Where a measurement may end early does not depend on how many windows the runner takes at once.
-        self._ends = {group[-1] for group in groups_of(windows, prompt, decoder.vocab_size)}
+        self._ends = {group[-1] for group in groups_of(windows, prompt, decoder)}
         self._text = {"windows": arrays_digest({"windows": windows.numpy()}), "prompt": prompt, "groups": len(self._groups)}
         self.signals = self._signals(progress)
         """Surprisal and entropy of every token but the first of each window, float32 [N, 2, context - 1]."""

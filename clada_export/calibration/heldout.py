@@ -28,8 +28,9 @@ from clada_export.decoder.tap import FFNTap
 from clada_export.load.surprisal import surprisal_entropy
 from clada_export.plan.method import Method
 
-LOGITS_LIMIT = 480 * 2**20
-"""Bytes of the logits of windows that are run at once."""
+LOGITS_LIMIT, LOGITS_LEAST = 480 * 2**20, 160 * 2**20
+"""Bytes of the logits of windows that are run at once: an eighth of the FFNs' weights (what a batch saves is reading
+them), within these bounds."""
 CACHE_LIMIT = 512 * 2**20
 """Bytes of the caches of all prompts; where they take more, prompts are run again."""
 SAME = 1e-3
@@ -81,7 +82,7 @@ class HeldOut:
         at_once: int | None = None,
     ) -> None:
         self._decoder, self._windows, self._prompt, self._as_given = decoder, windows, prompt, as_given
-        self.groups = groups_of(windows, prompt, decoder.vocab_size, at_once)
+        self.groups = groups_of(windows, prompt, decoder, at_once)
         self._teachers: dict[tuple[int, bool], Teacher] = {}
         self._signals: dict[int, Tensor] = {}
         self._goes_on: bool | None = None
@@ -290,14 +291,16 @@ class HeldOut:
         return self._goes_on
 
 
-def groups_of(windows: Tensor, prompt: int, vocabulary: int, most: int | None = None) -> list[list[int]]:
+def groups_of(windows: Tensor, prompt: int, decoder: Decoder, most: int | None = None) -> list[list[int]]:
     """The numbers of the windows that are run at once: as many as their logits and `most` allow, at least one.
 
     Args:
         windows: int64 [N, context].
     """
+    weights = sum(4 * (3 if ffn.gated else 2) * ffn.hidden_size * ffn.intermediate_size for ffn in decoder.ffns)
+    limit = min(LOGITS_LIMIT, max(LOGITS_LEAST, weights // 8))
     rows = windows.shape[1] - prompt
-    size = max(1, min(most or len(windows), len(windows), LOGITS_LIMIT // max(4 * rows * vocabulary, 1)))
+    size = max(1, min(most or len(windows), len(windows), limit // max(4 * rows * decoder.vocab_size, 1)))
     return [list(range(start, min(start + size, len(windows)))) for start in range(0, len(windows), size)]
 
 

@@ -102,12 +102,18 @@ def test_a_cache_that_is_not_what_it_should_be_is_not_used() -> None:
 
 
 def test_groups_are_as_large_as_their_logits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert groups_of(WINDOWS, PROMPT, 256) == [[0, 1, 2]]
+    decoder = TorchDecoder(tiny_model("llama", 0))
+    assert groups_of(WINDOWS, PROMPT, decoder) == [[0, 1, 2]]
     monkeypatch.setattr(module, "LOGITS_LIMIT", 2 * 4 * (CONTEXT - PROMPT) * 256)
-    assert groups_of(WINDOWS, PROMPT, 256) == [[0, 1], [2]]
-    assert groups_of(WINDOWS, PROMPT, 256, 1) == [[0], [1], [2]]
+    assert groups_of(WINDOWS, PROMPT, decoder) == [[0, 1], [2]]
+    assert groups_of(WINDOWS, PROMPT, decoder, 1) == [[0], [1], [2]]
     monkeypatch.setattr(module, "LOGITS_LIMIT", 1)
-    assert groups_of(WINDOWS, PROMPT, 256) == [[0], [1], [2]]
+    assert groups_of(WINDOWS, PROMPT, decoder) == [[0], [1], [2]]
+    # What a batch saves is reading weights: large ones allow more.
+    monkeypatch.setattr(module, "LOGITS_LIMIT", 2**30)
+    monkeypatch.setattr(module, "LOGITS_LEAST", 4 * (CONTEXT - PROMPT) * 256)
+    weights = sum(ffn.w_in().nbytes + ffn.w_out().nbytes for ffn in decoder.ffns)
+    assert len(groups_of(WINDOWS, PROMPT, decoder)[0]) == min(3, max(1, weights // 8 // (4 * (CONTEXT - PROMPT) * 256)))
 
 
 def test_what_is_enough_ends_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
