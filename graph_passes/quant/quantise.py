@@ -147,7 +147,7 @@ class _Fit:
     def _round(self, values: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
         """q, float32 [n, 32]; 0 where the scale is 0."""
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=np.abs(scale) > 1e-30)
-        q = values - offset[:, None] if self.has_offset else values.copy()
+        q: np.ndarray = values - offset[:, None] if self.has_offset else values.copy()
         q *= inverse[:, None]
         np.rint(q, out=q)
         np.clip(q, -self.zero, self.zero - 1, out=q)
