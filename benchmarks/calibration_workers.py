@@ -33,7 +33,7 @@ from clada_export.calibration.windows import Desk, Job, Runner
 from clada_export.methods import PolicySettings, get_policy
 from clada_export.plan.tensors import tensors_digest
 from clada_export.source.load import load_source
-from clada_export.workers.pool import PoolOptions
+from clada_export.workers.pool import WorkerOptions
 from clada_export.workers.start import calibrating
 
 RESULT = ROOT / "benchmarks" / "results" / "calibration-workers.json"
@@ -152,7 +152,7 @@ def run(model: str, policy: str, cell: Cell, context: int) -> dict[str, Any]:
         if "workers have the model" in what:
             opened.append(time.perf_counter() - start)
 
-    pool = PoolOptions(cell.workers, cell.threads) if cell.workers else None
+    pool = WorkerOptions(cell.workers, cell.threads) if cell.workers else None
     try:
         with calibrating(
             source,

@@ -21,7 +21,7 @@ from clada_export.calibration.statistics import CalibrationStatistics
 from clada_export.calibration.text import CalibrationData
 from clada_export.calibration.weights import FFNWeights, Pruning
 from clada_export.calibration.windows import Desk, InProcess, Runner
-from clada_export.calibration.work import Work
+from clada_export.calibration.work import WorkCount
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UsageError
@@ -185,7 +185,7 @@ class Calibrator:
         self.prompt = prompt_length(int(data.calibration.shape[1]))
         self.weights = FFNWeights(decoder, data.calibration, rounded)
         self.runner = runner(Desk(decoder, data.calibration, data.heldout, self.prompt, self.weights))
-        self.work = Work(progress)
+        self.work = WorkCount(progress)
         self._what = "held-out windows"
         count, length = _short_windows(data)
         backward = SENSITIVITY_UNITS * length / data.heldout.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from clada_export.calibration.context import Progress
 
 
-class Work:
+class WorkCount:
     """Counts units of work, and tells progress of all of it: (what, units done, units that there are by now's estimate).
 
     A unit is about a window of text through the model. What a search will take is not known before: parts are estimated, and an

@@ -40,7 +40,7 @@ SAID = 3
 """How many faults are named; there may be one a layer."""
 
 
-class Constants:
+class OpConstants:
     """What the engine's file holds, compared with what it should hold a layer at a time.
 
     Args:
@@ -89,7 +89,7 @@ def constants_check(model: Path, wanted: Iterable[tuple[str, SparseFFNTensors]])
         model: the file that the engine runs, or that it was built from.
         wanted: what the nodes of an FFN should hold, by its name; it may run more than once.
     """
-    constants = Constants(model)
+    constants = OpConstants(model)
     for name, tensors in wanted:
         constants.compare(name, tensors)
     return constants.check()

@@ -20,7 +20,7 @@ from clada_export.decoder.decoder import Decoder
 from clada_export.load.values import DENSE
 from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
-from clada_export.verify.constants import Constants
+from clada_export.verify.constants import OpConstants
 from clada_export.verify.drift import drift_check, drift_numbers
 from clada_export.verify.eager import Best, ReferenceModel, SparseRun, best_tokens, dense_rows
 from clada_export.verify.engine_runs import CaseRun, DriftRun, GreedyRun, run_case, run_texts
@@ -185,7 +185,7 @@ def _ask_eager(decoder: Decoder, engine: _EngineSide, options: VerifyOptions, as
 
     dense = dense_rows(decoder, [*rows, *(text[:-1] for text in texts), *engine.drift.rows], take)
     progress("eager model, sparse")
-    constants = Constants(engine.folder / engine.manifest.model)
+    constants = OpConstants(engine.folder / engine.manifest.model)
     sparse = ReferenceModel(decoder, plan).run_all(rows, loads, last=DECODE + 1, keep=aside.keep, seen=constants.compare)
     rounding = [EXACT] * len(engine.cases)
     if options.computes_in != "float32":

@@ -24,7 +24,7 @@ INSTEAD = "or leave --calibration-workers and --ray-address out: the windows the
 
 
 @dataclass(frozen=True)
-class PoolOptions:
+class WorkerOptions:
     """Where windows run.
 
     Attributes:
@@ -85,7 +85,7 @@ class WorkerPool:
     def __init__(
         self,
         order: Order,
-        options: PoolOptions,
+        options: WorkerOptions,
         tell: Callable[[str], None],
         progress: Progress = lambda what, done, total: None,
     ) -> None:

@@ -16,7 +16,7 @@ from clada_export.calibration.windows import Desk, InProcess, Runner
 from clada_export.errors import UsageError
 from clada_export.plan.ranges import require_between
 from clada_export.source.load import SourceModel
-from clada_export.workers.pool import INSTEAD, PoolOptions, WorkerPool
+from clada_export.workers.pool import INSTEAD, WorkerOptions, WorkerPool
 from clada_export.workers.session import require_ray
 from clada_export.workers.worker import Order
 
@@ -30,7 +30,7 @@ and the least is done again when one dies."""
 Runners = Callable[[Desk], Runner]
 
 
-def parse_pool(workers: int, threads: int | None, address: str | None) -> PoolOptions | None:
+def parse_pool(workers: int, threads: int | None, address: str | None) -> WorkerOptions | None:
     """What `--calibration-workers`, `--calibration-threads` and `--ray-address` ask for; None is this process.
 
     Without a number of threads, workers share this machine's processors; on a cluster, whose machines are taken to be of this
@@ -49,14 +49,14 @@ def parse_pool(workers: int, threads: int | None, address: str | None) -> PoolOp
     require_ray(INSTEAD)
     processors = len(os.sched_getaffinity(0))
     share = processors if address is not None else max(1, processors // workers)
-    return PoolOptions(workers, threads or share, address)
+    return WorkerOptions(workers, threads or share, address)
 
 
 @contextmanager
 def calibrating(
     source: SourceModel,
     data: CalibrationData,
-    pool: PoolOptions | None,
+    pool: WorkerOptions | None,
     *,
     threads: int | None,
     dtype: str,

@@ -151,7 +151,8 @@ def test_a_plan_drifts_as_calibration_measures_it(
     method = Method("test", score, rule, plan.layers)
     levels = np.array([float(level_of(AXES[rule], rule, layer)) for layer in plan.layers])
     wanted = meter.measure(Selectors(ffns, [method]).layers[0], levels)
-    np.testing.assert_allclose(found.drift.kl, wanted.kl, rtol=1e-4, atol=1e-6)
+    # KL is the rest of three terms of some nats each (`clada_export.calibration.teacher`).
+    np.testing.assert_allclose(found.drift.kl, wanted.kl, rtol=1e-4, atol=4e-6)
     np.testing.assert_array_equal(found.drift.window, wanted.window)
     assert found.drift.sparsity == pytest.approx(wanted.sparsity, abs=1e-6)
     assert 0.05 < found.drift.sparsity < 0.95 and found.drift.mean_kl > 1e-5
@@ -161,7 +162,7 @@ def test_a_plan_drifts_as_calibration_measures_it(
 def test_pruned_weights_are_measured_against_the_dense_model(tmp_path: Path) -> None:
     model, ffns, _ = _plan("threshold", 0.0)
     heldout = HeldOut(TorchDecoder(model), WINDOWS, PROMPT, tmp_path)
-    assert heldout.measure(None).drift.mean_kl < 1e-9
+    assert heldout.measure(None).drift.mean_kl < 1e-6
     with torch.no_grad():
         ffns[0].down.weight.mul_(0.5)
     assert heldout.measure(None).drift.mean_kl > 1e-4

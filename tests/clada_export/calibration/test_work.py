@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from clada_export.calibration.work import Work
+from clada_export.calibration.work import WorkCount
 
 
 def test_done_grows_and_never_passes_the_whole() -> None:
     seen: list[tuple[str, int, int]] = []
-    work = Work(lambda what, done, total: seen.append((what, done, total)))
+    work = WorkCount(lambda what, done, total: seen.append((what, done, total)))
     work.expect("a", 4)
     work.expect("b", 10)
     for _ in range(6):

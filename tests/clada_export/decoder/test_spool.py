@@ -173,7 +173,7 @@ def test_a_copy_of_a_large_model_is_its_own_and_rests_too(monkeypatch: pytest.Mo
 
 def test_large_is_measured_by_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clada_export.decoder.spool.available_memory", lambda: 1000)
-    assert is_large(501) and not is_large(500)
+    assert is_large(251) and not is_large(250)
     spool = Spool()
     spool.reserve(400)
     assert spool.large  # a page

@@ -46,7 +46,8 @@ def test_every_policy_exports_verifies_and_runs(policy: str, model_folder: Folde
     names = [check.name for check in verification.checks]
     assert any("dense parity" in name for name in names) and any("sparse parity" in name for name in names)
     if policy not in STATIC:
-        assert 0.3 < verification.drift["sparsity"] < 0.7
+        # Of few prompts; what a prompt picks by the relative rule depends on its length, which is another one in calibration.
+        assert 0.1 < verification.drift["sparsity"] < 0.7
         assert 0.3 < plan.expected_sparsity < 0.7
     assert (out / PLAN_TENSORS).is_file() == (policy in ROUTED)
     assert SparsityPlan.from_dict(read_manifest(out).plan, folder=out).to_dict() == plan.to_dict()

@@ -28,7 +28,7 @@ from clada_export.methods.static import WeightPruning
 from clada_export.plan.goal import Budget
 from clada_export.source.load import load_source
 from clada_export.targets.registry import TARGETS
-from clada_export.workers.pool import PoolOptions, WorkerPool
+from clada_export.workers.pool import WorkerOptions, WorkerPool
 from clada_export.workers.start import Runners, calibrating, parse_pool
 from clada_export.workers.worker import CalibrationWorker, Order
 from tests.tiny_models import tiny_model
@@ -133,7 +133,7 @@ def parts(pool: WorkerPool, desk: Desk, windows: Sequence[int]) -> list[Any]:
 
 def test_parts_come_in_order_and_windows_stay_with_their_worker(pretend: Any, desk: Desk) -> None:
     session, told = pretend()
-    with WorkerPool(ORDER, PoolOptions(2), told.append) as pool:
+    with WorkerPool(ORDER, WorkerOptions(2), told.append) as pool:
         for _ in range(3):
             assert parts(pool, desk, range(4)) == [f"part {window}" for window in range(4)]
     owners: dict[int, set[int]] = {}
@@ -148,7 +148,7 @@ def test_parts_come_in_order_and_windows_stay_with_their_worker(pretend: Any, de
 def test_one_that_comes_late_takes_its_share(pretend: Any, desk: Desk) -> None:
     """A worker without windows of its own takes the last of the busiest."""
     session, told = pretend()
-    with WorkerPool(ORDER, PoolOptions(1), told.append) as pool:
+    with WorkerPool(ORDER, WorkerOptions(1), told.append) as pool:
         parts(pool, desk, range(4))
         pool._start()
         parts(pool, desk, range(4))
@@ -159,7 +159,7 @@ def test_one_that_comes_late_takes_its_share(pretend: Any, desk: Desk) -> None:
 
 def test_a_dead_workers_window_goes_to_another(pretend: Any, desk: Desk) -> None:
     session, told = pretend(script=lambda actor, name, window: name == "measure" and actor == 0 and window == 2)
-    with WorkerPool(ORDER, PoolOptions(2), told.append) as pool:
+    with WorkerPool(ORDER, WorkerOptions(2), told.append) as pool:
         assert parts(pool, desk, range(4)) == [f"part {window}" for window in range(4)]
         assert parts(pool, desk, range(4)) == [f"part {window}" for window in range(4)]
     assert told == ["a worker died at window 2; the window goes to another"] and session.actors == 3
@@ -168,7 +168,7 @@ def test_a_dead_workers_window_goes_to_another(pretend: Any, desk: Desk) -> None
 def test_a_window_that_kills_every_worker_is_an_error(pretend: Any, desk: Desk) -> None:
     _, told = pretend(script=lambda actor, name, window: window == 1)
     with (
-        WorkerPool(ORDER, PoolOptions(2, retries=1), told.append) as pool,
+        WorkerPool(ORDER, WorkerOptions(2, retries=1), told.append) as pool,
         pytest.raises(BackendError, match=r"window 1: its worker died 2 times.*fewer --calibration-workers"),
     ):
         parts(pool, desk, range(4))
@@ -177,12 +177,12 @@ def test_a_window_that_kills_every_worker_is_an_error(pretend: Any, desk: Desk) 
 
 def test_workers_that_die_while_they_open_the_model(pretend: Any, desk: Desk) -> None:
     _, told = pretend(script=lambda actor, name, window: name == "open" and actor != 0)
-    with WorkerPool(ORDER, PoolOptions(2, retries=1), told.append) as pool:
+    with WorkerPool(ORDER, WorkerOptions(2, retries=1), told.append) as pool:
         assert len(parts(pool, desk, range(6))) == 6
     assert "another is started (attempt 2)" in told[0] and "go on without it" in told[1]
     pretend(script=lambda actor, name, window: name == "open")
     with (
-        WorkerPool(ORDER, PoolOptions(1, retries=1), told.append) as pool,
+        WorkerPool(ORDER, WorkerOptions(1, retries=1), told.append) as pool,
         pytest.raises(BackendError, match="died 2 times while it opened the model"),
     ):
         parts(pool, desk, range(2))
@@ -196,14 +196,14 @@ def test_workers_that_die_while_they_open_the_model(pretend: Any, desk: Desk) ->
 def test_workers_that_differ_are_refused(pretend: Any, desk: Desk, name: str, kind: type[CladaError], said: str) -> None:
     other = {"torch": "1", "weights": "ab", name: "cd"}
     pretend(opened=lambda actor: {"identity": other, "host": "there", "instructions": ""})
-    with WorkerPool(ORDER, PoolOptions(1), print) as pool, pytest.raises(kind, match=said):
+    with WorkerPool(ORDER, WorkerOptions(1), print) as pool, pytest.raises(kind, match=said):
         parts(pool, desk, [0])
 
 
 def test_other_instructions_are_told(pretend: Any, desk: Desk) -> None:
     same = {"torch": "1", "weights": "ab"}
     _, told = pretend(opened=lambda actor: {"identity": same, "host": "there", "instructions": "ABACUS"})
-    with WorkerPool(ORDER, PoolOptions(1), told.append) as pool:
+    with WorkerPool(ORDER, WorkerOptions(1), told.append) as pool:
         parts(pool, desk, [0])
     assert "a worker on there computes with ABACUS" in told[0]
 
@@ -211,7 +211,7 @@ def test_other_instructions_are_told(pretend: Any, desk: Desk) -> None:
 def test_a_cluster_without_room_is_refused(pretend: Any) -> None:
     pretend(processors=2.0)
     with pytest.raises(BackendError, match="no machine of the Ray cluster has 3 CPUs for a worker; the largest has 2"):
-        WorkerPool(ORDER, PoolOptions(1, threads=3), print).__enter__()
+        WorkerPool(ORDER, WorkerOptions(1, threads=3), print).__enter__()
 
 
 def test_an_error_of_a_window_comes_when_its_turn_does(pretend: Any, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_an_error_of_a_window_comes_when_its_turn_does(pretend: Any, desk: Desk,
         return [(call, UsageError("too long") if result == "part 1" else result) for call, result in found]
 
     monkeypatch.setattr(Pretended, "finished", finished)
-    with WorkerPool(ORDER, PoolOptions(2), told.append) as pool:
+    with WorkerPool(ORDER, WorkerOptions(2), told.append) as pool:
         seen = pool.runner(desk).run(Nothing(), range(4))
         assert next(seen) == "part 0"
         with pytest.raises(UsageError, match="too long"):
