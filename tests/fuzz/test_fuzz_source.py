@@ -236,9 +236,7 @@ def test_configurations(tmp_path: Path) -> None:
             config = load_config(tmp_path)
             check_counts(config, stored, "config.json")
             loader = AutoModelForCausalLM
-            check_size(
-                model_without_memory(loader, config, place="config.json", most=stored.most_parts), stored, "config.json"
-            )
+            check_size(model_without_memory(loader, config, place="config.json", most=stored.most_parts), stored, "config.json")
 
         hold(build)
 

@@ -20,6 +20,7 @@ from clada_export.calibration.teacher import Teacher
 from clada_export.calibration.windows import Desk, InProcess
 from clada_export.decoder.decoder import Decoder, DecoderOutput
 from clada_export.decoder.torch_decoder import TorchDecoder
+from clada_export.errors import UnsupportedModelError
 from clada_export.plan.method import Method, draft_layers
 from tests.tiny_models import tiny_model
 
@@ -92,8 +93,18 @@ class ForgetfulDecoder(TorchDecoder):
         return super().run(ids, **given)
 
 
-def test_a_cache_that_is_not_what_it_should_be_is_not_used() -> None:
-    good, bad = TorchDecoder(tiny_model("llama", 0)), ForgetfulDecoder(tiny_model("llama", 0))
+class SingleRowDecoder(TorchDecoder):
+    """Takes several tokens after a cache of one row only, as ONNX Runtime's GroupQueryAttention."""
+
+    def run(self, ids: torch.Tensor, *, cache: Any = None, **given: Any) -> DecoderOutput:
+        if cache is not None and len(ids) > 1:
+            raise UnsupportedModelError("batch_size must be 1 when sequence_length > 1 and past context is given")
+        return super().run(ids, cache=cache, **given)
+
+
+@pytest.mark.parametrize("kind", [ForgetfulDecoder, SingleRowDecoder])
+def test_a_cache_that_is_not_what_it_should_be_is_not_used(kind: type[TorchDecoder]) -> None:
+    good, bad = TorchDecoder(tiny_model("llama", 0)), kind(tiny_model("llama", 0))
     layers, levels = selected(good, *METHODS[0])
     wanted = meter(good).measure(layers, levels)
     found = meter(bad).measure(*selected(bad, *METHODS[0]))
