@@ -25,7 +25,7 @@ PATTERN = ["sliding_attention", "full_attention"]
 # The sources that a trace of a whole model depends on.
 STAGE = (Path("clada_export", "trace", "example.py"), Path("clada_export", "trace", "exporter.py"), Path("graph_passes"))
 
-FAST = [("llama", 7, "cpu"), ("gemma3_text", 8, None)]
+FAST = [("llama", 6, "cpu"), pytest.param("gemma3_text", 8, None, marks=pytest.mark.long)]
 SLOW = [
     (kind, 8 if kind == "gemma3_text" else 6, fusions)
     for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3", "opt", "gpt2", "mixtral")
