@@ -337,6 +337,7 @@ def test_workers_that_find_different_models_are_refused(ray: Any, tmp_path: Path
         run_sweep(SweepJob("m"), cells, tmp_path / "out", pool=PoolOptions(workers=2), worker=make)
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_opened_is_a_plain_error(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         run_sweep(SweepJob(str(tmp_path / "nowhere.gguf")), CELLS, tmp_path / "out", pool=PoolOptions())
