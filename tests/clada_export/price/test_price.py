@@ -110,7 +110,7 @@ def test_more_work_costs_more() -> None:
     assert price(SIZE, MACHINE, Work(measured=6)).seconds > base.seconds
     assert price(SIZE, MACHINE, Work(trained=1)).seconds > base.seconds
     assert price(SIZE, MACHINE, Work(dtype="bfloat16")).output == base.output - SIZE.ffn * 2
-    assert {stage.stage for stage in base.stages} == {"source", "calibrate", "trace", "rewrite and write", "verify"}
+    assert {stage.stage for stage in base.stages} == {"source", "calibrate", "trace", "rewrite and write", "verify", "finish"}
 
 
 def test_weights_are_mapped_and_not_needed() -> None:
