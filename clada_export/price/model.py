@@ -3,9 +3,9 @@
     seconds = fixed + layers * a_layer + GB of float32 weights * a_gb + tokens * 2 * weights used / speed of matrix products
     memory  = base + weights + FFNs of one layer * copies + largest weight * copies + logits of one window * copies
 
-The numbers of the lines were fitted by hand to eight exports, of 4 to 30 layers and 0.3 to 7 GB. `docs/export-cost.md` holds them
-to measurements, stage by stage: what was predicted stands beside what was measured (`python -m benchmarks.export_cost`), and what
-is off there is to be changed here.
+The numbers of the lines were fitted by hand to eight exports, of 4 to 30 layers and 0.3 to 7 GB. `docs/export-cost.md`
+holds them to measurements, stage by stage: what was predicted stands beside what was measured, and what is off there is to be
+changed here (`python -m benchmarks.export_cost`).
 """
 
 from __future__ import annotations
