@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "buffer.h"
 #include "clada/contract.h"
 #include "clada/sparse_ffn.h"
 
@@ -30,17 +31,6 @@ Enum PickOf(const char* const (&)[N]) {
   return static_cast<Enum>(Pick(0, N - 1));
 }
 float Normal() { return std::normal_distribution<float>()(random_engine); }
-
-// Exactly `count` elements, the first of them at an address that is aligned to the element only.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : bytes_((count + 1) * sizeof(T)) {}
-  T* data() { return reinterpret_cast<T*>(bytes_.data() + sizeof(T)); }
-
- private:
-  std::vector<char> bytes_;
-};
 
 Buffer<float> Normals(int64_t count, float scale) {
   Buffer<float> buffer(count);

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "buffer.h"
 #include "clada/quant_matmul.h"
 
 namespace {
@@ -20,17 +21,6 @@ using namespace clada;
 std::mt19937 random_engine(11);
 
 int64_t Pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_engine); }
-
-// Exactly `count` elements on the heap, the first of them at an address that is aligned to the element only.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : bytes_((count + 1) * sizeof(T)) {}
-  T* data() { return reinterpret_cast<T*>(bytes_.data() + sizeof(T)); }
-
- private:
-  std::vector<char> bytes_;
-};
 
 Buffer<float> Normals(int64_t count) {
   Buffer<float> buffer(count);
