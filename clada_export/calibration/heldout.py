@@ -223,15 +223,10 @@ class HeldOut:
         for window, before, after in zip(windows, first, rest, strict=True):
             require_finite(self._decoder, window, before)
             require_finite(self._decoder, window, after)
-        signals = []
-        for window, before, after in zip(windows, first, rest, strict=True):
-            both = ((before, window[1 : prompt + 1]), (after[:-1], window[prompt + 1 :]))
-            pieces = [
-                torch.stack(surprisal_entropy(logits[part], targets[part]))
-                for logits, targets in both
-                for part in chunks(logits)
-            ]
-            signals.append(bounded(torch.cat(pieces, dim=1)))
+        signals = [
+            torch.cat((_signals(before, window[1 : prompt + 1]), _signals(after[:-1], window[prompt + 1 :])), dim=1)
+            for window, before, after in zip(windows, first, rest, strict=True)
+        ]
         self._signals[group] = torch.stack(signals)
         size = 4 * len(self._windows) * count * rest.shape[-1]
         return Teacher.of_parts([(after[:-1], window[prompt + 1 :]) for window, after in zip(windows, rest, strict=True)], size)
