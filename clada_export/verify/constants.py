@@ -10,7 +10,7 @@ them are off at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -80,19 +80,6 @@ class OpConstants:
         said = "; ".join(faults[:SAID]) + (f"; and {len(faults) - SAID} more" if len(faults) > SAID else "")
         bounds = {number: BOUNDS[number] for number in self._worst}
         return Check("constants of the op", not faults, self._worst, bounds, said)
-
-
-def constants_check(model: Path, wanted: Iterable[tuple[str, SparseFFNTensors]]) -> Check:
-    """Read the op's nodes of the engine's ONNX file.
-
-    Args:
-        model: the file that the engine runs, or that it was built from.
-        wanted: what the nodes of an FFN should hold, by its name; it may run more than once.
-    """
-    constants = OpConstants(model)
-    for name, tensors in wanted:
-        constants.compare(name, tensors)
-    return constants.check()
 
 
 def _nodes(model: Path) -> Iterator[tuple[str, ir.Node]]:

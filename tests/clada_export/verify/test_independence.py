@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ from clada_export.errors import VerificationError
 from clada_export.op import scorer
 from clada_export.op.reference import SparseFFNTensors, dequantize_shadow, quantize_shadow
 from clada_export.pipeline import export
-from clada_export.verify.constants import constants_check
+from clada_export.verify.constants import OpConstants
 from clada_export.verify.derivation import down_row_norms, four_bit_copy
+from clada_export.verify.report import Check
 from tests.tiny_models import ffn_names
 
 Folder = Callable[[str], Path]
@@ -29,6 +30,14 @@ OPTIONS = {"sparsity": 0.5, "calibration_context": 48, "load_response": False}
 LAYER = ffn_names("llama")[0]
 WEIGHTS = hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 2), st.sampled_from([32, 64])),
                      elements=st.floats(-1e4, 1e4, width=32))  # fmt: skip
+
+
+def constants_check(model: Path, wanted: Iterable[tuple[str, SparseFFNTensors]]) -> Check:
+    """What is said of a file that should hold these constants."""
+    constants = OpConstants(model)
+    for name, tensors in wanted:
+        constants.compare(name, tensors)
+    return constants.check()
 
 
 def test_no_import_of_what_the_export_scores_with() -> None:
