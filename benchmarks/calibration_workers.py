@@ -33,7 +33,7 @@ from clada_export.calibration.windows import Desk, Job, Runner
 from clada_export.methods import PolicySettings, get_policy
 from clada_export.plan.tensors import tensors_digest
 from clada_export.source.load import load_source
-from clada_export.workers.pool import WorkerOptions
+from clada_export.workers.session import WorkerOptions
 from clada_export.workers.start import calibrating
 
 RESULT = ROOT / "benchmarks" / "results" / "calibration-workers.json"

@@ -17,28 +17,10 @@ from clada_export.calibration.context import Progress
 from clada_export.calibration.windows import Desk, Job, Part
 from clada_export.errors import BackendError, CladaError, UsageError
 from clada_export.plan.tensors import LayerTensors, tensors_digest
-from clada_export.workers.session import RaySession, in_short
+from clada_export.workers.session import RaySession, WorkerOptions, in_short
 from clada_export.workers.worker import CalibrationWorker, Order, Task, identity, instructions
 
 INSTEAD = "or leave --calibration-workers and --ray-address out: the windows then run in this process, one after the other"
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """Where windows run.
-
-    Attributes:
-        workers: how many at once.
-        threads: of each.
-        address: of a running cluster; None starts Ray on this machine.
-        retries: how often a window is given out again after its worker died, and a worker is started again that died before it
-            had opened the model.
-    """
-
-    workers: int
-    threads: int = 1
-    address: str | None = None
-    retries: int = 2
 
 
 @dataclass(eq=False)

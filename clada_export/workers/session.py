@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +11,24 @@ from clada_export.errors import BackendError
 
 WAIT_S = 1.0
 """How long one wait for Ray lasts at most, seconds: Ctrl-C is seen after it."""
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Where work is shared out, and to how many.
+
+    Attributes:
+        workers: how many at once.
+        threads: CPUs of each.
+        address: of a running cluster; None starts Ray on this machine.
+        retries: how often a piece of work is given out again after its worker died or a fault, and a worker started again that
+            died before it had opened the model.
+    """
+
+    workers: int = 1
+    threads: int = 1
+    address: str | None = None
+    retries: int = 2
 
 
 def require_ray(instead: str) -> Any:

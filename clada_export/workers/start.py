@@ -16,8 +16,8 @@ from clada_export.calibration.windows import Desk, InProcess, Runner
 from clada_export.errors import UsageError
 from clada_export.plan.ranges import require_between
 from clada_export.source.load import SourceModel
-from clada_export.workers.pool import INSTEAD, WorkerOptions, WorkerPool
-from clada_export.workers.session import require_ray
+from clada_export.workers.pool import INSTEAD, WorkerPool
+from clada_export.workers.session import WorkerOptions, require_ray
 from clada_export.workers.worker import Order
 
 MOST = 2**14

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -51,3 +53,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[kind]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """Ray with two CPUs for all tests of this module: it takes seconds to start."""
+    found = pytest.importorskip("ray", reason="ray is not installed")
+    before = {name: os.environ.get(name) for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")}
+    os.environ |= dict.fromkeys(before, "0")
+    found.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield found
+    found.shutdown()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name)

@@ -13,11 +13,11 @@ from clada_export.console import ConsoleProgress
 from clada_export.errors import UsageError
 from clada_export.lab.sweep.cells import Cell, Outcome, make_cells
 from clada_export.lab.sweep.picture import table
-from clada_export.lab.sweep.ray_pool import INSTEAD, PoolOptions
+from clada_export.lab.sweep.ray_pool import INSTEAD
 from clada_export.lab.sweep.run import Listener, run_sweep
 from clada_export.lab.sweep.worker import SweepJob
 from clada_export.plan.ranges import require_between
-from clada_export.workers.session import require_ray
+from clada_export.workers.session import WorkerOptions, require_ray
 
 MOST = 2**14
 """Of workers, of their threads, and of times that a cell is tried again."""
@@ -77,7 +77,9 @@ def run_command(options: argparse.Namespace, settings: Any, hub: dict[str, Any])
     return result.exit_code
 
 
-def pool_options(address: str | None, workers: int | None, threads: int | None, retries: int, cells: int) -> PoolOptions | None:
+def pool_options(
+    address: str | None, workers: int | None, threads: int | None, retries: int, cells: int
+) -> WorkerOptions | None:
     """Where cells run; None is in this process.
 
     Raises:
@@ -96,9 +98,9 @@ def pool_options(address: str | None, workers: int | None, threads: int | None, 
     require_ray(INSTEAD)
     processors = len(os.sched_getaffinity(0))
     if address is not None:
-        return PoolOptions(address, workers or cells, threads or 1, retries)
+        return WorkerOptions(workers or cells, threads or 1, address, retries)
     workers = min(workers or processors, cells)
-    return PoolOptions(None, workers, threads or max(1, processors // workers), retries)
+    return WorkerOptions(workers, threads or max(1, processors // workers), None, retries)
 
 
 class _Console(Listener):

@@ -15,29 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from clada_export.errors import BackendError, CladaError, UsageError
 from clada_export.lab.sweep.cells import LOST, Cell, Outcome
-from clada_export.workers.session import RaySession, in_short
+from clada_export.workers.session import RaySession, WorkerOptions, in_short
 
 if TYPE_CHECKING:
     from clada_export.lab.sweep.worker import Worker
 
 INSTEAD = "or leave --workers and --ray-address out: cells then run one after the other"
-
-
-@dataclass(frozen=True)
-class PoolOptions:
-    """Where and how cells run.
-
-    Attributes:
-        address: of a running cluster; None starts Ray on this machine.
-        workers: how many at once.
-        threads: CPUs of a worker.
-        retries: how often a cell is tried again after its worker died or a fault.
-    """
-
-    address: str | None = None
-    workers: int = 1
-    threads: int = 1
-    retries: int = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +43,7 @@ class RayPool:
         BackendError: Ray is missing, or can't be reached.
     """
 
-    def __init__(self, make: Callable[[], Worker], options: PoolOptions, tell: Callable[[str], None]) -> None:
+    def __init__(self, make: Callable[[], Worker], options: WorkerOptions, tell: Callable[[str], None]) -> None:
         self._make, self._options, self._tell = make, options, tell
         processors = options.workers * options.threads
         self._session = RaySession(options.address, processors, INSTEAD)

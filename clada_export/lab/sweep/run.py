@@ -13,8 +13,9 @@ from clada_export.lab.sweep.cells import Cell, Outcome, worst
 from clada_export.lab.sweep.folder import PICTURE, SUMMARY, SweepFolder, check_folder
 from clada_export.lab.sweep.local import run_local
 from clada_export.lab.sweep.picture import draw
-from clada_export.lab.sweep.ray_pool import PoolOptions, RayPool
+from clada_export.lab.sweep.ray_pool import RayPool
 from clada_export.lab.sweep.worker import SweepJob, SweepWorker, Worker
+from clada_export.workers.session import WorkerOptions
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def run_sweep(
     cells: Sequence[Cell],
     path: Path,
     *,
-    pool: PoolOptions | None = None,
+    pool: WorkerOptions | None = None,
     retries: int = 2,
     listener: Listener | None = None,
     worker: Callable[[], Worker] | None = None,

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from clada_export.errors import BackendError, UsageError
 from clada_export.lab.sweep.cells import VALUES, Cell, Outcome, make_cells, worst
 from clada_export.lab.sweep.command import pool_options
 from clada_export.lab.sweep.picture import draw, table
-from clada_export.lab.sweep.ray_pool import PoolOptions
 from clada_export.lab.sweep.run import Listener, SweepResult, run_sweep
 from clada_export.lab.sweep.worker import SweepJob, SweepWorker
+from clada_export.workers.session import WorkerOptions
 
 CELLS = make_cells("griffin,cats", "0.3,0.5")
-RAY_IS_MISSING = "ray is not installed"
 
 
 class Heard(Listener):
@@ -256,20 +255,6 @@ def test_without_ray_cells_run_here_and_workers_are_refused(monkeypatch: pytest.
 # --- on Ray ---
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """Ray with two CPUs for all tests of this module: it takes seconds to start."""
-    found = pytest.importorskip("ray", reason=RAY_IS_MISSING)
-    before = {name: os.environ.get(name) for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")}
-    os.environ |= dict.fromkeys(before, "0")
-    found.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield found
-    found.shutdown()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name)
-
-
 def deadly(folder: Path, opening: int = 0, weights: str = "ab", pause: float = 0.0) -> Callable[[], Any]:
     """Makes workers that kill themselves: in the first `opening` openings, in one cell always, in another once.
 
@@ -303,7 +288,7 @@ def deadly(folder: Path, opening: int = 0, weights: str = "ab", pause: float = 0
 def test_killed_workers_are_replaced_and_their_cells_tried_again(ray: Any, tmp_path: Path) -> None:
     heard = Heard()
     cells = (*CELLS, *make_cells("tt", "0.1,0.2,0.3,0.4"))
-    pool = PoolOptions(workers=2, retries=2)
+    pool = WorkerOptions(workers=2, retries=2)
     result = run_sweep(SweepJob("m"), cells, tmp_path / "out", pool=pool, listener=heard, worker=deadly(tmp_path))
     assert [outcome.done for outcome in result.outcomes] == [False, *[True] * 7]
     assert [outcome.attempts for outcome in result.outcomes] == [3, 2, 2, *[1] * 5]
@@ -320,7 +305,7 @@ def test_killed_workers_are_replaced_and_their_cells_tried_again(ray: Any, tmp_p
 
 def test_a_worker_that_dies_while_it_opens_the_model(ray: Any, tmp_path: Path) -> None:
     heard = Heard()
-    pool = PoolOptions(workers=1, retries=1)
+    pool = WorkerOptions(workers=1, retries=1)
     with pytest.raises(BackendError, match="died 2 times while it opened the model"):
         run_sweep(SweepJob("m"), CELLS[3:], tmp_path / "out", pool=pool, listener=heard, worker=deadly(tmp_path, opening=9))
     assert "another is started" in heard.warnings[0]
@@ -334,13 +319,13 @@ def test_workers_that_find_different_models_are_refused(ray: Any, tmp_path: Path
     cells = make_cells("tt", ",".join(f"0.{number}" for number in range(1, 10)))
     make = deadly(tmp_path, weights="", pause=3.0)
     with pytest.raises(UsageError, match="finds another model or text than the first: its weights_digest"):
-        run_sweep(SweepJob("m"), cells, tmp_path / "out", pool=PoolOptions(workers=2), worker=make)
+        run_sweep(SweepJob("m"), cells, tmp_path / "out", pool=WorkerOptions(workers=2), worker=make)
 
 
 @pytest.mark.long
 def test_a_model_that_cannot_be_opened_is_a_plain_error(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        run_sweep(SweepJob(str(tmp_path / "nowhere.gguf")), CELLS, tmp_path / "out", pool=PoolOptions())
+        run_sweep(SweepJob(str(tmp_path / "nowhere.gguf")), CELLS, tmp_path / "out", pool=WorkerOptions())
     assert "nowhere.gguf" in str(caught.value) and "Traceback" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -369,7 +354,7 @@ def test_a_real_sweep_survives_the_kill_of_a_worker(ray: Any, model_folder: Call
     heard = Heard()
     job = SweepJob(str(model_folder("llama")), context=256)
     try:
-        result = run_sweep(job, CELLS, tmp_path / "out", pool=PoolOptions(workers=1), listener=heard)
+        result = run_sweep(job, CELLS, tmp_path / "out", pool=WorkerOptions(workers=1), listener=heard)
     finally:
         over.set()
         hunter.join()

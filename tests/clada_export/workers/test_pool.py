@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -28,7 +27,8 @@ from clada_export.methods.static import WeightPruning
 from clada_export.plan.goal import Budget
 from clada_export.source.load import load_source
 from clada_export.targets.registry import TARGETS
-from clada_export.workers.pool import WorkerOptions, WorkerPool
+from clada_export.workers.pool import WorkerPool
+from clada_export.workers.session import WorkerOptions
 from clada_export.workers.start import Runners, calibrating, parse_pool
 from clada_export.workers.worker import CalibrationWorker, Order
 from tests.tiny_models import tiny_model
@@ -259,20 +259,6 @@ def test_without_ray_workers_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # --- on Ray ---
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """Ray with two CPUs for all tests of this module: it takes seconds to start."""
-    found = pytest.importorskip("ray", reason="ray is not installed")
-    before = {name: os.environ.get(name) for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")}
-    os.environ |= dict.fromkeys(before, "0")
-    found.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield found
-    found.shutdown()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name)
 
 
 class Deadly:
