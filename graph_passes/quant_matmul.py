@@ -18,20 +18,8 @@ from graph_passes.quant.contract import BLOCK, DOMAIN, OP_TYPE, OP_VERSION
 from graph_passes.quant.function_body import MIN_OPSET, VARIANT, make_function, variant_name
 from graph_passes.quant.layout import pack
 from graph_passes.quant.op import ContractError, QuantMatMulAttributes, input_names, weight_shape
-from graph_passes.quant.quantise import quantise
+from graph_passes.quant.quantiser import QuantFormat, Quantiser
 from graph_passes.repack import free_unused
-
-
-@dataclass(frozen=True)
-class QuantFormat:
-    """How matrices are quantised: `bits` of a code, an offset beside each scale, a search over scales (`quantise`)."""
-
-    bits: int = 8
-    has_offset: bool = False
-    search: bool = False
-
-    def __post_init__(self) -> None:
-        QuantMatMulAttributes(1, self.bits, self.has_offset)  # refuses other bits
 
 
 @dataclass(frozen=True)
@@ -77,19 +65,17 @@ class QuantiseProducts(ir.passes.InPlacePass):
     number in a matrix that is not finite is found then.
 
     Args:
-        form: how.
-        names: the products to replace, by module path or, where a node has none, by its name; all by default.
-        threads: that quantise a matrix.
+        quantiser: says how, and makes the codes. A product is called by its module path or, where it has none, by its node.
+        names: the products to replace; all by default.
 
     Attributes:
         report: of the last run.
     """
 
-    def __init__(self, form: QuantFormat, names: Collection[str] | None = None, *, threads: int = 1) -> None:
+    def __init__(self, quantiser: Quantiser, names: Collection[str] | None = None) -> None:
         super().__init__()
-        self.form = form
+        self.quantiser = quantiser
         self.names = None if names is None else frozenset(names)
-        self.threads = threads
         self.report = QuantReport()
 
     def requires(self, model: ir.Model) -> None:
@@ -111,7 +97,7 @@ class QuantiseProducts(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Look at every product of the main graph."""
         report = self.report = QuantReport()
-        writer = _Writer(model, self.form, self.threads)
+        writer = _Writer(model, self.quantiser)
         seen = set()
         for node in list(model.graph):
             if node.op_type not in MATMUL_OPS and node.op_type not in QUANTISED_OPS:
@@ -122,10 +108,11 @@ class QuantiseProducts(ir.passes.InPlacePass):
                 continue
             product = match_product(node)
             reason = product if isinstance(product, str) else _unfit(product)
-            if isinstance(product, str) or reason is not None:
-                report.kept.append(KeptProduct(name, str(reason)))
+            form = self.quantiser.form(name) if reason is None else None
+            if isinstance(product, str) or form is None:
+                report.kept.append(KeptProduct(name, reason or "the quantiser leaves it as it is"))
             else:
-                report.products.append(writer.replace(name, node, product))
+                report.products.append(writer.replace(name, node, product, form))
         for name in sorted((self.names or frozenset()) - seen):
             report.kept.append(KeptProduct(name, "the graph has no product of this name"))
         writer.finish()
@@ -149,20 +136,20 @@ def _unfit(product: Projection) -> str | None:
 
 
 class _Writer:
-    def __init__(self, model: ir.Model, form: QuantFormat, threads: int) -> None:
-        self.model, self.graph, self.form, self.threads = model, model.graph, form, threads
+    def __init__(self, model: ir.Model, quantiser: Quantiser) -> None:
+        self.model, self.graph, self.quantiser = model, model.graph, quantiser
         self.made: dict[Hashable, tuple[str, ir.Value]] = {}
         self.freed: list[ir.Value] = []
         self.names = {str(node.name) for node in model.graph}
 
-    def replace(self, name: str, node: ir.Node, product: Projection) -> QuantisedProduct:
+    def replace(self, name: str, node: ir.Node, product: Projection, form: QuantFormat) -> QuantisedProduct:
         rows, columns = product.weight.shape
         bias, last = product.bias, node
         if bias is None and (found := _added(node, columns)) is not None:
             bias, last = found
-        attributes = QuantMatMulAttributes(columns, self.form.bits, self.form.has_offset, bias is not None)
+        attributes = QuantMatMulAttributes(columns, form.bits, form.has_offset, bias is not None)
         node_name = self._unique(name)
-        owner, weight = self._weight(node_name, product.weight, attributes)
+        owner, weight = self._weight(name, node_name, product.weight, attributes)
         inputs = [product.x, weight]
         if bias is not None:
             # In float32, whatever it is kept in: it is added to float32 sums.
@@ -187,7 +174,7 @@ class _Writer:
         self.freed.append(product.weight.value)
         size = int(np.prod(weight_shape(attributes, rows)))
         before = rows * columns * product.weight.value.dtype.itemsize if product.weight.value.dtype is not None else 0
-        return QuantisedProduct(name, node_name, rows, columns, self.form.bits, int(before), 0 if owner else size, owner)
+        return QuantisedProduct(name, node_name, rows, columns, form.bits, int(before), 0 if owner else size, owner)
 
     def finish(self) -> None:
         """Let go of weights that nothing uses any more, and of the nodes that only read them."""
@@ -197,29 +184,35 @@ class _Writer:
         RemoveUnusedNodesPass()(self.model)
         free_unused(self.graph, (value for value in self.freed if str(value.name) in self.graph.initializers))
 
-    def _weight(self, name: str, source: MatrixSource, attributes: QuantMatMulAttributes) -> tuple[str | None, ir.Value]:
-        """The packed matrix; one that was made before with its owner's name."""
-        if source in self.made:
-            return self.made[source]
+    def _weight(
+        self, name: str, node_name: str, source: MatrixSource, attributes: QuantMatMulAttributes
+    ) -> tuple[str | None, ir.Value]:
+        """The packed matrix; one that was made before in this form with its owner's name."""
+        key = (source, attributes.bits, attributes.has_offset)
+        if key in self.made:
+            return self.made[key]
         # A value of its own, which keeps the data when the graph lets go of its initializer.
         tensor = source.value.const_value
         held = replace(source, value=ir.Value(name=source.value.name, const_value=tensor))
-        form, threads, full = self.form, self.threads, f"{name}.quant_weight"
+        quantiser, full = self.quantiser, f"{node_name}.quant_weight"
 
         def evaluate() -> ir.TensorProtocol:
             weight = held.read().T
             try:
-                matrix = quantise(weight, form.bits, has_offset=form.has_offset, search=form.search, threads=threads)
+                matrix = quantiser.matrix(name, weight)
             except ContractError as error:
                 raise ContractError(f"product {name!r}: {error}") from error
+            if (found := matrix.attributes()) != wanted:
+                raise ContractError(f"product {name!r}: the quantiser gave {found}; wanted {wanted}")
             return ir.Tensor(pack(matrix), name=full)
 
+        wanted = replace(attributes, has_bias=False)
         shape = weight_shape(attributes, source.shape[0])
         if full in self.graph.initializers:
             raise ContractError(f"{OP_TYPE}: the graph has a constant {full!r} already")
         value = ir.val(full, const_value=ir.LazyTensor(evaluate, dtype=ir.DataType.UINT8, shape=ir.Shape(shape), name=full))
         self.graph.register_initializer(value)
-        self.made[source] = (name, value)
+        self.made[key] = (node_name, value)
         return None, value
 
     def _function(self, attributes: QuantMatMulAttributes) -> str:

@@ -8,7 +8,7 @@ Notation: N rows and K columns of the matrix, B = K / 32 blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -182,7 +182,3 @@ def _half(values: np.ndarray) -> np.ndarray:
     """Rounded to float16, within its range; as float32."""
     rounded: np.ndarray = np.clip(values, -_MOST, _MOST).astype(np.float16).astype(np.float32)
     return rounded
-
-
-Quantiser = Callable[[np.ndarray], QuantisedMatrix]
-"""Makes codes of a matrix float32 [N, K]."""
