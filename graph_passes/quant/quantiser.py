@@ -28,12 +28,25 @@ class QuantFormat:
         QuantMatMulAttributes(1, self.bits, self.has_offset)  # refuses other bits
 
 
+FFN_ROLES = ("gate", "up", "down")
+
+
+def ffn_matrix(ffn: str, role: str) -> str:
+    """What a matrix of an FFN is called: its module's path may not be in the graph, where gate and up can be one product.
+
+    Args:
+        ffn: the module path of the down projection.
+        role: one of `FFN_ROLES`.
+    """
+    return f"{ffn}:{role}"
+
+
 class Quantiser(Protocol):
     """Says how a matrix is quantised.
 
-    A matrix is called by the module path of its product (`model.layers.0.mlp.gate_proj`, `lm_head`), or by the node's name
-    where it has no path. A projection that packs several (gate and up) may be asked for a part at a time: rows are quantised
-    one by one, so a part has the codes that it has in the whole.
+    A matrix of an FFN is called by `ffn_matrix`, any other by the module path of its product (`lm_head`), or by its node's
+    name where it has no path, as products that a fusion packed together. Rows are quantised one by one, so a part of a packed
+    matrix has the codes that it has in the whole.
     """
 
     def form(self, name: str) -> QuantFormat | None:
