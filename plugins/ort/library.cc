@@ -26,6 +26,35 @@ CLADA_EXPORT const char* clada_build_info(void) {
   return info.c_str();
 }
 
+namespace {
+
+// ONNX Runtime's own kernels copy their weights unless this is 1, and ours do as they do. It has to be set before the library is
+// registered.
+constexpr char kDisablePrepacking[] = "session.disable_prepacking";
+
+struct Ops {
+  explicit Ops(clada::ort::WeightMemory weights) : quant_op(weights), domain(clada::kDomain) {
+#ifdef CLADA_ORT_CUDA
+    domain.Add(&cuda_op);
+    domain.Add(&quant_cuda_op);
+#endif
+#ifndef CLADA_CUDA_EMULATION  // there the emulated ops take the CPU's place
+    domain.Add(&op);
+    domain.Add(&quant_op);
+#endif
+  }
+
+  clada::ort::SparseFFNOp op;
+  clada::ort::QuantMatMulOp quant_op;
+#ifdef CLADA_ORT_CUDA
+  clada::ort::SparseFFNCudaOp cuda_op;
+  clada::ort::QuantMatMulCudaOp quant_cuda_op;
+#endif
+  Ort::CustomOpDomain domain;
+};
+
+}  // namespace
+
 CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(clada::ort::kApiVersion);
   if (api == nullptr) {
@@ -36,25 +65,10 @@ CLADA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtA
   Ort::InitApi(api);
   try {
     // Sessions keep pointers to all of them, so they live as long as the library.
-    static const clada::ort::SparseFFNOp op;
-    static const clada::ort::QuantMatMulOp quant_op;
-#ifdef CLADA_ORT_CUDA
-    static const clada::ort::SparseFFNCudaOp cuda_op;
-    static const clada::ort::QuantMatMulCudaOp quant_cuda_op;
-#endif
-    static Ort::CustomOpDomain domain = [] {
-      Ort::CustomOpDomain made(clada::kDomain);
-#ifdef CLADA_ORT_CUDA
-      made.Add(&cuda_op);
-      made.Add(&quant_cuda_op);
-#endif
-#ifndef CLADA_CUDA_EMULATION  // there the emulated ops take the CPU's place
-      made.Add(&op);
-      made.Add(&quant_op);
-#endif
-      return made;
-    }();
-    Ort::UnownedSessionOptions(options).Add(domain);
+    static const Ops own(clada::ort::WeightMemory::kOwn), in_place(clada::ort::WeightMemory::kInPlace);
+    Ort::UnownedSessionOptions session(options);
+    const bool packs = Ort::ConstSessionOptions(options).GetConfigEntryOrDefault(kDisablePrepacking, "0") != "1";
+    session.Add((packs ? own : in_place).domain);
     return nullptr;
   } catch (const std::exception& error) {
     return api->CreateStatus(ORT_FAIL, error.what());

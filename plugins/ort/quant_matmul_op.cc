@@ -3,10 +3,6 @@
 
 #include <cstdlib>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "node.h"
 #include "shape_inference.h"
 
@@ -14,24 +10,6 @@ namespace clada::ort {
 namespace {
 
 constexpr size_t kStackBytes = 16 << 10;  // a row's scratch memory, as wide as most
-
-// A call reads its whole weight once, at the speed of memory, and on small pages looking pages up takes up to a third of that. This
-// puts them together in place; a mapped file keeps its small pages, and so does a system that has no large ones.
-void AskForLargePages(const void* data, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1
-  const auto first = reinterpret_cast<uintptr_t>(data) / kLargePage * kLargePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kLargePage - 1) / kLargePage * kLargePage;
-  for (uintptr_t page = first; page < end; page += kLargePage) {
-    // Contents stay what they are, whatever else is on the page. Both may fail, and nothing hangs on it.
-    madvise(reinterpret_cast<void*>(page), kLargePage, MADV_HUGEPAGE);
-    madvise(reinterpret_cast<void*>(page), kLargePage, kCollapse);
-  }
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 // y: float32, x's rows and out_features. What is wrong with attributes is said when the kernel is made.
 OrtStatusPtr ORT_API_CALL InferShape(const OrtCustomOp*, OrtShapeInferContext* context) {
@@ -49,7 +27,7 @@ OrtStatusPtr ORT_API_CALL InferShape(const OrtCustomOp*, OrtShapeInferContext* c
 
 }  // namespace
 
-QuantMatMulKernel::QuantMatMulKernel(const OrtKernelInfo* raw)
+QuantMatMulKernel::QuantMatMulKernel(const OrtKernelInfo* raw, WeightMemory weights)
     : node_(Ort::ConstKernelInfo(raw).GetNodeName()),
       memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)) {
   const Ort::ConstKernelInfo info(raw);
@@ -57,10 +35,10 @@ QuantMatMulKernel::QuantMatMulKernel(const OrtKernelInfo* raw)
   quant::CheckCounts(node_, attributes_, info.GetInputCount(), info.GetOutputCount());
   kernels_ = quant::FindKernels(std::getenv("CLADA_ISA"));
   if (kernels_ == nullptr) RefuseInstructionSet(quant::kOpName, node_);
-  ReadConstants(info);
+  ReadConstants(info, weights);
 }
 
-void QuantMatMulKernel::ReadConstants(const Ort::ConstKernelInfo& info) {
+void QuantMatMulKernel::ReadConstants(const Ort::ConstKernelInfo& info, WeightMemory weights) {
   std::vector<TensorView> views(1);
   for (size_t i = 1; i < info.GetInputCount(); ++i) {
     int constant = 0;
@@ -70,12 +48,13 @@ void QuantMatMulKernel::ReadConstants(const Ort::ConstKernelInfo& info) {
   }
   const TensorView& weight = views[1];
   if (weight.type != ElementType::kUint8 || weight.shape.size() != 3) return;  // refused by the first call
-  int64_t bytes = 1;
-  for (const int64_t size : weight.shape) bytes *= size;
-  AskForLargePages(weight.data, static_cast<size_t>(bytes));
   views[0].type = ElementType::kFloat32;
   views[0].shape = {0, weight.shape[1] * quant::kBlock};
   problem_ = quant::MakeProblem(node_, attributes_, views);
+  int64_t bytes = 1;
+  for (const int64_t size : weight.shape) bytes *= size;
+  weight_ = KeepWeight(weight.data, static_cast<size_t>(bytes), weights);
+  problem_.weight = static_cast<const uint8_t*>(weight_.get());
   constant_ = true;
 }
 
@@ -120,13 +99,13 @@ OrtStatusPtr QuantMatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
   return Guard([&] { Compute(context); });
 }
 
-QuantMatMulOp::QuantMatMulOp() {
+QuantMatMulOp::QuantMatMulOp(WeightMemory weights) : weights_(weights) {
   OrtCustomOp::version = kApiVersion;
   OrtCustomOp::InferOutputShapeFn = &InferShape;
 }
 
 OrtStatusPtr QuantMatMulOp::CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const noexcept {
-  return Guard([&] { *kernel = new QuantMatMulKernel(info); });
+  return Guard([&] { *kernel = new QuantMatMulKernel(info, weights_); });
 }
 
 }  // namespace clada::ort

@@ -5,32 +5,34 @@
 
 #include "clada/quant_matmul.h"
 #include "sparse_ffn_op.h"
+#include "weight_memory.h"
 
 namespace clada::ort {
 
 class QuantMatMulKernel {
  public:
-  explicit QuantMatMulKernel(const OrtKernelInfo* info);
+  QuantMatMulKernel(const OrtKernelInfo* info, WeightMemory weights);
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
  private:
   void Compute(OrtKernelContext* context);
   // The weight and the bias, checked, if both are constants: calls look at x alone, as between two reads of weights from memory the
   // runtime's own data are in no cache.
-  void ReadConstants(const Ort::ConstKernelInfo& info);
+  void ReadConstants(const Ort::ConstKernelInfo& info, WeightMemory weights);
   quant::Problem Bind(Ort::KernelContext& context, TensorView* x) const;
 
   std::string node_;
   quant::Attributes attributes_;
   bool constant_ = false;
   quant::Problem problem_;  // with constant_
+  KeptWeight weight_;       // with constant_
   const quant::Kernels* kernels_ = nullptr;
   Ort::MemoryInfo memory_;
 };
 
 // The bias is there with has_bias, so the list of inputs ends in a variadic part.
 struct QuantMatMulOp : Ort::CustomOpBase<QuantMatMulOp, QuantMatMulKernel, true> {
-  QuantMatMulOp();
+  explicit QuantMatMulOp(WeightMemory weights = WeightMemory::kOwn);
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept;
 
   const char* GetName() const { return quant::kOpName; }
@@ -44,6 +46,9 @@ struct QuantMatMulOp : Ort::CustomOpBase<QuantMatMulOp, QuantMatMulKernel, true>
   bool GetVariadicInputHomogeneity() const { return false; }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
+
+ private:
+  WeightMemory weights_;
 };
 
 }  // namespace clada::ort
