@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from graph_passes.emit import initializer
+from graph_passes.emit import Emitter, initializer
 from graph_passes.matchers.common import describe, module_path
 from graph_passes.matchers.projection import MATMUL_OPS, Projection, match_product
-from graph_passes.matchers.weights import QUANTISED_OPS, MatrixSource, VectorSource, vector_source
+from graph_passes.matchers.weights import (
+    QUANTISED_OPS,
+    MatrixSource,
+    VectorSource,
+    is_constant,
+    matrix_source,
+    vector_source,
+)
 from graph_passes.quant.contract import BLOCK, DOMAIN, OP_TYPE, OP_VERSION
 from graph_passes.quant.function_body import MIN_OPSET, VARIANT, make_function, variant_name
 from graph_passes.quant.layout import pack
 from graph_passes.quant.op import ContractError, QuantMatMulAttributes, input_names, weight_shape
 from graph_passes.quant.quantiser import QuantFormat, Quantiser
+from graph_passes.quant.table import emit_rows, table_name
 from graph_passes.repack import free_unused
 
 
@@ -60,6 +69,9 @@ class QuantReport:
 class QuantiseProducts(ir.passes.InPlacePass):
     """Replace `MatMul(x, W) [+ b]` and Gemm by QuantMatMul where W is a constant float32 matrix, and attach the function(s).
 
+    A Gather of rows of such a matrix (an embedding) decodes the rows that it takes, if the quantiser has a form for its table
+    (`graph_passes.quant.table.table_name`); where the head is the same matrix, both read the same records.
+
     A product stays, with its reason in the report, where K is not a multiple of 32, types are others, or the matrix is not
     constant. The matrices are quantised when they are written, one at a time: the pass itself makes no copy of a weight. A
     number in a matrix that is not finite is found then.
@@ -99,7 +111,10 @@ class QuantiseProducts(ir.passes.InPlacePass):
         report = self.report = QuantReport()
         writer = _Writer(model, self.quantiser)
         seen = set()
+        tables: list[tuple[ir.Node, MatrixSource]] = []
         for node in list(model.graph):
+            if (table := _table(node)) is not None:
+                tables.append((node, table))
             if node.op_type not in MATMUL_OPS and node.op_type not in QUANTISED_OPS:
                 continue
             name = module_path(node) or str(node.name)
@@ -113,6 +128,13 @@ class QuantiseProducts(ir.passes.InPlacePass):
                 report.kept.append(KeptProduct(name, reason or "the quantiser leaves it as it is"))
             else:
                 report.products.append(writer.replace(name, node, product, form))
+        # After the products, whose weights they may share.
+        for node, table in tables:
+            name = table_name(module_path(node) or str(node.name))
+            form = self.quantiser.form(name)
+            if form is not None and not form.has_offset and (self.names is None or name in self.names):
+                report.products.append(writer.look_up(name, node, table, form))
+                seen.add(name)
         for name in sorted((self.names or frozenset()) - seen):
             report.kept.append(KeptProduct(name, "the graph has no product of this name"))
         writer.finish()
@@ -133,6 +155,19 @@ def _unfit(product: Projection) -> str | None:
     if node.outputs[0].dtype not in (ir.DataType.FLOAT, None):
         return f"the result has another type than x ({describe(node)})"
     return None
+
+
+def _table(node: ir.Node) -> MatrixSource | None:
+    """The constant float32 matrix that a node looks rows up in, as the product with it would have it."""
+    if node.op_type != "Gather" or node.domain not in ("", "ai.onnx") or node.attributes.get_int("axis", 0) != 0:
+        return None
+    value, ids = node.inputs
+    if value is None or ids is None or not is_constant(value) or ids.const_value is not None:
+        return None
+    source = matrix_source(value, transposed=True)
+    if isinstance(source, str) or source.cast is not None or source.shape[0] % BLOCK or source.value.dtype != ir.DataType.FLOAT:
+        return None
+    return source if ids.dtype == ir.DataType.INT64 else None
 
 
 class _Writer:
@@ -174,6 +209,24 @@ class _Writer:
         self.freed.append(product.weight.value)
         size = int(np.prod(weight_shape(attributes, rows)))
         before = rows * columns * product.weight.value.dtype.itemsize if product.weight.value.dtype is not None else 0
+        return QuantisedProduct(name, node_name, rows, columns, form.bits, int(before), 0 if owner else size, owner)
+
+    def look_up(self, name: str, node: ir.Node, table: MatrixSource, form: QuantFormat) -> QuantisedProduct:
+        rows, columns = table.shape
+        attributes = QuantMatMulAttributes(columns, form.bits)
+        node_name = self._unique(module_path(node) or str(node.name))
+        owner, weight = self._weight(name, node_name, table, attributes)
+        ids, old = node.inputs[1], node.outputs[0]
+        assert ids is not None and table.value.dtype is not None
+        emitter = Emitter(node_name)
+        found = emit_rows(ids, weight, attributes, rows, node_name, partial(initializer, self.graph), emitter)
+        found.name, found.type, found.shape = old.name, ir.TensorType(ir.DataType.FLOAT), old.shape
+        self.graph.insert_before(node, emitter.tape.nodes)
+        old.replace_all_uses_with(found, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+        self.freed.append(table.value)
+        size = int(np.prod(weight_shape(attributes, rows)))
+        before = rows * columns * table.value.dtype.itemsize
         return QuantisedProduct(name, node_name, rows, columns, form.bits, int(before), 0 if owner else size, owner)
 
     def finish(self) -> None:

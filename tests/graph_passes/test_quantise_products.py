@@ -30,12 +30,12 @@ def feed() -> np.ndarray:
     return np.random.default_rng(4).standard_normal((2, 3, K)).astype(np.float32)
 
 
-def run_bodies(model: ir.Model) -> dict[str, np.ndarray]:
+def run_bodies(model: ir.Model, **more: np.ndarray) -> dict[str, np.ndarray]:
     """In ONNX Runtime without our library; `onnx.reference` knows no overloads."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    feeds = {**FEEDS, "wide": feed()}
+    feeds = {**FEEDS, "wide": feed(), **more}
     names = {each.name for each in session.get_inputs()}
     found = session.run(None, {name: value for name, value in feeds.items() if name in names})
     return dict(zip((each.name for each in session.get_outputs()), found, strict=True))
@@ -158,6 +158,43 @@ def test_a_quantiser_that_does_not_keep_its_word_is_named() -> None:
     assert packed is not None
     with pytest.raises(ContractError, match=r"'attn.q_proj': the quantiser gave .*bits=5.*wanted .*bits=8"):
         packed.numpy()
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_a_table_shares_the_records_of_the_head(bits: int) -> None:
+    class Tables(UniformQuantiser):
+        def matrix(self, name: str, weight: np.ndarray) -> QuantisedMatrix:
+            found = super().matrix(name, weight)
+            found.scale[3, 0], found.scale[3, 1] = 3e-7, -65504  # subnormal, and the largest
+            return found
+
+    g = Graph()
+    table = g.const("table", np.random.default_rng(1).standard_normal((N, K)).astype(np.float32))
+    rows = g.op("Gather", table, g.inputs[0], shape=["b", "s", K], module="embed")
+    head = g.op("MatMul", g.wide, g.op("Transpose", table, perm=[1, 0], shape=[K, N]), shape=["b", "s", N], module="head")
+    model = g.model(rows, head)
+    passed = QuantiseProducts(Tables(QuantFormat(bits)))
+    passed(model)
+    assert [(each.name, each.shares_with) for each in passed.report.products] == [("head", None), ("embed:table", "head")]
+    assert "table" not in model.graph.initializers
+    packed = model.graph.initializers["head.quant_weight"].const_value
+    assert packed is not None
+    wanted = unpack(packed.numpy(), QuantMatMulAttributes(N, bits)).dequantise()
+    ids = np.array([[0, 3, 31], [32, 39, 17]])
+    found = next(value for value in run_bodies(model, input_ids=ids).values() if value.shape[-1] == K)
+    np.testing.assert_array_equal(found, wanted[ids])
+
+
+def test_a_table_that_the_quantiser_does_not_know_stays() -> None:
+    class Products(UniformQuantiser):
+        def form(self, name: str) -> QuantFormat:
+            return None if name.endswith(":table") else self.format  # type: ignore[return-value]
+
+    g = Graph()
+    rows = g.op("Gather", g.const("table", np.ones((N, K), np.float32)), g.inputs[0], shape=["b", "s", K], module="places")
+    model = g.model(rows)
+    assert not QuantiseProducts(Products(QuantFormat(8)))(model).modified
+    assert [node.op_type for node in model.graph] == ["Gather"]
 
 
 def test_what_stays_and_why() -> None:
