@@ -23,7 +23,9 @@ using clada::quant::XRows;
 constexpr int64_t kRun = kTileRows * kStep;  // bytes of a plane's run
 constexpr int kSteps = kBlock / kStep;
 constexpr int64_t kLine = 64;
-constexpr int64_t kPrefetch = 2048;  // bytes ahead; of 2, 6, 12 and 24 KB the best, by up to a tenth
+// Bytes ahead. A core has few misses of its first cache in flight and more of its second, so lines come far ahead into the second, and
+// from there into the first: on one thread a third faster than either alone.
+constexpr int64_t kPrefetchNear = 1024, kPrefetchFar = 16384;
 constexpr uint32_t kInfinity = 0x7f800000, kQuietNan = 0x7fc00000;
 
 inline float FloatOf(uint32_t bits) {
@@ -70,6 +72,16 @@ inline void DotSums(const uint8_t* high, const uint8_t* low, const int8_t* x, in
   }
 }
 
+// Of a record that is read later. Runs beyond the tile into the next, and beyond the last one into nothing: a prefetch reads no memory.
+template <int64_t kBytes>
+inline void Prefetch(const uint8_t* record) {
+  const auto at = reinterpret_cast<uintptr_t>(record);
+  for (int64_t line = 0; line < kBytes; line += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at + kPrefetchNear + line), 0, 3);
+    __builtin_prefetch(reinterpret_cast<const void*>(at + kPrefetchFar + line), 0, 2);
+  }
+}
+
 // A run of rows over all blocks of a tile.
 template <class V, int kBits, bool kOffset, int kRows>
 void TileRun(const uint8_t* tile, const XRows& x, int64_t first, float* out) {
@@ -84,9 +96,7 @@ void TileRun(const uint8_t* tile, const XRows& x, int64_t first, float* out) {
   const int32_t* sums = x.sum + first * x.blocks;
   const uint8_t* record = tile;
   for (int64_t b = 0; b < x.blocks; ++b, record += kRecord, q += kBlock) {
-    // Runs beyond the tile into the next, and beyond the last one into nothing: a prefetch reads no memory.
-    for (int64_t line = 0; line < kRecord; line += kLine)
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(record) + kPrefetch + line));
+    Prefetch<kRecord>(record);
     for (int g = 0; g < kGroups; ++g) {
       const uint8_t* high = record + g * V::kLanes * kStep;
       typename V::I sum[kRows];
