@@ -22,14 +22,26 @@ from clada_export.calibration import CalibrationData, load_calibration_data
 from clada_export.decoder.padding_kinds import NONE
 from clada_export.decoder.torch_decoder import require_torch
 from clada_export.errors import UsageError, VerificationError
-from clada_export.export_options import ExportOptions
+from clada_export.export_options import ExportOptions, quantises
 from clada_export.methods.imported import check_import, ignored_options, require_dense, require_whole, takes_experts
 from clada_export.plan.fit import require_fit
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.targets import TARGET_TRAITS
-from clada_export.planning import calibration_context, check_goals, make_plan, read_data, round_weights, weights_again
+from clada_export.planning import (
+    Planned,
+    calibration_context,
+    check_goals,
+    check_plan_weights,
+    make_plan,
+    read_data,
+    round_weights,
+    store_of,
+    weights_again,
+)
 from clada_export.price.room import require_room
 from clada_export.progress import Progress, Stages
+from clada_export.quantise.store import QuantStore
+from clada_export.quantise.view import QuantisedView
 from clada_export.source.companions import write_companions
 from clada_export.source.load import SourceModel, load_source
 from clada_export.source.onnx.graph import load_graph
@@ -74,14 +86,19 @@ def export(
         UsageError, UnsupportedModelError, VerificationError, BackendError: see `clada_export.errors`. Nothing is left behind.
     """
     options = replace(options or ExportOptions(), **overrides)
-    options.check()
+    given = None
+    if options.plan is None:
+        options = options.settled()
+        options.check()
+    else:
+        options.check()
+        given = SparsityPlan.load_file(options.plan)
+        check_goals(given, str(options.plan), options.target)
+        options = check_plan_weights(given, options).settled()
+        options.check()
     stages = Stages(progress)
     target = TARGETS[options.target]
     target.require_backend(options.tensorrt, options.verify)
-    given = None
-    if options.plan is not None:
-        given = SparsityPlan.load_file(options.plan)
-        check_goals(given, str(options.plan), options.target)
     policy = options.policy if given is None else given.policy
     with ArtifactWriter(Path(output), options.overwrite) as writer:
         with stages("source") as note:
@@ -100,14 +117,16 @@ def export(
         data = read_data(source, options)
         warnings += data.warnings
         with stages("calibrate") as note:
-            plan, details = make_plan(source, data, given, options, target, stages.inner, note)
+            planned = make_plan(source, data, given, options, target, stages.inner, note)
+            plan, store = planned.plan, planned.store
+            warnings += planned.warnings
             note(f"{plan.expected_sparsity:.1%} of neurons skipped at load 0")
         with stages("trace" if source.graph is None else "read graph") as note:
             traced = _traced(source, target, options.dtype)
             if traced.way is not None:
                 note(traced.way.told())
         with stages("rewrite and write") as note:
-            built = target.build(_build_request(source, traced, plan, writer.path, options, stages))
+            built = target.build(_build_request(source, traced, planned, writer.path, options, stages))
             del traced
             note(f"matched {len({item.name for item in built.report.ffns})}/{len(ffns)} FFNs")
         warnings += _untested(target, built)
@@ -119,6 +138,8 @@ def export(
         write_companions(source.decoder, source.tokenizer, writer.path, source.name)
         plan.save_arrays(writer.path)
         manifest = _manifest(source, plan, built, target, options, warnings)
+        if store is not None:
+            manifest = replace(manifest, weights={"form": store.weights.name, **store.sizes()})
         if manifest.padding == NONE:
             one_length = "the model does not take padding: prompts of a batch have to be of one length"
             manifest = replace(manifest, warnings=(*manifest.warnings, one_length))
@@ -126,7 +147,7 @@ def export(
         verification: Verification | None = None
         if options.verify:
             with stages("verify") as note:
-                verification = target.verify(_subject(writer.path, manifest, source, data, stages))
+                verification = target.verify(_subject(writer.path, manifest, source, data, stages, store))
                 note(f"{sum(check.passed for check in verification.checks)}/{len(verification.checks)} checks")
             if not verification.passed:
                 raise VerificationError("verification failed:\n  " + "\n  ".join(verification.failures()))
@@ -140,8 +161,9 @@ def export(
             "plan": plan.to_dict(),
             "verification": verification.to_dict() if verification else {},
             "rewrite": built.report.to_dict(),
+            "quantised": built.products.to_dict() if built.products is not None else {},
             "engine": built.engine or {},
-            "calibration": details,
+            "calibration": planned.details,
             "warnings": list(manifest.warnings),
         }
         write_report(writer.path, report)
@@ -198,7 +220,8 @@ def verify_folder(
     data = load_calibration_data(loaded.tokenizer, loaded.decoder.vocab_size, text_file=calibration_data, context=context)
     weights_again(plan, loaded.decoder, data, partial(round_weights, target, loaded.decoder, manifest.dtype), str(folder))
     with stages("verify"):
-        return target.verify_deployed(_subject(Path(folder), manifest, loaded, data, stages))
+        store = store_of(plan, loaded.decoder, str(folder))
+        return target.verify_deployed(_subject(Path(folder), manifest, loaded, data, stages, store))
 
 
 def _load(model: str, options: ExportOptions, policy: str) -> SourceModel:
@@ -225,6 +248,8 @@ def _check_graph_source(source: SourceModel, options: ExportOptions, given: Spar
     pruned = options.prune or (given.prune if given is not None else None)
     if pruned:
         raise UsageError(f"{where}; weights are pruned ({pruned}) in the PyTorch model only")
+    if options.weights is not None and quantises(options.weights):
+        raise UsageError(f"{where}; --weights {options.weights} needs the PyTorch model, so give that")
     if options.settings.finetune or (given is not None and any(layer.adapter_rank is not None for layer in given.layers)):
         raise UsageError(f"{where}; --finetune needs gradients, so it needs the PyTorch model")
 
@@ -237,12 +262,13 @@ def _traced(source: SourceModel, target: Target, dtype: str) -> TracedModel:
 
 
 def _build_request(
-    source: SourceModel, traced: TracedModel, plan: SparsityPlan, folder: Path, options: ExportOptions, stages: Stages
+    source: SourceModel, traced: TracedModel, planned: Planned, folder: Path, options: ExportOptions, stages: Stages
 ) -> BuildRequest:
     return BuildRequest(
         traced,
-        plan,
+        planned.plan,
         folder,
+        quantiser=planned.store,
         dtype=options.dtype,
         limit=source.decoder.sequence_limit,
         scales=source.decoder.attention_scales,
@@ -288,10 +314,26 @@ def _untested(target: Target, built: BuiltModel) -> list[str]:
     return untested_versions(installed_versions((*required_packages(), *target.PACKAGES, *engine)))
 
 
-def _subject(folder: Path, manifest: Manifest, source: SourceModel, data: CalibrationData, stages: Stages) -> Subject:
+def _subject(
+    folder: Path,
+    manifest: Manifest,
+    source: SourceModel,
+    data: CalibrationData,
+    stages: Stages,
+    store: QuantStore | None,
+) -> Subject:
     text = None if data.origin == "random tokens" else data.heldout.numpy().astype(np.int64)
     limits = _limits(manifest.sparsity_plan())
-    return Subject(folder, manifest, source.decoder, text, limits, lambda what: stages.inner(what, 0, 0))
+    view = None if store is None else QuantisedView(store)
+    return Subject(folder, manifest, source.decoder, text, limits, lambda what: stages.inner(what, 0, 0), view)
+
+
+def _over(plan: SparsityPlan) -> bool:
+    """Whether quantised weights alone were over the budget when they were calibrated, as the manifest warns."""
+    drift, limits = plan.calibration.drift, plan.calibration.goal.drift_limits if plan.calibration.goal is not None else {}
+    if plan.source.get("weights") is None or plan.expected_sparsity > 0.0 or drift is None:
+        return False
+    return any((value := drift.get(f"{name}_bound")) is None or value > limit for name, limit in limits.items())
 
 
 def _limits(plan: SparsityPlan) -> dict[str, float]:
@@ -306,4 +348,6 @@ def _limits(plan: SparsityPlan) -> dict[str, float]:
     if goal.imported:
         # In 16 bits a router's two best can change places, which is no small change of a token.
         return {"kl": IMPORTED_KL} if plan.source.get("dtype") == "float32" else {}
+    if goal.budget is not None and _over(plan):
+        return {}
     return goal.drift_limits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,11 @@ from clada_export.calibration import Budget, CalibrationData, CalibrationOptions
 from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.calibrate import Calibrator, prompt_length
 from clada_export.calibration.choose import AUTO, choose, plan_clock
+from clada_export.calibration.forms import Candidate, calibrate_forms
 from clada_export.calibration.weights import FFNWeights
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError, UsageError
-from clada_export.export_options import ExportOptions
+from clada_export.export_options import ExportOptions, quantises
 from clada_export.methods import all_policies, get_policy
 from clada_export.methods.imported import import_plan, is_imported, takes_experts
 from clada_export.methods.static import PruneSpec, WeightPruning
@@ -25,6 +27,12 @@ from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.schema import SHORTEST_CONTEXT
 from clada_export.plan.targets import merging_refused
+from clada_export.plan.weights_form import AUTO as AUTO_WEIGHTS
+from clada_export.plan.weights_form import FORMS, WeightsForm
+from clada_export.quantise.codes import Codes
+from clada_export.quantise.matrices import find_matrices
+from clada_export.quantise.store import QuantStore
+from clada_export.quantise.view import QuantisedView
 from clada_export.source.load import SourceModel
 from clada_export.targets.common import Target
 from clada_export.workers.start import Runners, calibrating, parse_pool
@@ -41,9 +49,30 @@ def check_goals(plan: SparsityPlan, origin: str, target: str) -> None:
             PruneSpec.parse(plan.prune)
     except UsageError as error:
         raise UsageError(f"{origin}: {error}") from error
+    WeightsForm.from_dict(plan.source.get("weights"), origin)
     refused = merging_refused(target, plan.policy) if any(layer.merge is not None for layer in plan.layers) else None
     if refused is not None:
         raise UsageError(f"{origin}: {refused}")
+
+
+def check_plan_weights(plan: SparsityPlan, options: ExportOptions) -> ExportOptions:
+    """The options with the form of weights that a plan was made with.
+
+    Args:
+        options: as they were given.
+
+    Raises:
+        UsageError: they ask for another form, or the target does not have it.
+    """
+    form = WeightsForm.from_dict(plan.source.get("weights"), str(options.plan))
+    made = None if form is None else form.name
+    asked = options.weights
+    if (made or asked) and asked is not None and asked != made and (made is not None or quantises(asked)):
+        raise UsageError(
+            f"{options.plan}: the plan was made with weights {made or plan.source.get('dtype', 'float32')}, and --weights asks "
+            f"for {asked}; thresholds are those of one form, so leave --weights out or calibrate again"
+        )
+    return options if made is None else replace(options, weights=made, policy=plan.policy)
 
 
 def read_data(source: SourceModel, options: ExportOptions) -> CalibrationData:
@@ -73,6 +102,23 @@ def calibration_context(source: SourceModel, wanted: int) -> int:
     return wanted if limit is None else min(wanted, limit)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What an export is to be.
+
+    Attributes:
+        plan: what every FFN is to do.
+        details: what its making measured.
+        store: the quantised matrices, or None for weights that are numbers of a type.
+        warnings: sentences for the manifest.
+    """
+
+    plan: SparsityPlan
+    details: dict[str, Any]
+    store: QuantStore | None = None
+    warnings: tuple[str, ...] = ()
+
+
 def make_plan(
     source: SourceModel,
     data: CalibrationData,
@@ -81,16 +127,13 @@ def make_plan(
     target: Target,
     progress: Callable[[str, int, int], None],
     note: Callable[[str], None],
-) -> tuple[SparsityPlan, dict[str, Any]]:
+) -> Planned:
     """The plan of an export: the user's own, the checkpoint's, or a calibrated one. Weights are left pruned as it says.
 
     Args:
         given: what `--plan` read, or None.
         progress: called with (what, done, total).
         note: called with a sentence for the stage's line.
-
-    Returns:
-        The plan, and what its making measured.
 
     Raises:
         UsageError: a plan for another model, or as `clada_export.calibration.calibrate`.
@@ -101,12 +144,12 @@ def make_plan(
         require_fit(given, decoder.ffns, source.weights_digest, str(options.plan))
         weights_again(given, decoder, data, rounded, str(options.plan))
         require_finite_weights(given, decoder.ffns)
-        return given, given.calibration.to_dict()
+        return Planned(given, given.calibration.to_dict(), store_of(given, decoder, str(options.plan)))
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
     if is_imported(decoder):
         record = CalibrationRecord(text=data.origin, digest=data.digest, context=int(data.calibration.shape[1]))
         plan = import_plan(decoder, origin, record, getattr(torch, options.dtype).itemsize)
-        return plan, plan.calibration.to_dict()
+        return Planned(plan, plan.calibration.to_dict())
     calibration = CalibrationOptions(
         budget=Budget.parse(options.budget),
         sparsity=options.sparsity,
@@ -116,13 +159,16 @@ def make_plan(
         item=getattr(torch, options.dtype).itemsize,
     )
     cache = CalibrationCache.of(options.calibration_cache, decoder, data.calibration, options.seed, note)
+    if options.weights is not None and quantises(options.weights):
+        calibrator = Calibrator(decoder, data, seed=options.seed, cache=cache, progress=progress)
+        return _quantised(calibrator, origin, calibration, options, progress, note)
     with _runners(source, data, options, progress, note) as runner:
         if options.policy != AUTO:
             policy = get_policy(options.policy, options.settings)
             result = calibrate(
                 decoder, policy, data, origin, calibration, progress, rounded=rounded, cache=cache, runner=runner
             )
-            return result.plan, result.details
+            return Planned(result.plan, result.details)
         calibrator = Calibrator(
             decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress, runner=runner
         )
@@ -131,7 +177,55 @@ def make_plan(
         result = choose(calibrator, origin, calibration, policies=policies, train=options.train, clock=clock)
     assert result.plan.calibration.auto is not None
     note(str(result.plan.calibration.auto.text))
-    return result.plan, result.details
+    return Planned(result.plan, result.details)
+
+
+def _quantised(
+    calibrator: Calibrator,
+    origin: dict[str, Any],
+    calibration: CalibrationOptions,
+    options: ExportOptions,
+    progress: Callable[[str, int, int], None],
+    note: Callable[[str], None],
+) -> Planned:
+    """A plan for quantised weights: of the form that was asked for, or of the fastest that keeps the budget."""
+    codes = Codes(calibrator.decoder, find_matrices(calibrator.decoder))
+    names = reversed(FORMS) if options.weights == AUTO_WEIGHTS else (options.weights,)
+    stores = {name: QuantStore(codes, FORMS[name]) for name in names if name is not None}
+    if len(stores) == 1:
+        for store in stores.values():
+            store.make(partial(progress, "quantising"))
+    policy = get_policy(options.policy, options.settings)
+    candidates = [_candidate(store) for store in stores.values()]
+    chosen, result = calibrate_forms(calibrator, policy, origin, calibration, candidates)
+    warnings = []
+    budget = calibration.budget
+    if not calibration.keeps(result.drift):
+        warnings.append(
+            f"weights {chosen.name} alone cost {budget.told(result.drift)} on the held-out text, and the budget is {budget}; "
+            "no neuron is skipped"
+        )
+    elif len(stores) > 1:
+        note(f"weights {chosen.name}")
+    return Planned(result.plan, result.details, stores[chosen.name], tuple(warnings))
+
+
+def _candidate(store: QuantStore) -> Candidate:
+    """A form as calibration compares it, by the bytes that a token reads."""
+    sizes = store.sizes()
+    others = sum(sizes[kind]["bytes"] for kind in ("attention", "head") if kind in sizes)
+    form = store.weights
+    return Candidate(form.name, QuantisedView(store), form.to_dict(), form.weight_bytes("ffn"), sizes["ffn"]["bytes"], others)
+
+
+def store_of(plan: SparsityPlan, decoder: Decoder, origin: str) -> QuantStore | None:
+    """The quantised matrices that a plan was made with; None if it was made for weights of a type.
+
+    Raises:
+        UsageError: a form of weights that this program does not have.
+    """
+    form = WeightsForm.from_dict(plan.source.get("weights"), origin)
+    return None if form is None else QuantStore(Codes(decoder, find_matrices(decoder)), form)
 
 
 def _runners(

@@ -80,7 +80,8 @@ class Manifest:
     """Everything that is known about an export. `files` is filled in by `ArtifactWriter.commit`.
 
     `padding` is one of `PADDINGS`. `first_position` is what the graph adds to `position_ids`: the model has as many positions
-    less. `ffn_runs` says how often a token runs each FFN that it runs more than once. `engine` is what a TensorRT export has
+    less. `ffn_runs` says how often a token runs each FFN that it runs more than once. `weights` says how the matrices are
+    quantised, and is empty where they are not. `engine` is what a TensorRT export has
     beside the graph: backend, files, profiles, plugin; see `docs/manifest.md`.
     """
 
@@ -105,6 +106,7 @@ class Manifest:
     padding: str = "left"
     first_position: int = 0
     ffn_runs: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     schema_version: int = MANIFEST_VERSION
 

@@ -7,6 +7,7 @@ from typing import Any
 from clada_export.decoder.padding_kinds import PADDINGS
 from clada_export.plan.schema import LARGEST_SIZE, PLAN_SCHEMA
 from clada_export.plan.targets import TARGET_TRAITS
+from clada_export.plan.weights_form import FORMS, KINDS
 
 MANIFEST_VERSION = 1
 
@@ -102,6 +103,21 @@ _DRIFT = {
     "then": {"required": ["tokens", "ppl_increase", "kl", "top1"]},
 }
 
+_MATRICES = {
+    "type": "object",
+    "required": ["bits", "matrices", "bytes"],
+    "additionalProperties": False,
+    "properties": {"bits": _COUNT, "matrices": _COUNT, "bytes": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}},
+}
+# Empty where weights are numbers of the type `dtype`.
+_WEIGHTS = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"form": {"enum": list(FORMS)}, **dict.fromkeys(KINDS, _MATRICES)},
+    "if": {"minProperties": 1},
+    "then": {"required": ["form"]},
+}
+
 MANIFEST_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "clada-export manifest",
@@ -185,6 +201,7 @@ MANIFEST_SCHEMA: dict[str, Any] = {
         "tokenizer": {"type": "boolean"},
         "padding": {"enum": list(PADDINGS)},
         "first_position": _SIZE,
+        "weights": _WEIGHTS,
         "ffn_runs": {"type": "object", "additionalProperties": {**_COUNT, "minimum": 2}},
         "files": _FILES,
         "digest": _SHA256,

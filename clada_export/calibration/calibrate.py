@@ -20,13 +20,13 @@ from clada_export.calibration.soundness import plain
 from clada_export.calibration.statistics import CalibrationStatistics
 from clada_export.calibration.text import CalibrationData
 from clada_export.calibration.weights import FFNWeights, Pruning
-from clada_export.calibration.windows import Desk, InProcess, Runner
+from clada_export.calibration.windows import Desk, InProcess, Runner, View
 from clada_export.calibration.work import WorkCount
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import UsageError
 from clada_export.plan.goal import DEFAULT_BUDGET, Budget, Goal
-from clada_export.plan.method import Method
+from clada_export.plan.method import Method, draft_layers
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.tensors import LayerTensors
@@ -47,7 +47,9 @@ class CalibrationOptions:
     """What the user asked for: a budget, or a fixed mean sparsity; and how weights are pruned before, whatever the policy.
 
     Attributes:
-        item: bytes of one weight in the engine.
+        item: bytes of one weight in the engine, of its FFNs.
+        dense_will_do: a plan that skips nothing is taken where none that skips keeps the budget: what weights of fewer bits
+            cost is then told, and does not end the export.
         rival: the bytes, relative to dense, that another policy reads within the budget: a policy that can't read fewer need
             not be searched for more (`OutdoneError`).
     """
@@ -57,7 +59,8 @@ class CalibrationOptions:
     prune: Pruning | None = None
     load_response: bool = True
     seed: int = 0
-    item: int = 4
+    item: float = 4
+    dense_will_do: bool = False
     rival: float | None = None
 
     def keeps(self, drift: Drift) -> bool:
@@ -164,6 +167,7 @@ class Calibrator:
         fast: search with products of bfloat16 (`clada_export.calibration.precision`), and measure what is found in float32;
             None does so where the CPU has them.
         runner: makes what runs windows, from this process's desk.
+        view: how the model is computed that is measured; the dense side and the sensitivity are those of the model as it is.
     """
 
     def __init__(
@@ -177,6 +181,7 @@ class Calibrator:
         progress: Progress = lambda what, done, total: None,
         fast: bool | None = None,
         runner: Callable[[Desk], Runner] = InProcess,
+        view: View | None = None,
     ) -> None:
         self.decoder, self.data, self.seed, self.progress = decoder, data, seed, progress
         self.fast = has_fast_products() if fast is None else fast
@@ -216,6 +221,26 @@ class Calibrator:
         self.work.end(DENSE)
         self._foreseen: dict[str, CalibrationStatistics] = {}
         self._foreseen_for: Pruning | None = None
+        self._as_is = self.cache
+        if view is not None:
+            self.compute_by(view)
+
+    def compute_by(self, view: View) -> None:
+        """Measure the model computed in another way from now on."""
+        self.runner.desk.view = view
+        self.cache = replace(self._as_is, base={**self._as_is.base, "view": view.key})
+        self.meter.cache = self.cache
+        self._foreseen = {}
+
+    def dense_drift(self, exact: bool = False) -> Drift:
+        """The drift of the model that skips nothing, computed by the view, from the model as it is.
+
+        Args:
+            exact: with float32 products.
+        """
+        layers = draft_layers(self.decoder.ffns)
+        (selectors,) = Selectors(self.decoder.ffns, (Method("dense", "exact", "threshold", layers),)).layers
+        return self.meter.measure(selectors, np.zeros(len(layers)), step=self.step, exact=exact)
 
     def step(self) -> None:
         """Count a held-out window."""
@@ -344,6 +369,7 @@ def calibrate(
     rounded: Callable[[], None] = lambda: None,
     cache: CalibrationCache | None = None,
     runner: Callable[[Desk], Runner] = InProcess,
+    view: View | None = None,
 ) -> CalibrationResult:
     """Make a sparsity plan for a decoder.
 
@@ -357,12 +383,15 @@ def calibrate(
         rounded: called after weights were pruned; puts them back on the grid of the engine's type.
         cache: keeps what can be kept for the next time.
         runner: makes what runs windows, from this process's desk.
+        view: how the model is computed that is measured.
 
     Raises:
         UsageError: a policy that the FFNs can't carry, activations that are not finite, a budget that nothing meets.
     """
     policy.check(decoder.ffns)
-    calibrator = Calibrator(decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress, runner=runner)
+    calibrator = Calibrator(
+        decoder, data, seed=options.seed, rounded=rounded, cache=cache, progress=progress, runner=runner, view=view
+    )
     return calibrator.calibrate(policy, source, options)
 
 

@@ -15,14 +15,18 @@ from graph_passes.op import SHADOW_BLOCK
 
 SHADOW_BYTES = 0.5 + 4 / SHADOW_BLOCK
 """Bytes of one shadow weight: four bits, and its share of a block's float16 scale and offset."""
-WEIGHT_BYTES: Mapping[str, Callable[[int], float]] = {"plain": float}
+WEIGHT_BYTES: Mapping[str, Callable[[float], float]] = {
+    "plain": float,
+    # Codes, and a float16 scale for each 32 of them.
+    **{f"int{bits}": lambda item, bits=bits: (bits + 0.5) / 8 for bits in (4, 5, 6, 8)},  # type: ignore[misc]
+}
 """Bytes of one weight of w_in or w_out by the op's `weight_format`, from the bytes of one number of the weights' type."""
 ROUTER_ITEM = 4
 MERGED_ITEM = 4
 """Bytes of one weight of a merged FFN, which is float32 whatever the engine's weights are."""
 
 
-def dense_bytes(layer: LayerPlan, item: int = 4) -> float:
+def dense_bytes(layer: LayerPlan, item: float = 4) -> float:
     """Bytes of a dense FFN's weights: n + 1 rows of d values for each of f neurons.
 
     Args:
@@ -35,7 +39,7 @@ def read_bytes(
     layer: LayerPlan,
     score: str,
     active: float,
-    item: int = 4,
+    item: float = 4,
     router_parameters: int = 0,
     weight_format: str = "plain",
 ) -> float:
@@ -56,7 +60,7 @@ def read_bytes(
     return layer.width * neuron + router_parameters * ROUTER_ITEM
 
 
-def relative_bytes(plan: SparsityPlan, item: int = 4) -> float:
+def relative_bytes(plan: SparsityPlan, item: float = 4) -> float:
     """Bytes that the plan's FFNs read for one token at load 0, relative to the dense model's FFNs (1 = dense)."""
     read = total = 0.0
     for layer in plan.layers:
@@ -68,7 +72,7 @@ def relative_bytes(plan: SparsityPlan, item: int = 4) -> float:
     return read / total if total else 1.0
 
 
-def method_bytes(method: Method, active: float, item: int = 4) -> float:
+def method_bytes(method: Method, active: float, item: float = 4) -> float:
     """As `relative_bytes`, of a method at which the share `active` of every layer's neurons runs."""
     read = total = 0.0
     for layer in method.layers:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from clada_export.calibration.precision import products
 from clada_export.calibration.selector import LayerSelector, MethodSelectors, ScorerShelf, Selectors
 from clada_export.calibration.soundness import bounded, require_finite
 from clada_export.calibration.teacher import Teacher, chunks
-from clada_export.calibration.windows import Desk
+from clada_export.calibration.windows import AsItIs, Desk, View
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn.projections import parameters
 from clada_export.decoder.model_config import text_config_of
@@ -71,6 +72,7 @@ class HeldOut:
         windows: int64 [N, context].
         prompt: tokens of every window that run dense, at least 1.
         as_given: calls with the weights that drift is measured from.
+        view: says how the model is computed, apart from the dense side.
         at_once: the most windows of a group; None is as many as their logits allow.
     """
 
@@ -81,8 +83,10 @@ class HeldOut:
         prompt: int,
         as_given: Callable[[Callable[[], Teacher]], Teacher] = lambda make: make(),
         at_once: int | None = None,
+        view: Callable[[], View] = AsItIs,
     ) -> None:
         self._decoder, self._windows, self._prompt, self._as_given = decoder, windows, prompt, as_given
+        self._view = view
         self.groups = groups_of(windows, prompt, decoder, at_once)
         self._teachers: dict[tuple[int, bool], Teacher] = {}
         self._signals: dict[int, Tensor] = {}
@@ -93,7 +97,8 @@ class HeldOut:
     def at(cls, desk: Desk) -> HeldOut:
         """That of a desk, made once."""
         if cls not in desk.memo:
-            desk.memo[cls] = cls(desk.decoder, desk.heldout, desk.prompt, desk.as_given, desk.at_once)
+            view = partial(getattr, desk, "view")
+            desk.memo[cls] = cls(desk.decoder, desk.heldout, desk.prompt, desk.as_given, desk.at_once, view)
         found = desk.memo[cls]
         assert isinstance(found, cls)
         return found
@@ -196,7 +201,7 @@ class HeldOut:
         """
         group = next(index for index, windows in enumerate(self.groups) if window in windows)
         teacher = self.teacher(group, fast)
-        with products(fast), tap:
+        with products(fast), self._view().on(), tap:
             logits = self._decoder.logits(self._windows[window]).float()
         return self._compared(teacher, logits[self._prompt :], group, window - self.groups[group][0])
 
@@ -234,7 +239,7 @@ class HeldOut:
     def _decided(self, group: int, tap: AbstractContextManager[Any], fast: bool) -> Tensor:
         """The logits [windows, context - prompt, V] of the tokens after the prompt, under a tap."""
         windows = self._windows[self.groups[group]]
-        with tap:
+        with self._view().on(), tap:
             if not self._can_go_on(fast):
                 return self._decoder.run(windows).logits[:, self._prompt :].float()
             cache = copy.deepcopy(self._start(group, (), fast).cache)
@@ -257,7 +262,7 @@ class HeldOut:
                 if kind[0] == index:
                     found[kind] = torch.cat([selector.stat(part) for part in rows])
 
-        with products(fast), self._decoder.tap(inner=inner) if missing else nullcontext():
+        with products(fast), self._view().on(), self._decoder.tap(inner=inner) if missing else nullcontext():
             cache = self._decoder.run(windows, keep_cache=True).cache
         start = start or _Start(cache)
         start.stats.update(found)
@@ -265,10 +270,11 @@ class HeldOut:
         return start
 
     def _state(self) -> _State:
-        """What is known for the weights as they are now, which change in place."""
+        """What is known for the weights as they are now, which change in place, and for the view."""
         weights = [(id(item), item._version) for ffn in self._decoder.ffns for item in parameters(ffn)]
-        if self._known is None or self._known[0] != weights:
-            self._known = weights, _State()
+        now = self._view().key, weights
+        if self._known is None or self._known[0] != now:
+            self._known = now, _State()
         return self._known[1]
 
     def _can_go_on(self, fast: bool) -> bool:

@@ -59,7 +59,7 @@ class StatisticsJob:
         selectors = Selectors(desk.decoder.ffns, self.methods, HeldOut.at(desk).shelf())
 
         def measure(window: int) -> StatisticsPart:
-            with torch.inference_mode():
+            with torch.inference_mode(), desk.view.on():
                 return window_statistics(desk.decoder, selectors, desk.calibration[window], desk.prompt, self.grids, self.fast)
 
         return measure

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clada_export.calibration.allocation import Allocation, Layers, allocate
 from clada_export.calibration.axis import AXES
-from clada_export.calibration.budget import HIGHEST, LOWEST, SearchStep, search_sparsity
+from clada_export.calibration.budget import HIGHEST, LOWEST, BudgetUnmetError, SearchStep, search_sparsity
 from clada_export.calibration.calibrate import CalibrationOptions, CalibrationResult, Calibrator, OutdoneError
 from clada_export.calibration.context import MethodMaker
 from clada_export.calibration.cost import method_bytes
@@ -101,11 +101,18 @@ def plan_thresholds(
     if options.rival is not None:
         aimed = equal_sparsity(ready.methods[0], options.rival, options.item)
     responds = options.load_response and maker.responds
+    if options.dense_will_do and not options.keeps(dense := calibrator.dense_drift()):
+        return _dense_plan(calibrator, maker, ready.methods[0], source, options, dense, statistics.load)
     # What is compared with nothing, and led to nothing, is measured once, as the model is computed.
     once = options.sparsity is not None and not responds and _alone(ready.methods, allocation)
     candidates = _candidates(calibrator, selectors, statistics.tables, aimed, options, allocation, exact=once)
     best = _best(candidates)
-    settled = _settled(calibrator, best, aimed, options, statistics.load, maker.responds)
+    try:
+        settled = _settled(calibrator, best, aimed, options, statistics.load, maker.responds)
+    except BudgetUnmetError:
+        if not options.dense_will_do:
+            raise
+        return _dense_plan(calibrator, maker, best.method, source, options, calibrator.dense_drift(), statistics.load)
     drift = settled.drift
     if calibrator.meter.fast and not once:
         exact = _exact(calibrator, best, settled, options)
@@ -125,6 +132,28 @@ def plan_thresholds(
     layers, arrays = best.settled(settled.levels), dict(method.arrays)
     plan = SparsityPlan(maker.name, method.score, method.rule, layers, settled.signal, source, arrays=arrays)
     return calibrator.result(plan, drift, record, options)
+
+
+def _dense_plan(
+    calibrator: Calibrator,
+    maker: MethodMaker,
+    method: Method,
+    source: dict[str, Any],
+    options: CalibrationOptions,
+    drift: Drift,
+    signal: LoadSignal,
+) -> CalibrationResult:
+    """A plan that skips nothing: thresholds of 0, which no load moves.
+
+    Args:
+        drift: of the model that skips nothing.
+        signal: without a response.
+    """
+    if calibrator.meter.fast:
+        drift = calibrator.dense_drift(exact=True)
+    layers = tuple(replace(layer, threshold=(0.0,), load_min=LOAD_MIN, load_max=LOAD_MAX) for layer in method.layers)
+    plan = SparsityPlan(maker.name, method.score, method.rule, layers, signal, source, arrays=dict(method.arrays))
+    return calibrator.result(plan, drift, calibrator.record(options, method), options)
 
 
 @dataclass(frozen=True)
@@ -233,7 +262,7 @@ def _exact_at(calibrator: Calibrator, best: AllocatedMethod, sparsity: float) ->
     return calibrator.meter.measure(best.layers, best.allocation.levels_for(sparsity), step=calibrator.step, exact=True)
 
 
-def equal_sparsity(method: Method, rival: float, item: int) -> float:
+def equal_sparsity(method: Method, rival: float, item: float) -> float:
     """The sparsity at which a method reads a little less than a rival's bytes, relative to dense.
 
     Args:

@@ -8,6 +8,7 @@ them: what is summed up from them is the same to the bit in one process and on m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +22,29 @@ Given = TypeVar("Given", covariant=True)
 Made = TypeVar("Made")
 
 
+class View(Protocol):
+    """Another way to compute the model than as its modules say, such as with quantised weights."""
+
+    @property
+    def key(self) -> str:
+        """Tells what it computes from what any other does, for one model."""
+        ...
+
+    def on(self) -> AbstractContextManager[None]:
+        """The model computes so meanwhile."""
+        ...
+
+
+class AsItIs:
+    """The model as its modules say."""
+
+    key = ""
+
+    def on(self) -> AbstractContextManager[None]:
+        """Nothing changes."""
+        return nullcontext()
+
+
 @dataclass
 class Desk:
     """What one process runs windows with.
@@ -32,6 +56,7 @@ class Desk:
         weights: what changes the model's weights; None if nothing does.
         at_once: the most held-out windows that are run as one batch; None is as many as their logits allow.
         memo: what jobs of this process keep for each other, by keys of their own.
+        view: how the model is computed, but for the dense side of measurements, which is always the model as it is.
     """
 
     decoder: Decoder
@@ -41,6 +66,7 @@ class Desk:
     weights: FFNWeights | None = None
     at_once: int | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    view: View = field(default_factory=AsItIs)
 
     def as_given(self, make: Callable[[], Made]) -> Made:
         """Call with the model's weights as they were given, whatever has changed them since."""

@@ -12,12 +12,14 @@ class TargetTraits:
     Attributes:
         compiles_graphs: it takes ONNX models as a source, and not only PyTorch models.
         timed: its layers run in ONNX Runtime on the CPU, where a plan is chosen by the clock.
+        no_quantising: why it does not run quantised weights, or None if it does.
         no_merging: why it does not run FFNs whose experts are merged, or None if it does.
     """
 
     compiles_graphs: bool
     timed: bool
     no_merging: str | None = None
+    no_quantising: str | None = None
 
 
 TARGET_TRAITS = {
@@ -29,6 +31,7 @@ TARGET_TRAITS = {
             "TensorRT: merged weights are made only in runs that hold a dense token and kept otherwise, and a TensorRT engine "
             "can't leave out an output"
         ),
+        no_quantising="there is no TensorRT plugin for quantised weights",
     ),
 }
 """By the name that `--target` takes and the manifest keeps."""

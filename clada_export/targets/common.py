@@ -19,11 +19,14 @@ from clada_export.op.scorer import score_constants
 from clada_export.plan.fit import require_same
 from clada_export.plan.layer import LayerPlan
 from clada_export.plan.plan import SparsityPlan
+from clada_export.quantise.view import QuantisedView
 from clada_export.targets.options import TensorRTOptions
 from clada_export.trace.trace import TracedModel
 from clada_export.verify import Verification
 from graph_passes.dead_columns import DropDeadColumns
 from graph_passes.pass_list import PassList
+from graph_passes.quant.quantiser import Quantiser
+from graph_passes.quant_matmul import QuantReport
 from graph_passes.report import RewriteReport
 from graph_passes.rewrite import FFNRewrite, RewriteFFNs
 from graph_passes.search import find_ffns
@@ -47,6 +50,7 @@ class BuildRequest:
         limit: the longest sequence that the model takes, or None if it does not say.
         scales: of the model's attention layers, as far as it says them.
         settings: what was asked of TensorRT.
+        quantiser: of the matrices, or None where weights are numbers of a type.
     """
 
     traced: TracedModel
@@ -56,6 +60,7 @@ class BuildRequest:
     limit: int | None = None
     scales: frozenset[float] = frozenset()
     settings: TensorRTOptions | None = None
+    quantiser: Quantiser | None = None
     progress: Step = lambda what, done, total: None
 
 
@@ -71,6 +76,7 @@ class BuiltModel:
     report: RewriteReport
     engine: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    products: QuantReport | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Subject:
     Attributes:
         text: int64 [windows, context] that calibration did not see, or None.
         limits: the plan's budget for drift (`ppl_increase`, `kl`).
+        view: the decoder computed with the engine's quantised weights, or None if they are not quantised.
     """
 
     folder: Path
@@ -88,6 +95,7 @@ class Subject:
     text: np.ndarray | None
     limits: dict[str, float] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda what: None
+    view: QuantisedView | None = None
 
 
 class Target(Protocol):

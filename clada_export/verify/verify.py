@@ -18,6 +18,7 @@ import numpy.typing as npt
 from clada_export.artifact.manifest import Manifest
 from clada_export.decoder.decoder import Decoder
 from clada_export.load.values import DENSE
+from clada_export.quantise.view import QuantisedView
 from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
 from clada_export.verify.constants import OpConstants
@@ -25,12 +26,14 @@ from clada_export.verify.drift import drift_check, drift_numbers
 from clada_export.verify.eager import Best, ReferenceModel, SparseRun, best_tokens, dense_rows
 from clada_export.verify.engine_runs import CaseRun, DriftRun, GreedyRun, run_case, run_texts
 from clada_export.verify.load_outputs import load_output_check
+from clada_export.verify.matrices import check_matrices
 from clada_export.verify.mixture import AFTER_A_TIE_KL, MixtureRounding, has_mixtures, measure_mixture
 from clada_export.verify.numbers import common_prefix
 from clada_export.verify.parity import dense_parity, greedy_parity, sparse_parity
-from clada_export.verify.precision import EXACT, FACTOR, RoundedModel, Rounding, measure_rounding
+from clada_export.verify.precision import EXACT, FACTOR, RoundedModel, RoundedRun, Rounding, measure_rounding
 from clada_export.verify.report import Check, Verification
 from clada_export.verify.set_aside import SetAside
+from clada_export.verify.viewed import ViewedModel
 
 GREEDY_TOKENS = 64
 GREEDY_PROMPTS = 4
@@ -89,7 +92,7 @@ class _EagerSide:
     best: list[Best]
     drift: list[Float32]
     rounding: list[Rounding]
-    constants: Check
+    constants: tuple[Check, ...]
 
 
 def verify(
@@ -99,6 +102,7 @@ def verify(
     text: Text | None,
     options: VerifyOptions,
     progress: Told = lambda what: None,
+    view: QuantisedView | None = None,
 ) -> Verification:
     """Hold an engine to its eager decoder.
 
@@ -107,14 +111,18 @@ def verify(
         folder: of the export; what is compared waits there, in a file without a name.
         decoder: of the source, float32.
         text: int64 [windows, context] of real text that calibration did not see, or None.
+        view: the decoder computed with the engine's quantised weights. Parity is with that; drift is from the decoder itself.
     """
     aside = SetAside(folder)
     decoder.rest()
     engine = _ask_engine(opened, decoder, text, options, aside, progress)
-    eager = _ask_eager(decoder, engine, options, aside, progress)
+    if view is None:
+        eager = _ask_eager(decoder, engine, options, aside, progress)
+    else:
+        eager = _ask_view(decoder, engine, options, aside, progress, view)
     decoder.rest()
     progress("comparison")
-    result = Verification([eager.constants])
+    result = Verification([*eager.constants])
     worst = EXACT
     done = 0
     for run, rounding in zip(engine.cases, eager.rounding, strict=True):
@@ -167,11 +175,66 @@ def _ask_engine(
 def _ask_eager(decoder: Decoder, engine: _EngineSide, options: VerifyOptions, aside: SetAside, progress: Told) -> _EagerSide:
     """Run the eager model on all rows that the engine ran: dense, with reference FFNs, and both in the engine's type."""
     plan = engine.manifest.sparsity_plan(engine.folder)
+    rows, loads = _rows_and_loads(engine)
+    progress("eager model, dense")
+    texts = engine.greedy.texts
+    take, best = _taking(engine, rows, aside)
+    dense = dense_rows(decoder, [*rows, *(text[:-1] for text in texts), *engine.drift.rows], take)
+    progress("eager model, sparse")
+    constants = OpConstants(engine.folder / engine.manifest.model)
+    sparse = ReferenceModel(decoder, plan).run_all(rows, loads, last=DECODE + 1, keep=aside.keep, seen=constants.compare)
+    rounding = [EXACT] * len(engine.cases)
+    if options.computes_in != "float32":
+        progress(f"eager model, {options.computes_in}")
+        rounded = RoundedModel(decoder, plan, options.computes_in).run_all(rows, loads, DECODE + 1, aside.keep)
+        rounding = _rounding(engine, rounded, sparse, dense)
+    return _EagerSide(
+        dense[: len(rows)],
+        sparse,
+        [best[place] for place in range(len(texts))],
+        dense[len(rows) + len(texts) :],
+        rounding,
+        (constants.check(),),
+    )
+
+
+def _ask_view(
+    decoder: Decoder, engine: _EngineSide, options: VerifyOptions, aside: SetAside, progress: Told, view: QuantisedView
+) -> _EagerSide:
+    """The same of a decoder whose matrices are quantised, which are compared with those in the engine's file."""
+    plan = engine.manifest.sparsity_plan(engine.folder)
+    rows, loads = _rows_and_loads(engine)
+    progress("eager model, dense")
+    drift = dense_rows(decoder, engine.drift.rows, lambda index, logits: aside.keep(logits))
+    progress("eager model, quantised")
+    model = ViewedModel(decoder, plan, view)
+    take, best = _taking(engine, rows, aside)
+    dense = model.dense([*rows, *(text[:-1] for text in engine.greedy.texts)], take)
+    constants = OpConstants(engine.folder / engine.manifest.model)
+    sparse = model.sparse(rows, loads, DECODE + 1, aside.keep, constants.compare)
+    progress("eager model, quantised, with inputs moved")
+    moved = ViewedModel(decoder, plan, view, nudge=options.seed).both(rows, loads, DECODE + 1, aside.keep)
+    checks = constants.check(), check_matrices(engine.folder / engine.manifest.model, view.store)
+    # The worst of all cases for each: in a short one inputs may happen not to round to another step.
+    worst = EXACT
+    for found in _rounding(engine, moved, sparse, dense):
+        worst = worst.worst(found)
+    rounding = [worst] * len(engine.cases)
+    return _EagerSide(dense[: len(rows)], sparse, [best[place] for place in range(len(best))], drift, rounding, checks)
+
+
+def _rows_and_loads(engine: _EngineSide) -> tuple[list[Sequence[int]], list[Float32]]:
+    """The rows of all cases, and for each the load of every token: dense to where its decoded part begins."""
     rows = [row for run in engine.cases for row in run.case.rows]
     dense_until = [np.full(len(row) - DECODE, DENSE, np.float32) for row in rows]
     loads = [run.loads for run in engine.cases for _ in run.case.rows]
-    loads = [np.concatenate(parts) for parts in zip(dense_until, loads, strict=True)]
-    progress("eager model, dense")
+    return list(rows), [np.concatenate(parts) for parts in zip(dense_until, loads, strict=True)]
+
+
+def _taking(
+    engine: _EngineSide, rows: Sequence[Sequence[int]], aside: SetAside
+) -> tuple[Callable[[int, Float32], Float32], dict[int, Best]]:
+    """What keeps the logits of a dense run of all rows and the greedy texts: of the texts only the best tokens, in a dict."""
     texts = engine.greedy.texts
     best: dict[int, Best] = {}
 
@@ -183,25 +246,16 @@ def _ask_eager(decoder: Decoder, engine: _EngineSide, options: VerifyOptions, as
         best[place] = best_tokens(logits[len(engine.greedy.prompts[place]) - 1 :])
         return logits[:0]
 
-    dense = dense_rows(decoder, [*rows, *(text[:-1] for text in texts), *engine.drift.rows], take)
-    progress("eager model, sparse")
-    constants = OpConstants(engine.folder / engine.manifest.model)
-    sparse = ReferenceModel(decoder, plan).run_all(rows, loads, last=DECODE + 1, keep=aside.keep, seen=constants.compare)
-    rounding = [EXACT] * len(engine.cases)
-    if options.computes_in != "float32":
-        progress(f"eager model, {options.computes_in}")
-        rounded = RoundedModel(decoder, plan, options.computes_in).run_all(rows, loads, DECODE + 1, aside.keep)
-        ends = np.cumsum([len(run.case.rows) for run in engine.cases])
-        parts = [slice(end - len(run.case.rows), end) for end, run in zip(ends, engine.cases, strict=True)]
-        rounding = [measure_rounding(rounded[part], sparse[part], dense[part], DECODE, engine.neurons) for part in parts]
-    return _EagerSide(
-        dense[: len(rows)],
-        sparse,
-        [best[place] for place in range(len(texts))],
-        dense[len(rows) + len(texts) :],
-        rounding,
-        constants.check(),
-    )
+    return take, best
+
+
+def _rounding(
+    engine: _EngineSide, rounded: Sequence[RoundedRun], sparse: Sequence[SparseRun], dense: Sequence[Float32]
+) -> list[Rounding]:
+    """For each case what rounding may cost."""
+    ends = np.cumsum([len(run.case.rows) for run in engine.cases])
+    parts = [slice(end - len(run.case.rows), end) for end, run in zip(ends, engine.cases, strict=True)]
+    return [measure_rounding(rounded[part], sparse[part], dense[part], DECODE, engine.neurons) for part in parts]
 
 
 def _loads(rng: np.random.Generator, mixtures: bool) -> Float32:

@@ -33,6 +33,7 @@ from graph_passes.dead_columns import DropDeadColumns
 from graph_passes.load_outputs import AddLoadOutputs
 from graph_passes.machine_paths import ForgetMachinePaths
 from graph_passes.pass_list import PassList
+from graph_passes.quant_matmul import QuantiseProducts
 from graph_passes.reshapes import RemoveHeadReshapes
 from graph_passes.rewrite import RewriteFFNs
 from graph_passes.tied_weights import ShareTransposed
@@ -63,12 +64,17 @@ def traceable(decoder: TorchDecoder, dtype: str) -> TorchDecoder:
     return decoder
 
 
-def passes(rewrite: RewriteFFNs) -> PassList:
-    """What is done to a traced graph, in this order."""
+def passes(rewrite: RewriteFFNs, products: QuantiseProducts | None = None) -> PassList:
+    """What is done to a traced graph, in this order.
+
+    Args:
+        products: quantises what is not an FFN's, where weights are quantised.
+    """
     return PassList(
         rewrite,  # FFNs become SparseFFN nodes; `load` comes in, counts go out
         DropDeadColumns(),  # what packed projections held for those FFNs
         ShareTransposed(),  # tied embeddings, which the last product reads transposed
+        *(() if products is None else (products,)),  # other products become QuantMatMul nodes
         RemoveHeadReshapes(),  # detours of ort_fusions around attention
         AddLoadOutputs(),  # what the load needs of the logits
         ForgetMachinePaths(),
@@ -86,7 +92,8 @@ def build(request: BuildRequest) -> BuiltModel:
     library = require_ort("--target ort")
     model = request.traced.graph
     rewrite = ffn_rewrite(request)
-    report = run_passes(request, rewrite, passes(rewrite))
+    products = None if request.quantiser is None else QuantiseProducts(request.quantiser)
+    report = run_passes(request, rewrite, passes(rewrite, products))
     save(model, request.out)
     shutil.copyfile(library, request.out / LIBRARY_NAME)
     return BuiltModel(
@@ -96,6 +103,7 @@ def build(request: BuildRequest) -> BuiltModel:
         tuple(tensor_spec(value) for value in model.graph.outputs),
         cache_tensors(model),
         report,
+        products=None if products is None else products.report,
     )
 
 
@@ -122,4 +130,4 @@ def _run_checks(subject: Subject, verify_files: bool) -> Verification:
         yield load_engine(subject.folder, verify_files=verify_files, device="cpu", packed=packed)
 
     options = VerifyOptions(limits=subject.limits)
-    return run_checks(opened, subject.folder, subject.decoder, subject.text, options, subject.progress)
+    return run_checks(opened, subject.folder, subject.decoder, subject.text, options, subject.progress, subject.view)

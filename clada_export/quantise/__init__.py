@@ -1,0 +1,1 @@
+"""Quantised weights before there is an engine: the matrices of a model, their codes, and the model computed with them."""
