@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graph_passes.contract_types import Attribute, Condition, Constraint, Tensor
+from graph_passes.contract_types import Attribute, Condition, Constraint, Instead, Tensor
 
 DOMAIN = "com.clada"
 OP_TYPE = "SparseFFN"
 OP_VERSION = 1
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-WEIGHT_FORMATS = ("plain",)
+WEIGHT_FORMATS = ("plain", "int4", "int5", "int6", "int8")
 SCORES = ("gate", "exact", "shadow", "prefix", "external")
 RULES = ("threshold", "relative", "topk")
 COMBINES = ("sum", "weighted")
@@ -71,8 +71,8 @@ ATTRIBUTES: tuple[Attribute, ...] = (
 INPUTS: tuple[Tensor, ...] = (
     Tensor("x", "X", (("rows", "d"),)),
     Tensor("load", "float32", (("rows",),)),
-    Tensor("w_in", "W", (("f", "n", "d"),)),
-    Tensor("w_out", "W", (("f", "d"),)),
+    Tensor("w_in", "W", (("f", "n", "d"),), instead=Instead("uint8", (("T", "d/32", "R"),), {"weight_format": ("plain",)})),
+    Tensor("w_out", "W", (("f", "d"),), instead=Instead("uint8", (("f/32", "Q"),), {"weight_format": ("plain",)})),
     Tensor("threshold", "float32", ((1,), ("E",)), only_first_when={"rule": ("topk",)}),
     Tensor("neuron_scale", "float32", (("f",),), when={"score": ("exact", "shadow")}),
     Tensor("shadow", "int8", (("f", "n", "d/2"),), when={"score": ("shadow",)}),
@@ -129,5 +129,21 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         (Condition("combine", "==", "weighted"),),
         (Condition("score", "==", "external"),),
         "combine 'weighted' needs score 'external'; score is '{score}'",
+    ),
+    Constraint(
+        (Condition("weight_format", "!=", "plain"),),
+        (
+            Condition("score", "==", "exact"),
+            Condition("granule", "==", 1),
+        ),
+        "weight_format '{weight_format}' needs score 'exact' and granule 1; score is '{score}' and granule {granule}",
+    ),
+    Constraint(
+        (Condition("weight_format", "!=", "plain"),),
+        (
+            Condition("use_stat", "==", 0),
+            Condition("emit_stat", "==", 0),
+        ),
+        "weight_format '{weight_format}' has no statistic; use_stat is {use_stat} and emit_stat {emit_stat}",
     ),
 )

@@ -15,6 +15,7 @@ When = Mapping[str, tuple[Scalar, ...]]
 
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
+    "!=": operator.ne,
     ">": operator.gt,
     ">=": operator.ge,
     "<": operator.lt,
@@ -57,14 +58,25 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Instead:
+    """The type and the shapes that a tensor has where `unless` does not hold."""
+
+    type: str
+    shapes: tuple[tuple[str | int, ...], ...]
+    unless: When
+
+
+@dataclass(frozen=True)
 class Tensor:
     """An input or an output.
 
     Attributes:
         type: an element type, W (the weights') or X (of x and y).
-        shapes: those it may have. An axis is a number, or a size: `rows` (several axes), B, d, f, n, E, or one divided, `d/2`.
+        shapes: those it may have. An axis is a number, or a size: `rows` (several axes), B, d, f, n, E, T, R, Q, or one of them
+            divided, `d/2`.
         when: it is there iff these hold.
         only_first_when: where the first shape is the only one.
+        instead: another type and other shapes, and where.
         meaning: for the documentation.
     """
 
@@ -73,7 +85,14 @@ class Tensor:
     shapes: tuple[tuple[str | int, ...], ...]
     when: When = field(default_factory=dict)
     only_first_when: When = field(default_factory=dict)
+    instead: Instead | None = None
     meaning: str = ""
+
+    def shapes_with(self, attributes: object) -> tuple[tuple[str | int, ...], ...]:
+        """The shapes that a node with these attributes may have."""
+        if self.instead is not None and not holds(self.instead.unless, attributes):
+            return self.instead.shapes
+        return self.shapes[:1] if self.only_first_when and holds(self.only_first_when, attributes) else self.shapes
 
     @property
     def is_constant(self) -> bool:

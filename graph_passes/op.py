@@ -36,6 +36,7 @@ __all__ = [
     "ACTIVATIONS",
     "COMBINES",
     "DOMAIN",
+    "FORMAT_BITS",
     "OP_TYPE",
     "OP_VERSION",
     "RULES",
@@ -53,6 +54,11 @@ __all__ = [
     "x_types",
 ]
 
+
+FORMAT_BITS: Mapping[str, int] = {name: int(name.removeprefix("int")) for name in WEIGHT_FORMATS if name != "plain"}
+"""The bits of a code, by each `weight_format` whose weights are codes."""
+GROUP = 32
+"""Neurons, or numbers of x, that share scales in quantised weights."""
 
 _STORED: Mapping[str, type[Any]] = {"string": str, "int": int, "float": float}
 """The Python type of an attribute as ONNX stores it."""
@@ -126,12 +132,16 @@ def output_names(attributes: SparseFFNAttributes) -> tuple[str, ...]:
     return tuple(tensor.name for tensor in OUTPUTS if holds(tensor.when, attributes))
 
 
-def x_types(weight_type: str) -> tuple[str, ...]:
+def x_types(weight_type: str, weight_format: str = "plain") -> tuple[str, ...]:
     """The types that x and y may have, one for both, with weights of `weight_type`.
 
     Raises:
         ContractError: a type that weights can't have.
     """
+    if weight_format != "plain":
+        if weight_type != "uint8":
+            raise ContractError(f"{OP_TYPE}: the weights have type {weight_type}; wanted uint8 with {weight_format}")
+        return ("float32",)
     if weight_type not in WEIGHT_TYPES:
         raise ContractError(f"{OP_TYPE}: the weights have type {weight_type}; wanted {' or '.join(WEIGHT_TYPES)}")
     return tuple(dict.fromkeys(("float32", weight_type)))
@@ -150,9 +160,14 @@ def weight_shapes(attributes: SparseFFNAttributes, hidden_size: int, intermediat
         raise ContractError(f"{OP_TYPE}: intermediate_size {f} is not divisible by granule {attributes.granule}")
     if attributes.score == "shadow" and d % SHADOW_BLOCK:
         raise ContractError(f"{OP_TYPE}: score 'shadow' needs hidden_size divisible by {SHADOW_BLOCK}; it is {d}")
+    if attributes.weight_format != "plain" and (d % GROUP or f % GROUP):
+        raise ContractError(
+            f"{OP_TYPE}: weight_format {attributes.weight_format!r} needs hidden_size and intermediate_size divisible by "
+            f"{GROUP}; they are {d} and {f}"
+        )
     sizes = _sizes(attributes, d, f)
     constant = [tensor for tensor in INPUTS if tensor.is_constant and holds(tensor.when, attributes)]
-    return {tensor.name: shape_of(tensor.shapes[-1], sizes) for tensor in constant}
+    return {tensor.name: shape_of(_largest(tensor, attributes), sizes) for tensor in constant}
 
 
 def input_shapes(
@@ -171,12 +186,20 @@ def input_shapes(
     }
 
 
+def _largest(tensor: Tensor, attributes: SparseFFNAttributes) -> tuple[str | int, ...]:
+    quantised = tensor.instead is not None and not holds(tensor.instead.unless, attributes)
+    return tensor.shapes_with(attributes)[-1] if quantised else tensor.shapes[-1]
+
+
 def _allowed_shapes(tensor: Tensor, attributes: SparseFFNAttributes, rank: int) -> list[tuple[str | int, ...]]:
     """A sequence's axis is there with two axes of rows only."""
-    only_first = bool(tensor.only_first_when) and holds(tensor.only_first_when, attributes)
-    shapes = tensor.shapes[:1] if only_first else tensor.shapes
-    return [axes for axes in shapes if rank == 2 or "B" not in axes]
+    return [axes for axes in tensor.shapes_with(attributes) if rank == 2 or "B" not in axes]
 
 
 def _sizes(attributes: SparseFFNAttributes, d: int, f: int) -> dict[str, int]:
-    return {"d": d, "f": f, "n": 2 if attributes.gated else 1, "E": f // attributes.granule}
+    n = 2 if attributes.gated else 1
+    sizes = {"d": d, "f": f, "n": n, "E": f // attributes.granule}
+    if attributes.weight_format != "plain":
+        record = GROUP * (4 * FORMAT_BITS[attributes.weight_format] + 2)
+        sizes |= {"T": n * f // GROUP, "R": record, "Q": d * record // GROUP}
+    return sizes

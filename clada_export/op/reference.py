@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graph_passes.op import SHADOW_BLOCK, ContractError, SparseFFNAttributes, input_shapes, x_types
+from clada_export.op.ffn_quant_reference import product_out, products_in
+from graph_passes.op import FORMAT_BITS, GROUP, SHADOW_BLOCK, ContractError, SparseFFNAttributes, input_shapes, x_types
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class SparseFFNTensors:
 
     Shapes: `w_in` [f, n, d], `w_out` [f, d] (float32, float16 or bfloat16); `threshold` float32 [1] or [E];
     `neuron_scale` float32 [f]; `shadow` int8 [f, n, d/2] with `shadow_scale` float16 [f, n, d/32, 2]; biases [f], [f], [d].
+    Quantised, `w_in` is uint8 [n f/32, d/32, R] and `w_out` uint8 [f/32, d R/32] (`graph_passes.quant.ffn_layout`).
     """
 
     w_in: Tensor
@@ -122,8 +124,12 @@ def neuron_outputs(
     x: Tensor, w_in: Tensor, tensors: SparseFFNTensors, attributes: SparseFFNAttributes
 ) -> tuple[Tensor, Tensor]:
     """(h, a): the hidden activation and the activated gate (plain FFN: h itself), each float32 [..., f]."""
-    weight = w_in.float()
-    first = torch.nn.functional.linear(x.float(), weight[:, 0])
+    if attributes.weight_format == "plain":
+        weight = w_in.float()
+        first, *others = (torch.nn.functional.linear(x.float(), weight[:, i]) for i in range(weight.shape[1]))
+        second = others[0] if others else None
+    else:
+        first, second = products_in(x, w_in, attributes)
     if not attributes.gated:
         if tensors.up_bias is not None:
             first = first + tensors.up_bias.float()
@@ -131,7 +137,7 @@ def neuron_outputs(
         return hidden, hidden
     if tensors.gate_bias is not None:
         first = first + tensors.gate_bias.float()
-    second = torch.nn.functional.linear(x.float(), weight[:, 1])
+    assert second is not None
     if tensors.up_bias is not None:
         second = second + tensors.up_bias.float()
     gate = activate(attributes.activation, first)
@@ -282,7 +288,11 @@ def sparse_ffn(
     if attributes.combine == "weighted":
         contribution = hidden * granule_score.repeat_interleave(granule, dim=-1)
     # `where`, not a product: an infinite activation of a masked neuron is removed too.
-    y = torch.where(mask, contribution, torch.zeros_like(contribution)) @ tensors.w_out.float()
+    contribution = torch.where(mask, contribution, torch.zeros_like(contribution))
+    if attributes.weight_format == "plain":
+        y = contribution @ tensors.w_out.float()
+    else:
+        y = product_out(contribution, tensors.w_out, attributes)
     if tensors.down_bias is not None:
         y = y + tensors.down_bias.float()
     y = torch.where(padding.unsqueeze(-1), torch.zeros_like(y), y)
@@ -318,18 +328,16 @@ def check_inputs(
             wanted = " or ".join(str(list(shape)) for shape in shapes)
             raise ContractError(f"SparseFFN: input {name!r} has shape {list(found.shape)}; wanted {wanted}")
 
-    n = 2 if attributes.gated else 1
-    if tensors.w_in.dim() != 3 or tensors.w_in.shape[1] != n:
-        raise ContractError(f"SparseFFN: input 'w_in' has shape {list(tensors.w_in.shape)}; wanted [f, {n}, d]")
-    f, _, d = tensors.w_in.shape
-    if f < 1 or d < 1:
-        raise ContractError(f"SparseFFN: input 'w_in' has shape {list(tensors.w_in.shape)}; f and d must be at least 1")
+    f, d = _sizes(tensors.w_in, attributes)
     if x.dim() < 1 or x.shape[-1] != d:
         raise ContractError(f"SparseFFN: input 'x' has shape {list(x.shape)}; its last axis must be {d}, the width of w_in")
     if attributes.granule > f or f % attributes.granule:
         raise ContractError(f"SparseFFN: {f} neurons are not divisible by granule {attributes.granule}")
     types = [str(tensor.dtype).removeprefix("torch.") for tensor in (x, tensors.w_in, tensors.w_out)]
-    for name, found, allowed in (("x", types[0], x_types(types[1])), ("w_out", types[2], (types[1],))):
+    for name, found, allowed in (
+        ("x", types[0], x_types(types[1], attributes.weight_format)),
+        ("w_out", types[2], (types[1],)),
+    ):
         if found not in allowed:
             raise ContractError(f"SparseFFN: input {name!r} has type {found}; wanted {' or '.join(allowed)}")
     if (attributes.use_stat or attributes.emit_stat) and x.dim() != 3:
@@ -339,3 +347,20 @@ def check_inputs(
         want(name, given[name], *shapes)
     if not bool((tensors.threshold >= 0).all()):
         raise ContractError("SparseFFN: input 'threshold' has a negative or NaN value; thresholds are at least 0")
+
+
+def _sizes(w_in: Tensor, attributes: SparseFFNAttributes) -> tuple[int, int]:
+    """f and d."""
+    n, shape = 2 if attributes.gated else 1, list(w_in.shape)
+    if attributes.weight_format != "plain":
+        record = GROUP * (4 * FORMAT_BITS[attributes.weight_format] + 2)
+        if len(shape) != 3 or shape[0] % n or shape[0] * shape[1] == 0 or shape[2] != record:
+            wanted = f"[{n} f / {GROUP}, d / {GROUP}, {record}]"
+            raise ContractError(f"SparseFFN: input 'w_in' has shape {shape}; wanted {wanted}, f and d divisible by {GROUP}")
+        return shape[0] // n * GROUP, shape[1] * GROUP
+    if len(shape) != 3 or shape[1] != n:
+        raise ContractError(f"SparseFFN: input 'w_in' has shape {shape}; wanted [f, {n}, d]")
+    f, _, d = shape
+    if f < 1 or d < 1:
+        raise ContractError(f"SparseFFN: input 'w_in' has shape {shape}; f and d must be at least 1")
+    return f, d

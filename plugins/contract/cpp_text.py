@@ -79,7 +79,8 @@ def cpp_text(contract: Contract) -> str:
     )
     other_types = [kind for kind in TYPES if kind not in contract.weight_types]
     tensors = (*contract.inputs, *contract.outputs)
-    most = max(len(shape) for tensor in tensors for shape in tensor.shapes), max(len(tensor.shapes) for tensor in tensors)
+    shapes = [each.shapes for tensor in tensors for each in (tensor, tensor.instead) if each is not None]
+    most = max(len(shape) for several in shapes for shape in several), max(map(len, shapes))
     parts = [
         head,
         "// Types of w_in and w_out.\n" + _enum("FloatType", contract.weight_types),
@@ -97,6 +98,7 @@ def cpp_text(contract: Contract) -> str:
         f"inline constexpr int kRequiredOutputs = {sum(not tensor.when for tensor in contract.outputs)};\n",
         _tensors(contract, "Output", contract.outputs),
         _only_first(contract),
+        _instead(contract),
         _FOOT,
     ]
     return "\n".join(parts)
@@ -202,7 +204,8 @@ def _constraint(constraint: Constraint, by_name: dict[str, Attribute]) -> list[s
 def _negated(condition: str) -> str:
     if " " not in condition:
         return condition.removeprefix("!") if condition.startswith("!") else f"!{condition}"
-    return condition.replace(" == ", " != ") if " == " in condition else f"!({condition})"
+    swapped = {" == ": " != ", " != ": " == "}
+    return next((condition.replace(a, b) for a, b in swapped.items() if a in condition), f"!({condition})")
 
 
 def _message(message: str, by_name: dict[str, Attribute]) -> list[str]:
@@ -280,6 +283,33 @@ def _only_first(contract: Contract) -> str:
         [
             "// Whether the first of the input's shapes is the only one with these attributes.",
             *_switch(head, "Input", cases, "false"),
+            "",
+        ]
+    )
+
+
+def _instead(contract: Contract) -> str:
+    tensors = [(tensor, tensor.instead) for tensor in contract.inputs if tensor.instead is not None]
+    infos = [
+        f"inline constexpr TensorInfo k{_camel(tensor.name)}Instead =\n    "
+        + f"{_info(Tensor(tensor.name, instead.type, instead.shapes))};"
+        for tensor, instead in tensors
+    ]
+    cases = [
+        f"    case Input::{_enumerator(tensor.name)}: "
+        f"return {_holds(instead.unless, contract)} ? Info(input) : k{_camel(tensor.name)}Instead;"
+        for tensor, instead in tensors
+    ]
+    return "\n".join(
+        [
+            "// The type and shapes that an input has with these attributes.",
+            *infos,
+            "constexpr const TensorInfo& Info(const Attributes& a, Input input) {",
+            "  switch (input) {",
+            *cases,
+            "    default: return Info(input);",
+            "  }",
+            "}",
             "",
         ]
     )

@@ -31,7 +31,7 @@ def _types(contract: Contract) -> list[str]:
 
 
 def _tensors(tensors: tuple[Tensor, ...]) -> list[str]:
-    rows = [(_code(t.name), f"{t.type} {_shapes(t)}", _condition(t.when) or "always", t.meaning) for t in tensors]
+    rows = [(_code(t.name), _form(t), _condition(t.when) or "always", t.meaning) for t in tensors]
     return _table(("name", "type, shape", "there when", "meaning"), rows)
 
 
@@ -64,8 +64,15 @@ def _value(value: Scalar) -> str:
     return _code(value) if isinstance(value, str) else f"{value:g}"
 
 
-def _shapes(tensor: Tensor) -> str:
-    shapes = [", ".join(".." if axis == "rows" else str(axis) for axis in shape) for shape in tensor.shapes]
+def _form(tensor: Tensor) -> str:
+    plain = f"{tensor.type} {_shapes(tensor.shapes)}"
+    if tensor.instead is None:
+        return plain
+    return f"{plain}; {tensor.instead.type} {_shapes(tensor.instead.shapes)} unless {_condition(tensor.instead.unless)}"
+
+
+def _shapes(several: Sequence[Sequence[str | int]]) -> str:
+    shapes = [", ".join(".." if axis == "rows" else str(axis) for axis in shape) for shape in several]
     return " or ".join(f"[{shape}]" for shape in shapes)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graph_passes.contract_types import Attribute, Condition, Constraint, Tensor
+from graph_passes.contract_types import Attribute, Condition, Constraint, Instead, Tensor
 
 DOMAIN = {quoted_domain}
 OP_TYPE = {quoted_name}
@@ -89,6 +89,10 @@ def _tensor(tensor: Tensor) -> str:
     for key in ("when", "only_first_when"):
         if when := getattr(tensor, key):
             parts.append(f"{key}={_literal(when)}")
+    if tensor.instead is None:
+        return f"Tensor({', '.join(parts)})"
+    other = tensor.instead
+    parts.append(f"instead=Instead({', '.join(_literal(part) for part in (other.type, other.shapes, other.unless))})")
     return f"Tensor({', '.join(parts)})"
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import jsonschema
 import yaml
 
-from graph_passes.contract_types import Attribute, Condition, Constraint, Scalar, Tensor, When
+from graph_passes.contract_types import Attribute, Condition, Constraint, Instead, Scalar, Tensor, When
 
 TYPES = ("float32", "float16", "bfloat16", "int8", "uint8", "int32")
 """Element types of tensors. Another one also needs a line in `cpp_text` and in each shell's conversion."""
-SIZES = ("rows", "B", "d", "f", "n", "E")
+SIZES = ("rows", "B", "d", "f", "n", "E", "T", "R", "Q")
 OUTPUT_SIZES = ("rows", "B", "d", "f")
 """Sizes that shells know of an output before a call."""
 
@@ -66,15 +66,12 @@ _TEXT = {"type": "string", "minLength": 1}
 _NAME = {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"}
 _NUMBER = {"type": "number"}
 _WHEN = {"type": "object", "additionalProperties": _list({"type": ["string", "integer"]}), "minProperties": 1}
+_SHAPES = _list(_list({"anyOf": [{"type": "integer"}, {"pattern": f"^({'|'.join(SIZES)})(/[0-9]+)?$"}]}))
 _TENSOR = _of(
-    {
-        "name": _NAME,
-        "type": {"enum": [*TYPES, "W", "X"]},
-        "shapes": _list(_list({"anyOf": [{"type": "integer"}, {"pattern": f"^({'|'.join(SIZES)})(/[0-9]+)?$"}]})),
-        "meaning": _TEXT,
-    },
+    {"name": _NAME, "type": {"enum": [*TYPES, "W", "X"]}, "shapes": _SHAPES, "meaning": _TEXT},
     when=_WHEN,
     only_first_when=_WHEN,
+    instead=_of({"type": {"enum": TYPES}, "shapes": _SHAPES, "unless": _WHEN}),
 )
 _ATTRIBUTE = _of(
     {
@@ -164,11 +161,20 @@ def _tensor(entry: Mapping[str, Any]) -> Tensor:
     return Tensor(
         name=entry["name"],
         type=entry["type"],
-        shapes=tuple(tuple(shape) for shape in entry["shapes"]),
+        shapes=_shapes(entry),
         when=_when(entry, "when"),
         only_first_when=_when(entry, "only_first_when"),
+        instead=_instead(entry["instead"]) if "instead" in entry else None,
         meaning=entry["meaning"],
     )
+
+
+def _instead(entry: Mapping[str, Any]) -> Instead:
+    return Instead(entry["type"], _shapes(entry), _when(entry, "unless"))
+
+
+def _shapes(entry: Mapping[str, Any]) -> tuple[tuple[str | int, ...], ...]:
+    return tuple(tuple(shape) for shape in entry["shapes"])
 
 
 _LIMITS = {"min": ("at least", ">="), "above": ("above", ">"), "below": ("below", "<")}
@@ -218,14 +224,14 @@ def _constraints(
 
 def _condition(text: str, known: Mapping[str, Attribute]) -> Condition:
     """Read `attribute compare value`; the value may be another number attribute."""
-    found = re.fullmatch(r"(\w+) (==|>=|<=|>|<) (\S+)", text)
+    found = re.fullmatch(r"(\w+) (==|!=|>=|<=|>|<) (\S+)", text)
     if found is None:
         raise ContractFileError(f"constraints: {text!r} is no condition; wanted ATTRIBUTE COMPARISON VALUE, as in load_min > 0")
     left, compare, right = found.groups()
     attribute = _find(known, left, "constraints")
     if attribute.type == "string":
-        if compare != "==":
-            raise ContractFileError(f"constraints: {text!r} orders names; wanted ==")
+        if compare not in ("==", "!="):
+            raise ContractFileError(f"constraints: {text!r} orders names; wanted == or !=")
         _check_value(attribute, right, "constraints")
         return Condition(left, compare, right)
     if right in known:
@@ -257,13 +263,15 @@ def _check(contract: Contract, known: Mapping[str, Attribute]) -> None:
     for attribute in contract.attributes:
         _check_attribute(attribute, known)
     for tensor in (*contract.inputs, *contract.outputs):
-        for when in (tensor.when, tensor.only_first_when):
+        for when in (tensor.when, tensor.only_first_when, tensor.instead.unless if tensor.instead else {}):
             _check_when(when, known, tensor.name)
     for kind, tensors in (("inputs", contract.inputs), ("outputs", contract.outputs)):
         first = [not tensor.when for tensor in tensors]
         if first != sorted(first, reverse=True):
             raise ContractFileError(f"{kind}: those without `when` must come first, as the runtimes' variadic lists want")
     for tensor in contract.outputs:
+        if tensor.instead is not None:
+            raise ContractFileError(f"outputs: {tensor.name!r} has `instead`; it is for inputs")
         if len(tensor.shapes) != 1 or (other := [axis for axis in tensor.shapes[0] if axis not in OUTPUT_SIZES]):
             what = "has several shapes" if len(tensor.shapes) != 1 else f"has the axis {other[0]}"
             raise ContractFileError(f"outputs: {tensor.name!r} {what}; wanted one shape of {', '.join(OUTPUT_SIZES)}")

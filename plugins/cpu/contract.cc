@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdio>
 
+#include "clada/quant_matmul_tables.h"
+
 namespace clada {
 namespace {
 
@@ -98,12 +100,16 @@ class Write {
 
 // What an axis of a shape is in a call; not for kRows, which are several.
 int64_t SizeOf(const Axis& axis, const Problem& p) {
+  const int64_t record = quant::RecordBytes(FormatBits(p.attributes.weight_format), false);
   switch (axis.size) {
     case Size::kB: return p.batch / axis.number;
     case Size::kD: return p.hidden_size / axis.number;
     case Size::kF: return p.intermediate_size / axis.number;
     case Size::kN: return p.projections() / axis.number;
     case Size::kE: return p.granules() / axis.number;
+    case Size::kT: return p.projections() * p.intermediate_size / quant::kTileRows / axis.number;
+    case Size::kR: return record / axis.number;
+    case Size::kQ: return p.hidden_size * record / quant::kBlock / axis.number;
     default: return axis.number;
   }
 }
@@ -141,7 +147,7 @@ bool NamesBatch(const TensorShape& shape) {
 class Tensors {
  public:
   Tensors(const std::string& node, const Attributes& attributes, const std::vector<TensorView>& tensors)
-      : node_(node), order_(Inputs(attributes)), tensors_(tensors) {
+      : node_(node), attributes_(attributes), order_(Inputs(attributes)), tensors_(tensors) {
     if (tensors.size() != order_.size()) CheckCounts(node, attributes, tensors.size(), Outputs(attributes).size());
   }
 
@@ -155,8 +161,8 @@ class Tensors {
     const ElementType x = (*this)[Input::kX].type, w_in = (*this)[Input::kWIn].type;
     // w_in comes first here, and x is held against it.
     const auto allowed = [&](ElementType type) {
-      return input == Input::kX ? type == ElementType::kFloat32 || type == w_in
-                                : Allowed(input, type, input == Input::kWIn ? ElementType::kFloat32 : x, w_in);
+      return input == Input::kX ? type == ElementType::kFloat32 || (type == w_in && w_in <= ElementType::kBFloat16)
+                                : Allowed(attributes_, input, type, input == Input::kWIn ? ElementType::kFloat32 : x, w_in);
     };
     if (tensor.type != ElementType::kOther && allowed(tensor.type)) return;
     std::string wanted;
@@ -169,7 +175,7 @@ class Tensors {
   }
 
   void CheckShape(Input input, const Problem& p, const Shape& rows) const {
-    const TensorInfo& info = Info(input);
+    const TensorInfo& info = Info(attributes_, input);
     const int count = OnlyFirstShape(p.attributes, input) ? 1 : info.shape_count;
     const auto applies = [&](const TensorShape& shape) { return rows.size() == 2 || !NamesBatch(shape); };
     for (int i = 0; i < count; ++i)
@@ -188,15 +194,35 @@ class Tensors {
   static std::string Name(Input input) { return std::string("input '") + Info(input).name + "'"; }
 
   const std::string& node_;
+  const Attributes& attributes_;
   const std::vector<Input> order_;
   const std::vector<TensorView>& tensors_;
 };
+
+// d and f from quantised weights. Tiles hold gate and up rows in halves, so an even number of them is a whole number of groups.
+void ReadQuantisedSizes(const Tensors& tensors, Problem* p) {
+  const char* format = kWeightFormatNames[static_cast<int>(p->attributes.weight_format)];
+  const Shape& w_in = tensors[Input::kWIn].shape;
+  const int64_t n = p->projections(), record = quant::RecordBytes(FormatBits(p->attributes.weight_format), false);
+  if (w_in.size() != 3 || w_in[0] < 1 || w_in[0] % n || w_in[1] < 1 || w_in[2] != record)
+    tensors.ShapeError(Input::kWIn, "wanted [" + std::string(n == 2 ? "f / 16" : "f / 32") + ", d / 32, " + std::to_string(record) +
+                                        "] with weight_format '" + format + "', f and d divisible by 32");
+  if (w_in[0] / n > INT32_MAX / quant::kTileRows || w_in[1] > INT32_MAX / quant::kBlock)
+    tensors.ShapeError(Input::kWIn, "wanted fewer than 2^31 neurons, and a width below 2^31");
+  p->intermediate_size = w_in[0] / n * quant::kTileRows;
+  p->hidden_size = w_in[1] * quant::kBlock;
+  tensors.CheckType(Input::kX);
+  const Shape& x = tensors[Input::kX].shape;
+  if (x.empty() || x.back() != p->hidden_size)
+    tensors.ShapeError(Input::kX, "its last axis must be " + std::to_string(p->hidden_size) + ", the width of w_in");
+}
 
 // d, f and the weights' type, from w_in; x's type and width.
 void ReadSizes(const std::string& node, const Tensors& tensors, Problem* p) {
   const Attributes& a = p->attributes;
   const Shape& w_in = tensors[Input::kWIn].shape;
   tensors.CheckType(Input::kWIn);
+  if (p->quantised()) return ReadQuantisedSizes(tensors, p);
   const int64_t n = p->projections();
   if (w_in.size() != 3 || w_in[1] != n || w_in[0] < 1 || w_in[2] < 1)
     tensors.ShapeError(Input::kWIn, "wanted [f, " + std::to_string(n) + ", d], f and d at least 1");
@@ -306,14 +332,21 @@ void CheckCounts(const std::string& node, const Attributes& attributes, size_t i
   if (outputs != results) Fail(node, want(outputs, " outputs", results));
 }
 
-bool Allowed(Input input, ElementType type, ElementType x, ElementType w_in) {
+bool Allowed(const Attributes& attributes, Input input, ElementType type, ElementType x, ElementType w_in) {
   const auto is_float = [](ElementType of) { return of <= ElementType::kBFloat16; };
-  switch (Info(input).rule) {
+  const TensorInfo& info = Info(attributes, input);
+  switch (info.rule) {
     case TypeRule::kX: return is_float(type);
     case TypeRule::kW: return input == Input::kWIn ? is_float(type) && (x == ElementType::kFloat32 || x == type) : type == w_in;
-    case TypeRule::kFixed: return type == Info(input).type;
+    case TypeRule::kFixed: return type == info.type;
   }
   return false;
+}
+
+void WantPlainWeights(const std::string& node, const Attributes& attributes) {
+  if (attributes.weight_format == WeightFormat::kPlain) return;
+  Fail(node, std::string("attribute 'weight_format' is '") + kWeightFormatNames[static_cast<int>(attributes.weight_format)] +
+                 "', for which there is no CUDA kernel; export with plain weights for a GPU, or run this on the CPU");
 }
 
 std::vector<int64_t> OutputShape(const Problem& problem, const std::vector<int64_t>& x, Output output) {

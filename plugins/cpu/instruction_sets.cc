@@ -47,16 +47,16 @@ bool Always() { return true; }
 // Best first.
 constexpr InstructionSet kSets[] = {
 #if defined(__x86_64__)
-    {"amx", HasAmx, &kAvx512Kernels, &quant::kAmxKernels},
-    {"avx512vnni", HasAvx512Vnni, &kAvx512Kernels, &quant::kAvx512VnniKernels},
-    {"avx512", HasAvx512, &kAvx512Kernels, &quant::kAvx2Kernels},
-    {"avxvnni", HasAvxVnni, &kAvx2Kernels, &quant::kAvxVnniKernels},
-    {"avx2", HasAvx2, &kAvx2Kernels, &quant::kAvx2Kernels},
+    {"amx", HasAmx, &kAvx512Kernels, &quant::kAmxKernels, &quant::kAvx512VnniFfnKernels},
+    {"avx512vnni", HasAvx512Vnni, &kAvx512Kernels, &quant::kAvx512VnniKernels, &quant::kAvx512VnniFfnKernels},
+    {"avx512", HasAvx512, &kAvx512Kernels, &quant::kAvx2Kernels, &quant::kAvx2FfnKernels},
+    {"avxvnni", HasAvxVnni, &kAvx2Kernels, &quant::kAvxVnniKernels, &quant::kAvxVnniFfnKernels},
+    {"avx2", HasAvx2, &kAvx2Kernels, &quant::kAvx2Kernels, &quant::kAvx2FfnKernels},
 #endif
 #if defined(__aarch64__) && defined(__linux__)
-    {"neondot", HasNeonDot, &kBaselineKernels, &quant::kNeonDotKernels},
+    {"neondot", HasNeonDot, &kBaselineKernels, &quant::kNeonDotKernels, &quant::kNeonDotFfnKernels},
 #endif
-    {"baseline", Always, &kBaselineKernels, &quant::kBaselineKernels},
+    {"baseline", Always, &kBaselineKernels, &quant::kBaselineKernels, &quant::kBaselineFfnKernels},
 };
 
 }  // namespace

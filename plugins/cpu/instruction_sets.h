@@ -3,21 +3,20 @@
 #ifndef CLADA_CPU_INSTRUCTION_SETS_H_
 #define CLADA_CPU_INSTRUCTION_SETS_H_
 
+#include "ffn_quant_kernels.h"
 #include "kernels.h"
 #include "quant_kernels.h"
 
 namespace clada {
 
-// An instruction set, and the best kernels of each op that need no other.
+// An instruction set, and the best kernels of each kind that need no other. FindInstructionSet is in clada/sparse_ffn.h.
 struct InstructionSet {
   const char* name;
   bool (*is_here)();
   const Kernels* sparse_ffn;
   const quant::Kernels* quant_matmul;
+  const quant::FfnKernels* quant_ffn;  // a SparseFFN with quantised weights uses all three
 };
-
-// The named one, or the best this machine has when `name` is null or empty. Null when it is unknown or the machine lacks it.
-const InstructionSet* FindInstructionSet(const char* name);
 
 }  // namespace clada
 

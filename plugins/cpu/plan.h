@@ -40,6 +40,10 @@ class Arena {
 
 // What a row's load says: a rule, every neuron (+inf: a row of the prompt; NaN: one that the statistic ignores), nothing.
 enum RowKind : uint8_t { kSparseRow = 0, kDenseRow = 1, kPromptRow = 2, kPaddingRow = 3 };
+RowKind KindOf(float load);
+
+// Memory that others may write meanwhile: the compiler must not read it again.
+inline float ReadOnce(const float* p) { return *static_cast<const volatile float*>(p); }
 
 // Follows from the call's sizes alone. What depends on loads is kept in the scratch memory and read from there, so that a load that
 // changes while the call runs can't make two of its parts disagree.

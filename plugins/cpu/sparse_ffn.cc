@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ffn_quant.h"
 #include "plan.h"
 
 namespace clada {
@@ -102,15 +103,6 @@ size_t WideBytes(const Problem& problem) {
   return static_cast<size_t>(RoundUp(2 * problem.rows() * problem.hidden_size * 4, 64));
 }
 
-// Memory that others may write meanwhile: the compiler must not read it again.
-float ReadOnce(const float* p) { return *static_cast<const volatile float*>(p); }
-
-RowKind KindOf(float load) {
-  if (std::isnan(load)) return kDenseRow;
-  if (!std::isinf(load)) return kSparseRow;
-  return load > 0 ? kPromptRow : kPaddingRow;
-}
-
 void RunWide(const Problem& problem, const Host& host, void* scratch) {
   const int64_t rows = problem.rows(), d = problem.hidden_size, f = problem.intermediate_size, n = problem.projections();
   const Attributes& a = problem.attributes;
@@ -160,12 +152,20 @@ void RunWide(const Problem& problem, const Host& host, void* scratch) {
 
 }  // namespace
 
+RowKind KindOf(float load) {
+  if (std::isnan(load)) return kDenseRow;
+  if (!std::isinf(load)) return kSparseRow;
+  return load > 0 ? kPromptRow : kPaddingRow;
+}
+
 size_t ScratchBytes(const Problem& problem) {
+  if (problem.quantised()) return quant::FfnScratchBytes(problem);
   Plan plan;
   return WideBytes(problem) + MakePlan(problem, nullptr, &plan);
 }
 
 void RunSparseFFN(const Problem& problem, const Host& host, void* scratch) {
+  if (problem.quantised()) return quant::RunFfn(problem, host, scratch);
   if (problem.x_type == FloatType::kFloat32) return RunWide(problem, host, scratch);
   const int64_t rows = problem.rows(), d = problem.hidden_size;
   float* x = static_cast<float*>(scratch);

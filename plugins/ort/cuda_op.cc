@@ -13,6 +13,7 @@ class CudaKernel {
  public:
   explicit CudaKernel(const OrtKernelInfo* raw)
       : node_(Ort::ConstKernelInfo(raw).GetNodeName()), attributes_(ReadNode(node_, raw)) {
+    WantPlainWeights(node_, attributes_);
     int constant = 0;
     const Ort::ConstValue threshold =
         Ort::ConstKernelInfo(raw).GetTensorConstantInput(static_cast<size_t>(Input::kThreshold), &constant);

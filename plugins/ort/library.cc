@@ -33,7 +33,7 @@ namespace {
 constexpr char kDisablePrepacking[] = "session.disable_prepacking";
 
 struct Ops {
-  explicit Ops(clada::ort::WeightMemory weights) : quant_op(weights), domain(clada::kDomain) {
+  explicit Ops(clada::ort::WeightMemory weights) : op(weights), quant_op(weights), domain(clada::kDomain) {
 #ifdef CLADA_ORT_CUDA
     domain.Add(&cuda_op);
     domain.Add(&quant_cuda_op);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "clada/contract.h"
+#include "weight_memory.h"
 
 namespace clada::ort {
 
@@ -19,22 +20,25 @@ constexpr uint32_t kApiVersion = 17;
 
 class SparseFFNKernel {
  public:
-  explicit SparseFFNKernel(const OrtKernelInfo* info);
+  SparseFFNKernel(const OrtKernelInfo* info, WeightMemory weights);
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
  private:
   void Compute(OrtKernelContext* context);
+  KeptWeight Keep(const OrtKernelInfo* info, Input input, WeightMemory weights) const;
 
   std::string node_;
   Attributes attributes_;
   bool threshold_checked_ = false;
   const Kernels* kernels_ = nullptr;
+  const InstructionSet* set_ = nullptr;
   Ort::MemoryInfo memory_;
+  KeptWeight w_in_, w_out_;  // of quantised weights that are constants; else null
 };
 
 // Which inputs and outputs follow the required ones depends on the attributes, so both lists end in a variadic part.
 struct SparseFFNOp : Ort::CustomOpBase<SparseFFNOp, SparseFFNKernel, true> {
-  SparseFFNOp();
+  explicit SparseFFNOp(WeightMemory weights = WeightMemory::kOwn);
   OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept;
 
   const char* GetName() const { return kOpName; }
@@ -53,6 +57,9 @@ struct SparseFFNOp : Ort::CustomOpBase<SparseFFNOp, SparseFFNKernel, true> {
   }
   int GetVariadicOutputMinArity() const { return 0; }
   bool GetVariadicOutputHomogeneity() const { return false; }
+
+ private:
+  WeightMemory weights_;
 };
 
 }  // namespace clada::ort

@@ -41,7 +41,9 @@ nvinfer1::IPluginV3* SparseFFNCreator::createPlugin(const char* name, const nvin
       known.insert(known.end(), {"plugin_version", "plugin_namespace"});
     }
     reader.RefuseOthers(known);
-    return new SparseFFNPlugin(node, ReadAttributes(node, reader));
+    const Attributes attributes = ReadAttributes(node, reader);
+    WantPlainWeights(node, attributes);
+    return new SparseFFNPlugin(node, attributes);
   } catch (const std::exception& error) {
     LogError(error.what());
   } catch (...) {

@@ -168,10 +168,10 @@ int32_t SparseFFNPlugin::getOutputDataTypes(DataType* output_types, int32_t outp
     WantCounts(inputs, outputs);
     const ElementType x = ToElementType(input_types[0]), w_in = ToElementType(input_types[2]);
     for (int32_t i = 0; i < inputs; ++i) {
-      if (Allowed(inputs_[i], ToElementType(input_types[i]), x, w_in)) continue;
+      if (Allowed(attributes_, inputs_[i], ToElementType(input_types[i]), x, w_in)) continue;
       std::string wanted;
       for (int type = 0; type < static_cast<int>(ElementType::kOther); ++type)
-        if (Allowed(inputs_[i], static_cast<ElementType>(type), x, w_in))
+        if (Allowed(attributes_, inputs_[i], static_cast<ElementType>(type), x, w_in))
           wanted += (wanted.empty() ? "" : " or ") + std::string(kElementTypeNames[type]);
       throw ContractError(InputText(node_, inputs_[i]) + " has type " + TypeName(input_types[i]) + "; wanted " + wanted);
     }
@@ -219,7 +219,7 @@ bool SparseFFNPlugin::supportsFormatCombination(int32_t position, const DynamicP
     if (position >= inputs) return tensor.type == OutputType(outputs_[position - inputs], x);
     // Only tensors up to `position` may be looked at.
     const DataType w_in = position > 2 ? tensors[2].desc.type : DataType::kFLOAT;
-    return Allowed(inputs_[position], ToElementType(tensor.type), ToElementType(x), ToElementType(w_in));
+    return Allowed(attributes_, inputs_[position], ToElementType(tensor.type), ToElementType(x), ToElementType(w_in));
   });
 }
 

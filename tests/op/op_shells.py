@@ -28,6 +28,7 @@ ONNX_TYPES = {
     torch.float16: TensorProto.FLOAT16,
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
 }
 ISAS = ("avx512", "avx2", "baseline")
 

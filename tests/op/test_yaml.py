@@ -66,6 +66,7 @@ def test_attributes() -> None:
         assert type(defaults[entry["name"]]) is types[entry["type"]]
         for value in entry.get("allowed", []):
             extra = {"score": "external"} if value == "weighted" else {"use_stat": True} if value == "prefix" else {}
+            extra |= {"score": "exact"} if entry["name"] == "weight_format" else {}
             SparseFFNAttributes.from_onnx({**extra, entry["name"]: value})
         bad = [entry["min"] - 1] if "min" in entry else [entry["above"]] if "above" in entry else []
         bad += ["no such value"] if entry["type"] == "string" else []

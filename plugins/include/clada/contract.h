@@ -51,6 +51,9 @@ class AttributeWriter {
   virtual void String(const char* name, const char* value) = 0;
 };
 
+// For shells whose kernels know numbers only: throws ContractError when the weights are quantised.
+void WantPlainWeights(const std::string& node, const Attributes& attributes);
+
 // Writes all attributes, also those that have their default, in the contract's order.
 void WriteAttributes(const Attributes& attributes, AttributeWriter& writer);
 
@@ -62,7 +65,7 @@ std::vector<Output> Outputs(const Attributes& attributes);
 void CheckCounts(const std::string& node, const Attributes& attributes, size_t inputs, size_t outputs);
 
 // The types that an input may have, by those of x and w_in; the latter is not looked at before w_in itself.
-bool Allowed(Input input, ElementType type, ElementType x, ElementType w_in);
+bool Allowed(const Attributes& attributes, Input input, ElementType type, ElementType x, ElementType w_in);
 
 // Checks types and shapes and fills a problem's sizes and input pointers. `inputs` follow Inputs(attributes). The threshold's
 // values are read unless `check_threshold` is false (a constant that was checked before).

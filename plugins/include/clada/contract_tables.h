@@ -25,8 +25,8 @@ inline constexpr const char* kElementTypeNames[] = {"float32", "float16", "bfloa
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kIdentity };
 inline constexpr const char* kActivationNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
 
-enum class WeightFormat { kPlain };
-inline constexpr const char* kWeightFormatNames[] = {"plain"};
+enum class WeightFormat { kPlain, kInt4, kInt5, kInt6, kInt8 };
+inline constexpr const char* kWeightFormatNames[] = {"plain", "int4", "int5", "int6", "int8"};
 
 enum class Score { kGate, kExact, kShadow, kPrefix, kExternal };
 inline constexpr const char* kScoreNames[] = {"gate", "exact", "shadow", "prefix", "external"};
@@ -96,13 +96,19 @@ void CheckConstraints(const Attributes& a, const Fail& fail) {
     fail("score 'prefix', backbone_min and prior_gamma need use_stat = 1; use_stat is ", a.use_stat);
   if (a.combine == Combine::kWeighted && a.score != Score::kExternal)
     fail("combine 'weighted' needs score 'external'; score is '", kScoreNames[static_cast<int>(a.score)], "'");
+  if (a.weight_format != WeightFormat::kPlain && !(a.score == Score::kExact && a.granule == 1))
+    fail("weight_format '", kWeightFormatNames[static_cast<int>(a.weight_format)],
+    "' needs score 'exact' and granule 1; score is '", kScoreNames[static_cast<int>(a.score)], "' and granule ", a.granule);
+  if (a.weight_format != WeightFormat::kPlain && !(!a.use_stat && !a.emit_stat))
+    fail("weight_format '", kWeightFormatNames[static_cast<int>(a.weight_format)], "' has no statistic; use_stat is ",
+    a.use_stat, " and emit_stat ", a.emit_stat);
 }
 
 // The type of a tensor: W, the one that both weights have; X, float32 or W; or always the same.
 enum class TypeRule { kW, kX, kFixed };
 
 // A size of a shape: an axis of a call, or a number. kRows stands for all axes of x but the last.
-enum class Size { kRows, kB, kD, kF, kN, kE, kNumber };
+enum class Size { kRows, kB, kD, kF, kN, kE, kT, kR, kQ, kNumber };
 struct Axis {
   constexpr Axis(Size of = Size::kNumber, int64_t by = 1) : size(of), number(by) {}
   Size size;
@@ -233,6 +239,19 @@ constexpr bool OnlyFirstShape(const Attributes& a, Input input) {
   switch (input) {
     case Input::kThreshold: return a.rule == Rule::kTopk;
     default: return false;
+  }
+}
+
+// The type and shapes that an input has with these attributes.
+inline constexpr TensorInfo kWInInstead =
+    {"w_in", TypeRule::kFixed, ElementType::kUint8, 1, {{3, {Size::kT, {Size::kD, 32}, Size::kR}}}};
+inline constexpr TensorInfo kWOutInstead =
+    {"w_out", TypeRule::kFixed, ElementType::kUint8, 1, {{2, {{Size::kF, 32}, Size::kQ}}}};
+constexpr const TensorInfo& Info(const Attributes& a, Input input) {
+  switch (input) {
+    case Input::kWIn: return a.weight_format == WeightFormat::kPlain ? Info(input) : kWInInstead;
+    case Input::kWOut: return a.weight_format == WeightFormat::kPlain ? Info(input) : kWOutInstead;
+    default: return Info(input);
   }
 }
 

@@ -21,6 +21,16 @@ namespace clada {
 
 CLADA_ANYWHERE constexpr int64_t SizeOf(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
+// Bits of a code in quantised weights; meaningless for plain ones.
+CLADA_ANYWHERE constexpr int FormatBits(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kInt4: return 4;
+    case WeightFormat::kInt5: return 5;
+    case WeightFormat::kInt6: return 6;
+    default: return 8;
+  }
+}
+
 // One call, with pointers to its inputs and outputs. Rows are batch x sequence; a shape without batch is one batch. Inputs need no
 // alignment beyond their element's.
 struct Problem : InputPointers, OutputPointers {
@@ -29,13 +39,14 @@ struct Problem : InputPointers, OutputPointers {
   int64_t sequence = 0;
   int64_t hidden_size = 0;        // d
   int64_t intermediate_size = 0;  // f
-  FloatType weight_type = FloatType::kFloat32;  // of w_in and w_out
+  FloatType weight_type = FloatType::kFloat32;  // of w_in and w_out, unless they are quantised
   FloatType x_type = FloatType::kFloat32;       // of x and y: float32, or weight_type
   int64_t threshold_count = 1;
   bool score_per_sequence = false;  // score is [batch, E]
 
   CLADA_ANYWHERE int64_t rows() const { return batch * sequence; }
   CLADA_ANYWHERE int64_t granules() const { return intermediate_size / attributes.granule; }
+  CLADA_ANYWHERE bool quantised() const { return attributes.weight_format != WeightFormat::kPlain; }
   CLADA_ANYWHERE int64_t projections() const { return attributes.gated ? 2 : 1; }
 };
 
@@ -64,9 +75,14 @@ struct Kernels;
 const Kernels* FindKernels(const char* name);
 const char* KernelsName(const Kernels* kernels);
 
+// All kernels of an instruction set, found as those are.
+struct InstructionSet;
+const InstructionSet* FindInstructionSet(const char* name);
+
 struct Host {
   ParallelFor parallel_for;
   const Kernels* kernels = nullptr;
+  const InstructionSet* set = nullptr;  // for quantised weights
 };
 
 // Bytes of scratch memory that a call of these sizes needs. Looks at no pointer.
