@@ -27,6 +27,7 @@ from clada_export.methods.imported import check_import, ignored_options, require
 from clada_export.plan.fit import require_fit
 from clada_export.plan.plan import SparsityPlan
 from clada_export.plan.targets import TARGET_TRAITS
+from clada_export.plan.weights_form import WeightsForm
 from clada_export.planning import (
     Planned,
     calibration_context,
@@ -35,20 +36,18 @@ from clada_export.planning import (
     make_plan,
     read_data,
     round_weights,
-    store_of,
     weights_again,
 )
 from clada_export.price.room import require_room
 from clada_export.progress import Progress, Stages
 from clada_export.quantise.store import QuantStore
-from clada_export.quantise.view import QuantisedView
 from clada_export.source.companions import write_companions
 from clada_export.source.load import SourceModel, load_source
 from clada_export.source.onnx.graph import load_graph
 from clada_export.targets.common import BuildRequest, BuiltModel, Subject, Target
 from clada_export.targets.registry import TARGETS
 from clada_export.trace.trace import TracedModel, trace
-from clada_export.verify import Verification
+from clada_export.verify import QuantisedWeights, Verification
 from graph_passes.op import DOMAIN, OP_TYPE, OP_VERSION
 
 IMPORTED_KL = 0.01
@@ -220,8 +219,7 @@ def verify_folder(
     data = load_calibration_data(loaded.tokenizer, loaded.decoder.vocab_size, text_file=calibration_data, context=context)
     weights_again(plan, loaded.decoder, data, partial(round_weights, target, loaded.decoder, manifest.dtype), str(folder))
     with stages("verify"):
-        store = store_of(plan, loaded.decoder, str(folder))
-        return target.verify_deployed(_subject(Path(folder), manifest, loaded, data, stages, store))
+        return target.verify_deployed(_subject(Path(folder), manifest, loaded, data, stages))
 
 
 def _load(model: str, options: ExportOptions, policy: str) -> SourceModel:
@@ -320,12 +318,13 @@ def _subject(
     source: SourceModel,
     data: CalibrationData,
     stages: Stages,
-    store: QuantStore | None,
+    store: QuantStore | None = None,
 ) -> Subject:
     text = None if data.origin == "random tokens" else data.heldout.numpy().astype(np.int64)
     limits = _limits(manifest.sparsity_plan())
-    view = None if store is None else QuantisedView(store)
-    return Subject(folder, manifest, source.decoder, text, limits, lambda what: stages.inner(what, 0, 0), view)
+    form = WeightsForm.from_dict(manifest.plan["source"].get("weights"), str(folder))
+    weights = None if form is None else QuantisedWeights(form, store)
+    return Subject(folder, manifest, source.decoder, text, limits, lambda what: stages.inner(what, 0, 0), weights)
 
 
 def _over(plan: SparsityPlan) -> bool:

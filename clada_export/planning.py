@@ -28,10 +28,10 @@ from clada_export.plan.record import CalibrationRecord
 from clada_export.plan.schema import SHORTEST_CONTEXT
 from clada_export.plan.targets import merging_refused
 from clada_export.plan.weights_form import AUTO as AUTO_WEIGHTS
-from clada_export.plan.weights_form import FORMS, WeightsForm
-from clada_export.quantise.codes import Codes
+from clada_export.plan.weights_form import COMPENSATED, FORMS, WeightsForm
+from clada_export.quantise.make import make_store
 from clada_export.quantise.matrices import find_matrices
-from clada_export.quantise.store import QuantStore
+from clada_export.quantise.store import QuantStore, matrix_sizes
 from clada_export.quantise.view import QuantisedView
 from clada_export.source.load import SourceModel
 from clada_export.targets.common import Target
@@ -144,7 +144,7 @@ def make_plan(
         require_fit(given, decoder.ffns, source.weights_digest, str(options.plan))
         weights_again(given, decoder, data, rounded, str(options.plan))
         require_finite_weights(given, decoder.ffns)
-        return Planned(given, given.calibration.to_dict(), store_of(given, decoder, str(options.plan)))
+        return Planned(given, given.calibration.to_dict(), store_again(given, decoder, data, str(options.plan), progress))
     origin = {"name": source.name, "weights_digest": source.weights_digest, "dtype": options.dtype}
     if is_imported(decoder):
         record = CalibrationRecord(text=data.origin, digest=data.digest, context=int(data.calibration.shape[1]))
@@ -189,14 +189,23 @@ def _quantised(
     note: Callable[[str], None],
 ) -> Planned:
     """A plan for quantised weights: of the form that was asked for, or of the fastest that keeps the budget."""
-    codes = Codes(calibrator.decoder, find_matrices(calibrator.decoder))
-    names = reversed(FORMS) if options.weights == AUTO_WEIGHTS else (options.weights,)
-    stores = {name: QuantStore(codes, FORMS[name]) for name in names if name is not None}
-    if len(stores) == 1:
-        for store in stores.values():
-            store.make(partial(progress, "quantising"))
+    decoder = calibrator.decoder
+    matrices = find_matrices(decoder)
+    names = tuple(reversed(FORMS)) if options.weights == AUTO_WEIGHTS else (str(options.weights),)
+    stores: dict[str, QuantStore] = {}
+
+    def view(form: WeightsForm) -> QuantisedView:
+        told = partial(progress, f"quantising to {form.name}")
+        stores[form.name] = make_store(decoder, matrices, form, calibrator.data.calibration, told)
+        return QuantisedView(stores[form.name])
+
+    candidates = []
+    for form in (FORMS[name] for name in names):
+        sizes = matrix_sizes(matrices, form)
+        others = sum(sizes[kind]["bytes"] for kind in ("attention", "head") if kind in sizes)
+        item = form.weight_bytes("ffn")
+        candidates.append(Candidate(form.name, partial(view, form), form.to_dict(), item, sizes["ffn"]["bytes"], others))
     policy = get_policy(options.policy, options.settings)
-    candidates = [_candidate(store) for store in stores.values()]
     chosen, result = calibrate_forms(calibrator, policy, origin, calibration, candidates)
     warnings = []
     budget = calibration.budget
@@ -205,27 +214,33 @@ def _quantised(
             f"weights {chosen.name} alone cost {budget.told(result.drift)} on the held-out text, and the budget is {budget}; "
             "no neuron is skipped"
         )
-    elif len(stores) > 1:
+    elif len(names) > 1:
         note(f"weights {chosen.name}")
     return Planned(result.plan, result.details, stores[chosen.name], tuple(warnings))
 
 
-def _candidate(store: QuantStore) -> Candidate:
-    """A form as calibration compares it, by the bytes that a token reads."""
-    sizes = store.sizes()
-    others = sum(sizes[kind]["bytes"] for kind in ("attention", "head") if kind in sizes)
-    form = store.weights
-    return Candidate(form.name, QuantisedView(store), form.to_dict(), form.weight_bytes("ffn"), sizes["ffn"]["bytes"], others)
-
-
-def store_of(plan: SparsityPlan, decoder: Decoder, origin: str) -> QuantStore | None:
-    """The quantised matrices that a plan was made with; None if it was made for weights of a type.
+def store_again(
+    plan: SparsityPlan,
+    decoder: Decoder,
+    data: CalibrationData,
+    origin: str,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> QuantStore | None:
+    """The quantised matrices that a plan was made with, made again; None if it was made for weights of a type.
 
     Raises:
-        UsageError: a form of weights that this program does not have.
+        UsageError: a form of weights that this program does not have, or another text where codes depend on it.
     """
     form = WeightsForm.from_dict(plan.source.get("weights"), origin)
-    return None if form is None else QuantStore(Codes(decoder, find_matrices(decoder)), form)
+    if form is None:
+        return None
+    if form.rounding == COMPENSATED and plan.calibration.digest != data.digest:
+        raise UsageError(
+            f"{origin}: its weights ({form.name}) were quantised with the text {plan.calibration.text!r} in windows of "
+            f"{plan.calibration.context} tokens, and the text here is another one; give the same --calibration-data and "
+            "--calibration-context"
+        )
+    return make_store(decoder, find_matrices(decoder), form, data.calibration, partial(progress, f"quantising to {form.name}"))
 
 
 def _runners(

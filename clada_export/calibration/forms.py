@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ class Candidate:
 
     Attributes:
         name: what `--weights` calls it.
-        view: the model computed with it.
+        view: makes the model computed with it, which takes a while.
         record: what a plan's `source` says of it.
         item: bytes of an FFN's weight.
         ffn: bytes that the FFNs read for a token that skips nothing.
@@ -31,7 +31,7 @@ class Candidate:
     """
 
     name: str
-    view: View
+    view: Callable[[], View]
     record: dict[str, Any]
     item: float
     ffn: float
@@ -69,13 +69,14 @@ def calibrate_forms(
     """
     policy.check(calibrator.decoder.ffns)
     options = replace(options, dense_will_do=True)
-    best: tuple[float, Candidate, CalibrationResult] | None = None
+    best: tuple[float, Candidate, CalibrationResult, View] | None = None
     rows: list[dict[str, Any]] = []
     nearest: tuple[float, str, str] | None = None
     for candidate in candidates:
         if best is not None and candidate.bytes_read(HOPEFUL) >= best[0]:
             continue
-        calibrator.compute_by(candidate.view)
+        view = candidate.view()
+        calibrator.compute_by(view)
         calibrator.expect(f"weights {candidate.name}", 1)
         dense = calibrator.dense_drift()
         row = {"weights": candidate.name, **_told(dense)}
@@ -89,7 +90,7 @@ def calibrate_forms(
         size = candidate.bytes_read(result.plan.calibration.relative_bytes or 1.0)
         row |= {"sparsity": result.plan.expected_sparsity, "bytes": round(size)}
         if best is None or size < best[0]:
-            best = size, candidate, result
+            best = size, candidate, result, view
     if best is None:
         assert nearest is not None
         raise BudgetUnmetError(
@@ -98,8 +99,8 @@ def calibrate_forms(
             nearest[0],
             0.0,
         )
-    _, chosen, result = best
-    calibrator.compute_by(chosen.view)
+    _, chosen, result, view = best
+    calibrator.compute_by(view)
     record = result.plan.calibration
     details = {**record.details, "weights": plain(rows)}
     plan = replace(result.plan, calibration=replace(record, details=details))

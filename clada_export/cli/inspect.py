@@ -86,6 +86,13 @@ def _price(size: ModelSize | None, options: argparse.Namespace) -> tuple[Price, 
     return price(size, machine, work_of(asked)), machine
 
 
+def _told_weights(weights: dict[str, Any]) -> str:
+    """Bits and bytes of each kind of matrix."""
+    kinds = {kind: value for kind, value in weights.items() if kind != "form"}
+    sizes = {kind: f"{value['bytes'] / 1e6:.1f} MB" if value["bytes"] else "shared" for kind, value in kinds.items()}
+    return "; ".join(f"{kind} {value['bits']} bits, {sizes[kind]}" for kind, value in kinds.items())
+
+
 def _require_place(place: Path) -> None:
     """Refuse a name that is no path at all, or leads nowhere; one that does not exist may be a Hub id.
 
@@ -113,8 +120,12 @@ def _show_engine(folder: Path, as_json: bool) -> int:
     signal, goal = plan.load, plan.calibration.goal
     revision = f", {source['revision']}" if source["revision"] else ""
     say(f"model     {source['name']} ({source['kind']}{revision})")
-    stored = "FFN weights" if manifest.engine is None else "model"
-    say(f"target    {manifest.target}, {stored} {manifest.dtype}, {op['domain']}::{op['name']} version {op['version']}")
+    stored = f"{'FFN weights' if manifest.engine is None else 'model'} {manifest.dtype}"
+    if manifest.weights:
+        stored = f"weights {manifest.weights['form']}"
+    say(f"target    {manifest.target}, {stored}, {op['domain']}::{op['name']} version {op['version']}")
+    if manifest.weights:
+        say(f"weights   {_told_weights(manifest.weights)}")
     if manifest.engine is not None:
         _inspect_engine(manifest.engine)
     say(f"plan      policy {plan.policy}, score {plan.score}, rule {plan.rule}, budget {goal or 'given'}")

@@ -14,6 +14,10 @@ AUTO = "auto"
 KINDS = ("ffn", "attention", "head", "embedding")
 """Of matrices: those of the FFNs, every other product's but the last, the last one's, and the table of the tokens."""
 _BITS = (4, 5, 6, 8)
+NEAREST, SEARCH, COMPENSATED = "nearest", "search", "compensated"
+ROUNDINGS = (NEAREST, SEARCH, COMPENSATED)
+"""How codes are chosen: the nearest for scales that follow from the largest weights, for scales that are searched for, or such
+that later weights make up for the errors of earlier ones on the calibration text (`clada_export.quantise.compensate`)."""
 SCALE_BITS = 0.5
 """A weight's share of the float16 scale of its block of 32."""
 
@@ -24,7 +28,7 @@ class WeightsForm:
 
     Attributes:
         name: what `--weights` calls it.
-        search: whether scales are searched for (`graph_passes.quant.quantise`).
+        rounding: one of `ROUNDINGS`.
     """
 
     name: str
@@ -32,7 +36,7 @@ class WeightsForm:
     attention: int
     head: int
     embedding: int
-    search: bool = True
+    rounding: str
 
     def bits(self, kind: str) -> int:
         """Of a kind of `KINDS`."""
@@ -59,7 +63,7 @@ class WeightsForm:
         if value is None:
             return None
         known = isinstance(value, Mapping) and set(value) == set(cls.__dataclass_fields__)
-        if not known or not isinstance(value["name"], str) or not isinstance(value["search"], bool):
+        if not known or not isinstance(value["name"], str) or value["rounding"] not in ROUNDINGS:
             raise UsageError(f"{origin}: source: weights: {value!r} is not a form of weights; make the plan again")
         wrong = next((kind for kind in KINDS if type(value[kind]) is not int or value[kind] not in _BITS), None)
         if wrong is not None:
@@ -71,10 +75,10 @@ class WeightsForm:
 FORMS = {
     form.name: form
     for form in (
-        WeightsForm("int8", 8, 8, 8, 8),
-        WeightsForm("int6", 6, 6, 8, 8),
-        WeightsForm("int5", 5, 5, 8, 8),
-        WeightsForm("int4", 4, 4, 8, 8),
+        WeightsForm("int8", 8, 8, 8, 8, SEARCH),
+        WeightsForm("int6", 6, 6, 8, 8, COMPENSATED),
+        WeightsForm("int5", 5, 5, 8, 8, COMPENSATED),
+        WeightsForm("int4", 4, 4, 8, 8, COMPENSATED),
     )
 }
 """By the name that `--weights` takes, the widest first.

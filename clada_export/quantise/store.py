@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from clada_export.plan.weights_form import KINDS, WeightsForm
 from clada_export.quantise.codes import Coded, Codes
-from clada_export.quantise.matrices import ModelMatrix
+from clada_export.quantise.matrices import ModelMatrices, ModelMatrix
 from graph_passes.quant.contract import BLOCK, TILE_ROWS
 from graph_passes.quant.layout import QuantisedMatrix
 from graph_passes.quant.op import ContractError, record_bytes
@@ -83,18 +84,19 @@ class QuantStore:
         return coded.matrix()
 
     def sizes(self) -> dict[str, dict[str, int]]:
-        """For each kind of matrix `bits`, how many `matrices`, and the `bytes` of their records; a tied table has none."""
-        matrices = self.codes.matrices
-        found: dict[str, dict[str, int]] = {}
-        for kind in KINDS:
-            chosen = [item for item in matrices.found.values() if item.kind == kind]
-            if not chosen:
-                continue
-            bits = self.coded_bits(chosen[0].name)
-            tied = matrices.tied is not None and kind == "embedding"
-            total = 0 if tied else sum(_record_bytes(item, bits) for item in chosen)
-            found[kind] = {"bits": bits, "matrices": len(chosen), "bytes": total}
-        return found
+        """See `matrix_sizes`."""
+        return matrix_sizes(self.codes.matrices, self.weights)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of all codes and scales; all are made for it."""
+        found = hashlib.sha256()
+        for name in self.names:
+            coded = self.coded(name)
+            found.update(f"{name} {coded.bits}".encode())
+            for values in (coded.q, coded.scale):
+                found.update(values.contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def _owner(self, name: str) -> str:
         tied = self.codes.matrices.tied
@@ -117,6 +119,20 @@ class QuantStore:
                 raise ContractError(f"rows {start} and on of {name!r} are those of no matrix of the model")
             yield path
             start += len(rows)
+
+
+def matrix_sizes(matrices: ModelMatrices, form: WeightsForm) -> dict[str, dict[str, int]]:
+    """For each kind of matrix `bits`, how many `matrices`, and the `bytes` of their records; a tied table has none."""
+    found: dict[str, dict[str, int]] = {}
+    for kind in KINDS:
+        chosen = [item for item in matrices.found.values() if item.kind == kind]
+        if not chosen:
+            continue
+        tied = matrices.tied is not None and kind == "embedding"
+        bits = form.head if tied else form.bits(kind)
+        total = 0 if tied else sum(_record_bytes(item, bits) for item in chosen)
+        found[kind] = {"bits": bits, "matrices": len(chosen), "bytes": total}
+    return found
 
 
 def _key(row: np.ndarray) -> bytes:

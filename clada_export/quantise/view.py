@@ -35,8 +35,8 @@ class QuantisedView:
 
     @property
     def key(self) -> str:
-        """What it computes depends on this beside the model."""
-        return repr(self.store.weights)
+        """What it computes depends on this beside the model: on the codes, for which all are made."""
+        return self.store.digest
 
     @contextmanager
     def on(self, nudge: torch.Generator | None = None) -> Iterator[None]:

@@ -19,11 +19,11 @@ from clada_export.op.scorer import score_constants
 from clada_export.plan.fit import require_same
 from clada_export.plan.layer import LayerPlan
 from clada_export.plan.plan import SparsityPlan
-from clada_export.quantise.view import QuantisedView
 from clada_export.targets.options import TensorRTOptions
 from clada_export.trace.trace import TracedModel
-from clada_export.verify import Verification
+from clada_export.verify import QuantisedWeights, Verification
 from graph_passes.dead_columns import DropDeadColumns
+from graph_passes.fuse_attention import TOKEN_AXIS, in_place_node
 from graph_passes.pass_list import PassList
 from graph_passes.quant.quantiser import Quantiser
 from graph_passes.quant_matmul import QuantReport
@@ -86,7 +86,7 @@ class Subject:
     Attributes:
         text: int64 [windows, context] that calibration did not see, or None.
         limits: the plan's budget for drift (`ppl_increase`, `kl`).
-        view: the decoder computed with the engine's quantised weights, or None if they are not quantised.
+        weights: how the engine's weights are quantised, or None if they are not.
     """
 
     folder: Path
@@ -95,7 +95,7 @@ class Subject:
     text: np.ndarray | None
     limits: dict[str, float] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda what: None
-    view: QuantisedView | None = None
+    weights: QuantisedWeights | None = None
 
 
 class Target(Protocol):
@@ -201,7 +201,8 @@ def _numpy_name(dtype: ir.DataType) -> str:
 
 def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
     """Pair `past_key_values.{i}.key` with `present.{i}.key`, `past_stat.{i}` with `present_stat.{i}`, and
-    `past_merged.{i}.in` and `.out` with `present_merged.{i}.in` and `.out`.
+    `past_merged.{i}.in` and `.out` with `present_merged.{i}.in` and `.out`. Keys and values that only one node reads, which can
+    write behind them, may be updated in place.
 
     Raises:
         UnsupportedModelError: an input of the cache that the graph does not return.
@@ -224,5 +225,6 @@ def cache_tensors(model: ir.Model) -> tuple[CacheTensor, ...]:
         if present not in outputs:
             raise UnsupportedModelError(f"the graph takes {name} and does not return {present}")
         spec = tensor_spec(value)
-        found.append(CacheTensor(int(layer), role, name, present, spec.dtype, spec.shape))
+        grows = TOKEN_AXIS if in_place_node(value) is not None else None
+        found.append(CacheTensor(int(layer), role, name, present, spec.dtype, spec.shape, grows))
     return tuple(found)

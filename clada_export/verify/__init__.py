@@ -1,6 +1,6 @@
 """The verify stage: the engine against eager PyTorch."""
 
 from clada_export.verify.report import Verification
-from clada_export.verify.verify import VerifyOptions, verify
+from clada_export.verify.verify import QuantisedWeights, VerifyOptions, verify
 
-__all__ = ["Verification", "VerifyOptions", "verify"]
+__all__ = ["QuantisedWeights", "Verification", "VerifyOptions", "verify"]

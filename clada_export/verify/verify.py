@@ -18,6 +18,8 @@ import numpy.typing as npt
 from clada_export.artifact.manifest import Manifest
 from clada_export.decoder.decoder import Decoder
 from clada_export.load.values import DENSE
+from clada_export.plan.weights_form import WeightsForm
+from clada_export.quantise.store import QuantStore
 from clada_export.quantise.view import QuantisedView
 from clada_export.runtime import Engine
 from clada_export.verify.cases import DECODE, make_cases
@@ -26,7 +28,7 @@ from clada_export.verify.drift import drift_check, drift_numbers
 from clada_export.verify.eager import Best, ReferenceModel, SparseRun, best_tokens, dense_rows
 from clada_export.verify.engine_runs import CaseRun, DriftRun, GreedyRun, run_case, run_texts
 from clada_export.verify.load_outputs import load_output_check
-from clada_export.verify.matrices import check_matrices
+from clada_export.verify.matrices import read_matrices
 from clada_export.verify.mixture import AFTER_A_TIE_KL, MixtureRounding, has_mixtures, measure_mixture
 from clada_export.verify.numbers import common_prefix
 from clada_export.verify.parity import dense_parity, greedy_parity, sparse_parity
@@ -60,6 +62,14 @@ class VerifyOptions:
     rounding_share: float = 1.0
     seed: int = 0
     greedy_tokens: int = GREEDY_TOKENS
+
+
+@dataclass(frozen=True)
+class QuantisedWeights:
+    """That an engine's weights are quantised: the `form`, and the codes that it should hold, if they are known."""
+
+    form: WeightsForm
+    expected: QuantStore | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ def verify(
     text: Text | None,
     options: VerifyOptions,
     progress: Told = lambda what: None,
-    view: QuantisedView | None = None,
+    weights: QuantisedWeights | None = None,
 ) -> Verification:
     """Hold an engine to its eager decoder.
 
@@ -111,15 +121,16 @@ def verify(
         folder: of the export; what is compared waits there, in a file without a name.
         decoder: of the source, float32.
         text: int64 [windows, context] of real text that calibration did not see, or None.
-        view: the decoder computed with the engine's quantised weights. Parity is with that; drift is from the decoder itself.
+        weights: that they are quantised. Parity is with the decoder computed with the codes that the file holds; drift is from
+            the decoder itself.
     """
     aside = SetAside(folder)
     decoder.rest()
     engine = _ask_engine(opened, decoder, text, options, aside, progress)
-    if view is None:
+    if weights is None:
         eager = _ask_eager(decoder, engine, options, aside, progress)
     else:
-        eager = _ask_view(decoder, engine, options, aside, progress, view)
+        eager = _ask_view(decoder, engine, options, aside, progress, weights)
     decoder.rest()
     progress("comparison")
     result = Verification([*eager.constants])
@@ -199,9 +210,12 @@ def _ask_eager(decoder: Decoder, engine: _EngineSide, options: VerifyOptions, as
 
 
 def _ask_view(
-    decoder: Decoder, engine: _EngineSide, options: VerifyOptions, aside: SetAside, progress: Told, view: QuantisedView
+    decoder: Decoder, engine: _EngineSide, options: VerifyOptions, aside: SetAside, progress: Told, weights: QuantisedWeights
 ) -> _EagerSide:
-    """The same of a decoder whose matrices are quantised, which are compared with those in the engine's file."""
+    """The same of a decoder computed with the quantised matrices of the engine's file."""
+    progress("quantised matrices")
+    file = read_matrices(engine.folder / engine.manifest.model, decoder, weights.form, weights.expected)
+    view = QuantisedView(file.store)
     plan = engine.manifest.sparsity_plan(engine.folder)
     rows, loads = _rows_and_loads(engine)
     progress("eager model, dense")
@@ -214,7 +228,7 @@ def _ask_view(
     sparse = model.sparse(rows, loads, DECODE + 1, aside.keep, constants.compare)
     progress("eager model, quantised, with inputs moved")
     moved = ViewedModel(decoder, plan, view, nudge=options.seed).both(rows, loads, DECODE + 1, aside.keep)
-    checks = constants.check(), check_matrices(engine.folder / engine.manifest.model, view.store)
+    checks = constants.check(), file.check
     # The worst of all cases for each: in a short one inputs may happen not to round to another step.
     worst = EXACT
     for found in _rounding(engine, moved, sparse, dense):

@@ -12,6 +12,9 @@ from graph_passes.emit import Emitter, Initializer
 from graph_passes.quant.contract import BLOCK, HIGH_BITS, STEP, TILE_ROWS
 from graph_passes.quant.op import QuantMatMulAttributes
 
+TABLE_ROWS, TABLE_BITS = "clada.table_rows", "clada.table_bits"
+"""Metadata of the node that takes records from a table: how many rows it has, and the bits of a code."""
+
 _RUN = TILE_ROWS * STEP
 
 
@@ -64,6 +67,9 @@ def emit_rows(
     flat = op("Reshape", ids, ints("flat", -1))
     tile_rows = ints("tile_rows", TILE_ROWS)
     records = op("Gather", weight, op("Div", flat, tile_rows), axis=0)  # [n, B, R]
+    gather = records.producer()
+    assert gather is not None
+    gather.metadata_props.update({TABLE_ROWS: str(attributes.out_features), TABLE_BITS: str(attributes.bits)})
     row = op("Reshape", op("Mod", flat, tile_rows), ints("column", -1, 1, 1))
     place = op("Add", op("Mul", row, whole("step", step)), whole("first", first))
     places = op("Expand", place, ints("blocks", 1, blocks, 1))
