@@ -28,6 +28,7 @@ from graph_passes.op import (
     output_names,
     x_types,
 )
+from graph_passes.quant.ffn_function_body import QuantisedProducts
 
 MIN_OPSET, DEFAULT_OPSET = 18, 20
 REFERENCED_ATTRIBUTES = tuple(attribute.name for attribute in ATTRIBUTES if attribute.by_reference)
@@ -41,7 +42,7 @@ VARIANT = "clada.variant"
 """Metadata key of a function that tells which structural variant it is."""
 
 _ALWAYS_NAMED = ("activation", "gated", "score", "rule", "granule", "combine")
-_SHORT = {"stat_norm": "stat"}
+_SHORT = {"stat_norm": "stat", "weight_format": "weights"}
 
 
 def variant_name(
@@ -87,7 +88,7 @@ def make_function(
     """
     if opset < MIN_OPSET:
         raise ValueError(f"{OP_TYPE}: the function needs opset {MIN_OPSET} or later; the model has {opset}")
-    check_types(x_type, weight_type)
+    check_types(x_type, weight_type, attributes.weight_format)
     body = _Body(attributes, weight_type, x_type)
     outputs = body.build()
     graph = ir.Graph(
@@ -107,14 +108,14 @@ def make_function(
     return function
 
 
-def check_types(x_type: ir.DataType, weight_type: ir.DataType) -> None:
+def check_types(x_type: ir.DataType, weight_type: ir.DataType, weight_format: str = "plain") -> None:
     """Refuse types of x and of the weights that the op does not allow together.
 
     Raises:
         ContractError: names the types found and those wanted.
     """
     names = {kind: str(np.dtype(kind.numpy())) for kind in (x_type, weight_type)}
-    allowed = x_types(names[weight_type])
+    allowed = x_types(names[weight_type], weight_format)
     if names[x_type] not in allowed:
         raise ContractError(f"{OP_TYPE}: x has type {names[x_type]}; wanted {' or '.join(allowed)}, as the weights")
 
@@ -205,7 +206,9 @@ class _Body:
         attributes = self.attributes
         load = self.inputs["load"]
         self.x = self.wide("x")
-        hidden, gate = self.neurons(self.wide("w_in"))
+        quantised = attributes.weight_format != "plain"
+        self.products = QuantisedProducts(attributes, self.tape) if quantised else None
+        hidden, gate = self.neurons(self.inputs["w_in"] if quantised else self.wide("w_in"))
         self.hidden_shape = self.op("Shape", hidden)
         padding = self.op("IsInf", load, detect_positive=0, detect_negative=1)
         prompt = self.op("IsInf", load, detect_positive=1, detect_negative=0)
@@ -222,7 +225,7 @@ class _Body:
         if attributes.combine == "weighted":
             contribution = self.op("Mul", hidden, self.per_neuron(score))
         # Where, not Mul: an infinite activation of a masked neuron is removed too.
-        y = self.op("MatMul", self.op("Where", mask, contribution, self.floats(0.0)), self.wide("w_out"))
+        y = self.down(self.op("Where", mask, contribution, self.floats(0.0)))
         if attributes.has_bias:
             y = self.op("Add", y, self.inputs["down_bias"])
         y = self.op("Where", self.op("Unsqueeze", padding, self.ints(-1)), self.floats(0.0), y)
@@ -241,17 +244,28 @@ class _Body:
         return outputs
 
     def neurons(self, w_in: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(h, a) of weights [f, n, d]: the hidden activation and the activated gate, each [.., f]."""
+        """(h, a) of weights [f, n, d], or quantised: the hidden activation and the activated gate, each [.., f]."""
         gated = self.attributes.gated
-        first = self.project(w_in, 0, "gate_bias" if gated else "up_bias")
-        activated = self.activate(first)
-        if not gated:
+        if self.products is None:
+            first = self.project(w_in, 0)
+            second = self.project(w_in, 1) if gated else None
+        else:
+            first, second = self.products.inner(self.x, w_in)
+        activated = self.activate(self.biased(first, "gate_bias" if gated else "up_bias"))
+        if second is None:
             return activated, activated
-        return self.op("Mul", activated, self.project(w_in, 1, "up_bias")), activated
+        return self.op("Mul", activated, self.biased(second, "up_bias")), activated
 
-    def project(self, w_in: ir.Value, index: int, bias: str) -> ir.Value:
+    def project(self, w_in: ir.Value, index: int) -> ir.Value:
         rows = self.op("Squeeze", self.op("Slice", w_in, self.ints(index), self.ints(index + 1), self.ints(1)), self.ints(1))
-        value = self.op("MatMul", self.x, self.op("Transpose", rows, perm=[1, 0]))
+        return self.op("MatMul", self.x, self.op("Transpose", rows, perm=[1, 0]))
+
+    def down(self, hidden: ir.Value) -> ir.Value:
+        if self.products is None:
+            return self.op("MatMul", hidden, self.wide("w_out"))
+        return self.products.outer(hidden, self.inputs["w_out"])
+
+    def biased(self, value: ir.Value, bias: str) -> ir.Value:
         return self.op("Add", value, self.inputs[bias]) if self.attributes.has_bias else value
 
     def activate(self, value: ir.Value) -> ir.Value:

@@ -68,15 +68,23 @@ def repack(match: FFNMatch, dtype: ir.DataType | None, neurons: np.ndarray | Non
         w_in[:, index] = source.read().T[chosen] if neurons is not None else source.read().T
     down = match.down.read()
     arrays = {"w_in": w_in, "w_out": np.array(down if neurons is None else down[neurons], dtype=target, order="C")}
-    if match.has_bias:
-        widths = {"up_bias": match.intermediate_size, "down_bias": match.hidden_size}
-        if match.gated:
-            widths = {"gate_bias": match.intermediate_size, **widths}
-        for name, width in widths.items():
-            bias: VectorSource | None = getattr(match, name)
-            values = np.zeros(width, np.float32) if bias is None else np.array(bias.read(), dtype=np.float32)
-            arrays[name] = values if neurons is None or name == "down_bias" else values[neurons]
+    for name, values in biases(match).items():
+        arrays[name] = values if neurons is None or name == "down_bias" else values[neurons]
     return arrays
+
+
+def biases(match: FFNMatch) -> dict[str, np.ndarray]:
+    """The biases of a layer in float32, zeros for those that it lacks; none without `has_bias`."""
+    if not match.has_bias:
+        return {}
+    widths = {"up_bias": match.intermediate_size, "down_bias": match.hidden_size}
+    if match.gated:
+        widths = {"gate_bias": match.intermediate_size, **widths}
+    found: dict[str, np.ndarray] = {}
+    for name, width in widths.items():
+        bias: VectorSource | None = getattr(match, name)
+        found[name] = np.zeros(width, np.float32) if bias is None else np.array(bias.read(), dtype=np.float32)
+    return found
 
 
 def _with_values(match: FFNMatch, change: Callable[[ir.Value], ir.Value]) -> FFNMatch:

@@ -11,7 +11,8 @@ from graph_passes.search import FFNMiss
 @dataclass(frozen=True)
 class RewrittenFFN:
     """One layer: `nodes_before` nodes became `nodes_after`; `weight_bytes` are those of the repacked weights and biases,
-    `constant_bytes` those of threshold and score constants. `shares_weights_with` names the layer whose weights it uses."""
+    `constant_bytes` those of threshold and score constants. `shares_weights_with` names the layer whose weights it uses.
+    `bytes_before` are those of the matrices as the graph had them."""
 
     name: str
     node: str
@@ -23,6 +24,7 @@ class RewrittenFFN:
     weight_bytes: int
     constant_bytes: int
     shares_weights_with: str | None = None
+    bytes_before: int = 0
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,12 +11,7 @@ import onnx_ir as ir
 
 from graph_passes.dead_columns import DropDeadColumns
 from graph_passes.emit import Emitter, initializer, result
-from graph_passes.function_body import (
-    PLUGIN_ATTRIBUTES,
-    VARIANT,
-    make_function,
-    variant_name,
-)
+from graph_passes.function_body import PLUGIN_ATTRIBUTES, VARIANT, make_function, variant_name
 from graph_passes.layer_tensors import Arrays, LatestArrays
 from graph_passes.matchers.common import FFNMatch, rank
 from graph_passes.merge import MergeRows, MergeState, emit_merge, emit_merged, emit_rows, state_shapes
@@ -31,6 +26,8 @@ from graph_passes.op import (
     weight_shapes,
 )
 from graph_passes.pass_list import PassList
+from graph_passes.quant.ffn_repack import quantised_shapes, repack_quantised, source_bytes
+from graph_passes.quant.quantiser import Quantiser
 from graph_passes.repack import free_unused, held, packed_shapes, repack, sources, weight_key
 from graph_passes.report import RewriteReport, RewrittenFFN
 from graph_passes.rewrite_check import LOAD, FFNRewrite, check_rewrite, require_rewritable, settle
@@ -48,6 +45,7 @@ def rewrite_ffns(
     *,
     emit_active: bool = True,
     weight_dtype: ir.DataType | None = None,
+    quantiser: Quantiser | None = None,
 ) -> RewriteReport:
     """Find the FFNs named in `rewrites` and rewrite them, in place; see `RewriteFFNs` and `DropDeadColumns`.
 
@@ -57,7 +55,7 @@ def rewrite_ffns(
         PreconditionError: the graph has no `input_ids`, or an opset below 18.
     """
     search = find_ffns(model, expected=list(rewrites))
-    rewrite = RewriteFFNs(rewrites, search, emit_active=emit_active, weight_dtype=weight_dtype)
+    rewrite = RewriteFFNs(rewrites, search, emit_active=emit_active, weight_dtype=weight_dtype, quantiser=quantiser)
     PassList(rewrite, DropDeadColumns())(model)
     rewrite.report.nodes_after = model.graph.num_nodes()
     return rewrite.report
@@ -75,6 +73,8 @@ class RewriteFFNs(ir.passes.InPlacePass):
         emit_active: add the output `active_neurons`, int32 [batch, layers, sequence].
         weight_dtype: element type of the repacked weights; the graph's own when None. x and y keep the graph's, so a graph in
             16 bits takes no other.
+        quantiser: says which matrices become codes, and makes them when they are written. A layer needs one form for all three,
+            the score `exact`, and no chosen neurons or merged experts.
     """
 
     def __init__(
@@ -84,12 +84,14 @@ class RewriteFFNs(ir.passes.InPlacePass):
         *,
         emit_active: bool = True,
         weight_dtype: ir.DataType | None = None,
+        quantiser: Quantiser | None = None,
     ) -> None:
         super().__init__()
         self.rewrites = dict(rewrites)
         self.search = search
         self.emit_active = emit_active
         self.weight_dtype = weight_dtype
+        self.quantiser = quantiser
         self.report = RewriteReport()
 
     def requires(self, model: ir.Model) -> None:
@@ -102,7 +104,7 @@ class RewriteFFNs(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         """Every op node has its function, its inputs in number, and typed, shaped outputs."""
         for node in model.graph:
-            if node.domain != DOMAIN:
+            if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
                 continue
             if (DOMAIN, OP_TYPE, node.overload) not in model.functions:
                 raise ir.passes.PostconditionError(f"node {node.name!r} has no function")
@@ -117,9 +119,9 @@ class RewriteFFNs(ir.passes.InPlacePass):
         report = self.report = RewriteReport(misses=search.misses, nodes_before=graph.num_nodes())
         chosen = [match for match in search.matches if match.name in self.rewrites]
         for match in chosen:
-            check_rewrite(match, self.rewrites[match.name], self.weight_dtype, self.emit_active)
+            check_rewrite(match, self.rewrites[match.name], self.weight_dtype, self.emit_active, self.quantiser)
         if chosen:
-            writer = _Writer(model, self.weight_dtype)
+            writer = _Writer(model, self.weight_dtype, self.quantiser)
             for match in chosen:
                 report.ffns.append(writer.rewrite(match, self.rewrites[match.name], self.emit_active))
             writer.finish()
@@ -130,10 +132,11 @@ class RewriteFFNs(ir.passes.InPlacePass):
 class _Writer:
     """Rewrites the layers of one model, and keeps what they share."""
 
-    def __init__(self, model: ir.Model, weight_dtype: ir.DataType | None) -> None:
+    def __init__(self, model: ir.Model, weight_dtype: ir.DataType | None, quantiser: Quantiser | None) -> None:
         self.model = model
         self.graph = model.graph
         self.weight_dtype = weight_dtype
+        self.quantiser = quantiser
         self.load = self._load_input()
         self.counts: list[ir.Value] = []
         self.shared: dict[Hashable, tuple[str, dict[str, ir.Value]]] = {}
@@ -146,11 +149,12 @@ class _Writer:
 
     def rewrite(self, match: FFNMatch, wanted: FFNRewrite, emit_active: bool) -> RewrittenFFN:
         graph, nodes_before = self.graph, self.graph.num_nodes()
-        attributes = settle(match, wanted.attributes, emit_active)
+        attributes = settle(match, wanted.attributes, emit_active, self.quantiser)
         node_name = self._node_name(match.name)
         width = wanted.width(match.intermediate_size)
-        owner, weights = self._weights(match, node_name, wanted.neurons)
-        constants = self._constants(attributes, wanted, weights, node_name)
+        before = source_bytes(match)
+        owner, weights = self._weights(match, node_name, wanted.neurons, attributes)
+        constants = self._constants(attributes, wanted, match, weights, node_name)
         anchor = match.y.producer()
         assert anchor is not None
         tape = ir.tape.Tape()
@@ -207,6 +211,7 @@ class _Writer:
             nodes_after=len(match.nodes) + graph.num_nodes() - nodes_before,
             weight_bytes=0 if owner else _bytes(weights.values()),
             constant_bytes=_bytes(constants.values()),
+            bytes_before=before,
             shares_weights_with=owner,
         )
 
@@ -338,15 +343,22 @@ class _Writer:
         self.graph.register_initializer(value)
         return value
 
-    def _weights(self, match: FFNMatch, prefix: str, neurons: np.ndarray | None) -> tuple[str | None, dict[str, ir.Value]]:
+    def _weights(
+        self, match: FFNMatch, prefix: str, neurons: np.ndarray | None, attributes: SparseFFNAttributes
+    ) -> tuple[str | None, dict[str, ir.Value]]:
         """(the node whose weights are shared or None, the weights by input name)."""
         key = (weight_key(match), None if neurons is None else neurons.tobytes())
         if key in self.shared:
             return self.shared[key]
-        make = partial(repack, held(match), self.weight_dtype, neurons)
+        make: Callable[[], Arrays] = partial(repack, held(match), self.weight_dtype, neurons)
         target = self.weight_dtype or match.dtype
+        shapes = packed_shapes(match, match.intermediate_size if neurons is None else len(neurons))
+        if attributes.weight_format != "plain":
+            assert self.quantiser is not None
+            make, target = partial(repack_quantised, held(match), self.quantiser), ir.DataType.UINT8
+            shapes = quantised_shapes(match, attributes)
         weights = {}
-        for name, shape in packed_shapes(match, match.intermediate_size if neurons is None else len(neurons)).items():
+        for name, shape in shapes.items():
             dtype = ir.DataType.FLOAT if name.endswith("_bias") else target
             tensor = self.arrays.tensor(prefix, "weights", name, shape, dtype, make)
             weights[name] = self._lazy(tensor)
@@ -354,17 +366,24 @@ class _Writer:
         return None, weights
 
     def _constants(
-        self, attributes: SparseFFNAttributes, wanted: FFNRewrite, weights: Mapping[str, ir.Value], prefix: str
+        self,
+        attributes: SparseFFNAttributes,
+        wanted: FFNRewrite,
+        match: FFNMatch,
+        weights: Mapping[str, ir.Value],
+        prefix: str,
     ) -> dict[str, ir.Value]:
         constants = {"threshold": self._initializer(f"{prefix}.threshold", wanted.threshold.astype(np.float32))}
         types = {"neuron_scale": np.float32, "shadow": np.int8, "shadow_scale": np.float16}
         needed = [name for name in input_names(attributes) if name in types]
         if not needed:
             return constants
-        shapes = weight_shapes(attributes, *reversed(_sizes(weights["w_out"])))
+        shapes = weight_shapes(attributes, match.hidden_size, wanted.width(match.intermediate_size))
+        numbers = held(match) if attributes.weight_format != "plain" else None  # codes are not what scores are made of
 
         def make() -> Arrays:
-            made = wanted.make_constants(_float32(weights["w_in"]), _float32(weights["w_out"]))
+            read = weights if numbers is None else repack(numbers, ir.DataType.FLOAT)
+            made = wanted.make_constants(_float32(read["w_in"]), _float32(read["w_out"]))
             for name in needed:
                 if name not in made or made[name].shape != shapes[name] or made[name].dtype != types[name]:
                     found = f"{made[name].dtype} {list(made[name].shape)}" if name in made else "nothing"
@@ -463,13 +482,9 @@ def _describe(value: ir.Value, dtype: ir.DataType, shape: ir.Shape | None) -> No
     value.shape = None if shape is None else shape.copy()
 
 
-def _sizes(w_out: ir.Value) -> tuple[int, int]:
-    assert w_out.const_value is not None
-    f, d = w_out.const_value.shape.numpy()
-    return f, d
-
-
-def _float32(value: ir.Value) -> np.ndarray:
+def _float32(value: ir.Value | np.ndarray) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
     assert value.const_value is not None
     return value.const_value.numpy().astype(np.float32, copy=False)
 

@@ -11,6 +11,8 @@ import onnx_ir as ir
 from graph_passes.function_body import MIN_OPSET, check_types
 from graph_passes.matchers.common import FFNMatch
 from graph_passes.op import OP_TYPE, ContractError, SparseFFNAttributes, weight_shapes
+from graph_passes.quant.ffn_repack import weight_format
+from graph_passes.quant.quantiser import Quantiser
 from graph_passes.router import Router
 from graph_passes.search import rewritten_ffns
 
@@ -24,11 +26,12 @@ class FFNRewrite:
     """How one layer becomes sparse.
 
     Attributes:
-        attributes: `activation`, `gated`, `has_bias` and `emit_active` are set by the pass.
+        attributes: `activation`, `gated`, `has_bias`, `emit_active` and `weight_format` are set by the pass.
         threshold: float32 [1] or [E].
         make_constants: called, if the score needs constants, with w_in [f, n, d] and w_out [f, d] as float32: the weights
-            as they are stored, after a cast to `weight_dtype`, not to be changed. Returns `neuron_scale` float32 [f] and,
-            for score `shadow`, `shadow` int8 [f, n, d/2] and `shadow_scale` float16 [f, n, d/32, 2].
+            as they are stored, after a cast to `weight_dtype`, or before they are quantised; not to be changed. Returns
+            `neuron_scale` float32 [f] and, for score `shadow`, `shadow` int8 [f, n, d/2] and `shadow_scale` float16
+            [f, n, d/32, 2].
         router: what scores the granules, with score `external`.
         neurons: int64 [f'], the neurons that the op holds in their order; None keeps all in the model's order.
         merge: how many experts are merged for each segment (`graph_passes.merge`), or None. The router scores them then.
@@ -63,13 +66,27 @@ def require_rewritable(model: ir.Model) -> None:
         raise ir.passes.PreconditionError(f"the graph has an input {LOAD!r} already, and no {OP_TYPE} node that reads it")
 
 
-def check_rewrite(match: FFNMatch, rewrite: FFNRewrite, weight_dtype: ir.DataType | None, emit_active: bool) -> None:
+def check_rewrite(
+    match: FFNMatch,
+    rewrite: FFNRewrite,
+    weight_dtype: ir.DataType | None,
+    emit_active: bool,
+    quantiser: Quantiser | None = None,
+) -> None:
     """Refuse before the graph is touched.
 
     Raises:
-        ContractError: types, sizes, threshold or score that the op does not allow here.
+        ContractError: types, sizes, threshold, score or forms of weights that the op does not allow here.
     """
-    attributes = settle(match, rewrite.attributes, emit_active)
+    try:
+        attributes = settle(match, rewrite.attributes, emit_active, quantiser)
+    except ContractError as error:
+        raise ContractError(f"{match.name}: {error}") from error
+    if attributes.weight_format != "plain":
+        weight_dtype = ir.DataType.UINT8
+        if rewrite.neurons is not None or rewrite.merge is not None:
+            what = "chosen neurons" if rewrite.neurons is not None else "merged experts"
+            raise ContractError(f"{match.name}: {what} need plain weights; weight_format is {attributes.weight_format!r}")
     width = rewrite.width(match.intermediate_size)
     if rewrite.merge is not None:
         _check_merge(match.name, rewrite.merge, rewrite.router, attributes, width)
@@ -81,7 +98,7 @@ def check_rewrite(match: FFNMatch, rewrite: FFNRewrite, weight_dtype: ir.DataTyp
             f"{match.name}: 'neurons' must hold different indices of 0 to {match.intermediate_size - 1}, and at least one"
         )
     try:
-        check_types(match.dtype, weight_dtype or match.dtype)
+        check_types(match.dtype, weight_dtype or match.dtype, attributes.weight_format)
         shapes = weight_shapes(attributes, match.hidden_size, width)
     except ContractError as error:
         raise ContractError(f"{match.name}: {error}") from error
@@ -100,9 +117,23 @@ def check_rewrite(match: FFNMatch, rewrite: FFNRewrite, weight_dtype: ir.DataTyp
         )
 
 
-def settle(match: FFNMatch, attributes: SparseFFNAttributes, emit_active: bool) -> SparseFFNAttributes:
-    """The attributes with what the graph decides: activation, gating, biases; and whether counts are emitted."""
-    return replace(attributes, activation=match.activation, gated=match.gated, has_bias=match.has_bias, emit_active=emit_active)
+def settle(
+    match: FFNMatch, attributes: SparseFFNAttributes, emit_active: bool, quantiser: Quantiser | None = None
+) -> SparseFFNAttributes:
+    """The attributes with what the graph decides (activation, gating, biases), whether counts are emitted, and how weights are
+    stored.
+
+    Raises:
+        ContractError: forms of weights that the op does not have, or not with these attributes.
+    """
+    return replace(
+        attributes,
+        activation=match.activation,
+        gated=match.gated,
+        has_bias=match.has_bias,
+        emit_active=emit_active,
+        weight_format=weight_format(match, quantiser),
+    )
 
 
 def _check_merge(name: str, experts: int, router: Router | None, attributes: SparseFFNAttributes, width: int) -> None:

@@ -51,7 +51,7 @@ def make_function(attributes: QuantMatMulAttributes, *, overload: str = "", opse
     """
     if opset < MIN_OPSET:
         raise ValueError(f"{OP_TYPE}: the function needs opset {MIN_OPSET} or later; the model has {opset}")
-    body = _Body(attributes)
+    body = ProductBody(attributes)
     y = body.build()
     y.name = OUTPUTS[0]
     graph = ir.Graph(list(body.inputs.values()), [y], nodes=list(body.tape.nodes), opset_imports={"": opset}, name=OP_TYPE)
@@ -62,12 +62,12 @@ def make_function(attributes: QuantMatMulAttributes, *, overload: str = "", opse
     return function
 
 
-class _Body:
-    """Emits the nodes of one function."""
+class ProductBody:
+    """Emits the nodes of one function on `tape`."""
 
-    def __init__(self, attributes: QuantMatMulAttributes) -> None:
+    def __init__(self, attributes: QuantMatMulAttributes, tape: ir.tape.Tape | None = None) -> None:
         self.attributes = attributes
-        self.tape = ir.tape.Tape()
+        self.tape = ir.tape.Tape() if tape is None else tape
         self.inputs = {name: ir.Value(name=name) for name in input_names(attributes)}
         self._constants: dict[tuple[object, ...], ir.Value] = {}
 
@@ -102,30 +102,34 @@ class _Body:
 
     def build(self) -> ir.Value:
         """y [.., N]."""
+        y = self.product(self.inputs["x"], self.inputs["weight"], self.out_features())
+        return self.op("Add", y, self.inputs["bias"]) if self.attributes.has_bias else y
+
+    def product(self, x: ir.Value, weight: ir.Value, features: ir.Value | None) -> ir.Value:
+        """x [.., K] times the first `features` rows of a weight, int64 [1], or all: float32 [.., N]."""
         attributes = self.attributes
-        self.features = self.out_features()
+        self.features = features
         # Bytes as int32: every runtime divides those.
-        self.weight = self.to(self.inputs["weight"], ir.DataType.INT32)
+        self.weight = self.to(weight, ir.DataType.INT32)
         self.size = self.op("Shape", self.weight, start=0, end=2)  # T, B
         self.rows = self.op("Mul", self.op("Shape", self.weight, start=0, end=1), self.ints(TILE_ROWS))
-        xq, sx = self.quantised()
+        xq, sx = self.quantised(x, self.op("Shape", self.weight, start=1, end=2))
         scales_at = _RUN * attributes.bits
-        codes = self.op("Transpose", self.codes(), perm=[1, 2, 0])  # [B, 32, N]
-        # [.., B, 1, 32] times [B, 32, N]
-        exact = self.op("MatMul", self.op("Unsqueeze", xq, self.ints(-2)), codes)
-        sx = self.op("Unsqueeze", sx, self.ints(-1))  # [.., B, 1, 1]
-        terms = self.op("Mul", exact, self.op("Mul", sx, self.halves(scales_at)))
+        terms = self.terms(xq, sx, self.op("Transpose", self.codes(), perm=[1, 2, 0]), self.halves(scales_at))
         if attributes.has_offset:
             sums = self.op("Unsqueeze", self.op("ReduceSum", xq, self.ints(-1), keepdims=1), self.ints(-1))
-            terms = self.op("Add", terms, self.op("Mul", sums, self.op("Mul", sx, self.halves(scales_at + SCALE_BYTES))))
-        y = self.op("ReduceSum", terms, self.ints(-3, -2), keepdims=0)
-        return self.op("Add", y, self.inputs["bias"]) if attributes.has_bias else y
+            offsets = self.op("Mul", self.op("Unsqueeze", sx, self.ints(-1)), self.halves(scales_at + SCALE_BYTES))
+            terms = self.op("Add", terms, self.op("Mul", sums, offsets))
+        return self.op("ReduceSum", terms, self.ints(-3, -2), keepdims=0)
 
-    def quantised(self) -> tuple[ir.Value, ir.Value]:
+    def terms(self, xq: ir.Value, sx: ir.Value, codes: ir.Value, scales: ir.Value) -> ir.Value:
+        """What each block adds: [.., B, 1, N], of codes [B, 32, N] and scales [B, 1, N]."""
+        exact = self.op("MatMul", self.op("Unsqueeze", xq, self.ints(-2)), codes)
+        return self.op("Mul", exact, self.op("Mul", self.op("Unsqueeze", sx, self.ints(-1)), scales))
+
+    def quantised(self, x: ir.Value, blocks: ir.Value) -> tuple[ir.Value, ir.Value]:
         """x in 8 bits: whole numbers in float32 [.., B, 32], and scales [.., B, 1]."""
-        x = self.inputs["x"]
         leading = self.op("Shape", x, end=-1)
-        blocks = self.op("Shape", self.weight, start=1, end=2)
         x = self.op("Reshape", x, self.op("Concat", leading, blocks, self.ints(BLOCK), axis=0))
         bad = self.op("Or", self.op("IsNaN", x), self.op("IsInf", x))
         zero = self.floats(0.0)
@@ -148,7 +152,7 @@ class _Body:
             low = self.plane(_RUN * HIGH_BITS, low_bits)
             codes = self.op("Add", self.op("Mul", codes, self.whole(1 << low_bits)), low)
         codes = self.to(self.op("Sub", codes, self.whole(self.attributes.zero)), ir.DataType.FLOAT)
-        return self.op("Slice", codes, self.ints(0), self.features, self.ints(0))
+        return codes if self.features is None else self.op("Slice", codes, self.ints(0), self.features, self.ints(0))
 
     def plane(self, at: int, width: int) -> ir.Value:
         """The values of the plane that begins at byte `at` of each record: int32 [T * 32, B, 32]."""
@@ -166,6 +170,13 @@ class _Body:
         """The float16 numbers at byte `at` of each record, as float32 [B, 1, N]."""
         part = self.op("Slice", self.weight, self.ints(at), self.ints(at + SCALE_BYTES), self.ints(2))
         pairs = self.op("Reshape", part, self.op("Concat", self.size, self.ints(TILE_ROWS, 2), axis=0))
+        by_block = self.op("Transpose", self.wide(pairs), perm=[1, 0, 2])  # [B, T, rows]
+        blocks = self.op("Shape", self.weight, start=1, end=2)
+        by_block = self.op("Reshape", by_block, self.op("Concat", blocks, self.ints(1), self.rows, axis=0))
+        return by_block if self.features is None else self.op("Slice", by_block, self.ints(0), self.features, self.ints(2))
+
+    def wide(self, pairs: ir.Value) -> ir.Value:
+        """The float16 numbers whose bytes are `pairs`, int32 [.., 2], as float32 [..]."""
         low = self.op("Gather", pairs, self.constant(np.array(0, np.int64)), axis=-1)
         high = self.op("Gather", pairs, self.constant(np.array(1, np.int64)), axis=-1)  # sign, 5 bits exponent, 2 of mantissa
         exponent = self.op("Mod", self.op("Div", high, self.whole(4)), self.whole(32))
@@ -176,8 +187,4 @@ class _Body:
         value = self.op("Mul", self.to(whole, ir.DataType.FLOAT), self.op("Gather", self.constant(powers), exponent))
         not_a_number = self.op("And", self.op("Equal", exponent, self.whole(31)), self.op("Greater", mantissa, self.whole(0)))
         value = self.op("Where", not_a_number, self.floats(float("nan")), value)
-        value = self.op("Where", self.op("Greater", high, self.whole(127)), self.op("Neg", value), value)
-        by_block = self.op("Transpose", value, perm=[1, 0, 2])  # [B, T, rows]
-        blocks = self.op("Shape", self.weight, start=1, end=2)
-        by_block = self.op("Reshape", by_block, self.op("Concat", blocks, self.ints(1), self.rows, axis=0))
-        return self.op("Slice", by_block, self.ints(0), self.features, self.ints(2))
+        return self.op("Where", self.op("Greater", high, self.whole(127)), self.op("Neg", value), value)
