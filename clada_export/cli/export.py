@@ -18,6 +18,7 @@ from clada_export.cli.options import (
     workers_arguments,
 )
 from clada_export.console import ConsoleProgress
+from clada_export.errors import UsageError
 from clada_export.plan.goal import DEFAULT_BUDGET
 
 
@@ -49,7 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     goal.add_argument("--sparsity", type=float, help="a mean sparsity instead of a budget, like 0.5")
     goal.add_argument("--plan", type=Path, help="a sparsity plan made before; no calibration")
+    parser.add_argument(
+        "--weights",
+        metavar="FORM",
+        help="of the engine: float32, bfloat16, float16, int8, int6, int5, int4, or auto, the fastest of the intN within the "
+        "budget (default: float32)",
+    )
     calibration_arguments(parser)
+    # An older word for the forms that are types.
+    parser.set_defaults(dtype=None)
     workers_arguments(parser)
     parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
     parser.add_argument("--no-verify", action="store_true", help="skip verification; the manifest says so")
@@ -101,6 +110,8 @@ def run(options: argparse.Namespace) -> int:
     from clada_export.export_options import ExportOptions
     from clada_export.pipeline import export
 
+    if options.dtype is not None and options.weights not in (None, options.dtype):
+        raise UsageError(f"--weights {options.weights} and --dtype {options.dtype} contradict each other; give --weights alone")
     output = options.output or Path(f"{Path(options.model.rstrip('/')).stem}-clada-{options.target}")
     progress = ConsoleProgress(quiet=options.quiet)
     try:
@@ -124,7 +135,8 @@ def run(options: argparse.Namespace) -> int:
                 calibration_workers=options.calibration_workers,
                 calibration_threads=options.calibration_threads,
                 ray_address=options.ray_address,
-                dtype=options.dtype,
+                dtype=options.dtype or "float32",
+                weights=options.weights,
                 load_response=not options.no_load_response,
                 verify=not options.no_verify,
                 overwrite=options.overwrite,

@@ -155,7 +155,9 @@ def ffn_rewrite(request: BuildRequest) -> RewriteFFNs:
     if not rewrites:
         reasons = "; ".join(f"{miss.name}: {miss.reason}" for miss in search.misses[:3]) or "no layer of the plan is in it"
         raise UnsupportedModelError(f"no feed-forward layer was matched in the exported graph ({reasons})")
-    return RewriteFFNs(rewrites, search, emit_active=True, weight_dtype=WEIGHT_TYPES[request.dtype])
+    return RewriteFFNs(
+        rewrites, search, emit_active=True, weight_dtype=WEIGHT_TYPES[request.dtype], quantiser=request.quantiser
+    )
 
 
 def run_passes(request: BuildRequest, rewrite: RewriteFFNs, passes: PassList) -> RewriteReport:
