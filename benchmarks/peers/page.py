@@ -18,8 +18,8 @@ _HEAD = """# Beside other engines
 
 What a user would pick instead: llama.cpp (through `llama-cpp-python`, its own loop left out) and onnxruntime-genai. Every
 engine is made from the same full-precision weights by its own quantiser, runs in a process of its own, and takes turns with the
-others, round after round. Quality is held against the model in float32, token by token after a prompt of {prompt} tokens. Made by
-`python -m benchmarks.peers` from the results in `benchmarks/results/peers-*.json`.
+others, round after round. Quality is held against the model in float32, token by token after a prompt of {prompt} tokens. Made
+by `python -m benchmarks.peers` from the results in `benchmarks/results/peers-*.json`.
 """
 
 
