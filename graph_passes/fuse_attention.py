@@ -27,6 +27,8 @@ from graph_passes.matchers.common import last_dim, module_path
 from graph_passes.naming import BATCH, PAST, SEQUENCE, TOTAL
 
 GROUP_QUERY = "GroupQueryAttention"
+TOKEN_AXIS = 2
+"""Of keys and values [batch, heads, tokens, head size]."""
 PREFIX = "attention"
 HIDDEN = -1e30
 """Added to the score of padding. Finite: a row of padding sees nothing else, and must not become NaN."""

@@ -64,7 +64,8 @@ class CacheTensor:
 
     `role` is `key`, `value` or `stat` (the prompt statistic of a SparseFFN). In `shape` the first axis is the number
     of sequences; any other axis with a name grows, and is 0 before the first step. A key or value is
-    [batch_size, heads, past_sequence_length, head_dim].
+    [batch_size, heads, past_sequence_length, head_dim]. With `in_place` that axis may be longer than what it holds, and `past`
+    and `present` may be one buffer: the graph takes the number of tokens from `attention_mask`, and writes behind them.
     """
 
     layer: int
@@ -73,6 +74,7 @@ class CacheTensor:
     present: str
     dtype: str
     shape: tuple[int | str, ...]
+    in_place: int | None = None
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ MANIFEST_SCHEMA: dict[str, Any] = {
                     "present": _STRING,
                     "dtype": {"enum": list(CACHE_DTYPES)},
                     "shape": _SHAPE,
+                    "in_place": {"anyOf": [{"type": "null"}, {"type": "integer", "minimum": 1, "maximum": 7}]},
                 },
             },
         },

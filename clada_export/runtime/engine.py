@@ -21,7 +21,7 @@ from clada_export.errors import UsageError, VerificationError, shown
 from clada_export.load.meter import LoadFunction, LoadMeter
 from clada_export.load.values import DENSE, SKIP, load_array, one_load
 from clada_export.runtime.exclusive import Exclusive
-from clada_export.runtime.graph import PassOutput, Session
+from clada_export.runtime.graph import KEPT_LOGITS, PassOutput, Session
 from clada_export.runtime.limits import listed_names, read_limits
 from clada_export.runtime.sampling import NO_FINITE_LOGIT, Sampler, SamplingSettings
 from clada_export.runtime.text import TOKENIZER_FILE, TextTokenizer
@@ -29,6 +29,9 @@ from clada_export.runtime.tokens import left_pad, require_text, rows_of, token_i
 
 PREFILL_CHUNK = 1024
 """Prompt positions in one run of the graph: bounds the memory of its logits, which cover every position."""
+
+ALL, LAST = np.zeros(1, np.int64), np.ones(1, np.int64)
+"""Of how many last positions a run gives logits; 0 are all."""
 
 Load: TypeAlias = float | Literal["auto", "dense"] | LoadFunction
 StreamCallback: TypeAlias = Callable[[int, int, str], None]
@@ -148,7 +151,7 @@ class Engine:
         tokens, mask = left_pad(prompts)
         loads = np.where(mask == 1, np.float32(load), np.float32(SKIP))
         for part in self._parts(tokens.shape[1]):
-            output = self._run(state, tokens[:, part], mask[:, part], loads[:, part])
+            output = self._run(state, tokens[:, part], mask[:, part], loads[:, part], kept=LAST)
         self._state = state
         self._exclusive.begin_batch()
         return _last(output)
@@ -188,7 +191,7 @@ class Engine:
             raise UsageError(
                 f"a sequence has reached the longest that the model takes: {self.max_positions} tokens{self._longer}"
             )
-        return _last(self._run(state, ids[:, None], used[:, None].astype(np.int64), loads[:, None]))
+        return _last(self._run(state, ids[:, None], used[:, None].astype(np.int64), loads[:, None], kept=LAST))
 
     def generate(
         self,
@@ -313,7 +316,7 @@ class Engine:
         state = self._new_state(len(rows))
         parts = []
         for part in self._parts(tokens.shape[1]):
-            parts.append(self._run(state, tokens[:, part], mask[:, part], loads[:, part]).logits)
+            parts.append(self._run(state, tokens[:, part], mask[:, part], loads[:, part], kept=ALL).logits)
         whole = np.concatenate(parts, axis=1)
         return [whole[row, whole.shape[1] - len(ids) :] for row, ids in enumerate(rows)]
 
@@ -390,12 +393,21 @@ class Engine:
         return _State(self._session.empty_state(batch), np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64))
 
     def _run(
-        self, state: _State, tokens: npt.NDArray[np.int64], mask: npt.NDArray[np.int64], loads: npt.NDArray[np.float32]
+        self,
+        state: _State,
+        tokens: npt.NDArray[np.int64],
+        mask: npt.NDArray[np.int64],
+        loads: npt.NDArray[np.float32],
+        *,
+        kept: npt.NDArray[np.int64],
     ) -> PassOutput:
-        """Run the graph on more columns [B, S] and move the state on; `mask` is 0 where a column is no part of its row."""
+        """Run the graph on more columns [B, S] and move the state on; `mask` is 0 where a column is no part of its row.
+
+        `kept`, `ALL` or `LAST`, says of which positions logits are wanted; graphs that can't choose give all.
+        """
         whole_mask = np.concatenate([state.mask, mask], axis=1)
         positions = np.maximum(state.lengths[:, None] + np.cumsum(mask, axis=1) - 1, 0)
-        feeds = {"input_ids": tokens, "attention_mask": whole_mask, "position_ids": positions, "load": loads}
+        feeds = {"input_ids": tokens, "attention_mask": whole_mask, "position_ids": positions, "load": loads, KEPT_LOGITS: kept}
         output = self._session.run(feeds, state.cache)
         state.cache, state.mask, state.lengths = output.state, whole_mask, state.lengths + mask.sum(axis=1)
         return output

@@ -13,10 +13,14 @@ LOG_SUM_EXP, ENTROPY = "log_sum_exp", "entropy"
 LOAD_OUTPUTS = (LOG_SUM_EXP, ENTROPY)
 """Outputs that spare a runtime to read all logits for the load; exports made before they were added have none."""
 
+KEPT_LOGITS = "logits_to_keep"
+"""Input of graphs that compute the logits of as many last positions as it says, int64 [1]; 0, also where it is not fed: all."""
+
 
 @dataclass(frozen=True)
 class PassOutput:
-    """One run of the graph: `logits` [B, S, V], `active` int32 [B, layers, S] or None, and the state for the next run.
+    """One run of the graph: `logits` [B, S, V], or of the last positions that were asked for, `active` int32 [B, layers, S] or
+    None, and the state for the next run.
 
     `log_sum_exp` and `entropy`, float32 [B], are those of the last position's logits, in nats; None if the graph has no such
     outputs.
@@ -51,7 +55,8 @@ class Session(Protocol):
         """Run the graph once.
 
         Args:
-            feeds: `input_ids`, `attention_mask`, `position_ids` int64 and `load` float32; those the graph lacks are left out.
+            feeds: `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep` int64 and `load` float32; those the graph
+                lacks are left out.
             state: from `empty_state` or the run before; it must not be used again.
 
         Raises:

@@ -14,10 +14,17 @@ import onnxruntime as ort
 from clada_export.artifact.manifest import CacheTensor, Manifest
 from clada_export.errors import BackendError, UsageError
 from clada_export.foreign import ENGINE_GRAPH, ENGINE_RUN, OP_LIBRARY, reading
+from clada_export.runtime.cache import State, bind, grow, sizes
 from clada_export.runtime.devices import CPU, CUDA, CUDA_PROVIDER, INSTALL, providers
-from clada_export.runtime.graph import ENTROPY, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
+from clada_export.runtime.graph import ENTROPY, KEPT_LOGITS, LOAD_OUTPUTS, LOG_SUM_EXP, PassOutput
 
-_FED_INPUTS = {"input_ids": "int64", "attention_mask": "int64", "position_ids": "int64", "load": "float32"}
+_FED_INPUTS = {
+    "input_ids": "int64",
+    "attention_mask": "int64",
+    "position_ids": "int64",
+    "load": "float32",
+    KEPT_LOGITS: "int64",
+}
 _ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "float64": 11, "int64": 7, "int32": 6}
 _NAMES = {
     "float32": "tensor(float)",
@@ -34,6 +41,9 @@ _RESULTS = {
     ENTROPY: ("tensor(float)",),
 }
 _RUNTIME = f"ONNX Runtime {ort.__version__}"
+_GROWING_TYPES = ("float32", "float16")
+IN_PLACE_RUN = 256
+"""Columns of one run where caches grow in place: attention of more columns at once does not fit the processor's caches."""
 
 
 class GraphSession:
@@ -90,8 +100,9 @@ class GraphSession:
         self.longest_run: int | None = None
         self.max_batch: int | None = None
         self.max_tokens: int | None = None
-        found = {value.name: value for value in self._session.get_inputs()}
-        self.inputs = set(found)
+        # What has a value of its own need not be fed.
+        found = {value.name: value for value in (*self._session.get_inputs(), *self._session.get_overridable_initializers())}
+        self.inputs = set(found) & {*_FED_INPUTS, *(value.name for value in self._session.get_inputs())}
         outputs = {value.name: value for value in self._session.get_outputs()}
         self._check_names(outputs)
         self._results = ["logits", *(["active_neurons"] if "active_neurons" in outputs else [])]
@@ -99,7 +110,13 @@ class GraphSession:
         if {spec.name for spec in manifest.outputs} & outputs.keys() >= {*LOAD_OUTPUTS}:
             self._results += LOAD_OUTPUTS
         self._check_types(found, outputs)
-        self._output_names = [*self._results, *(tensor.present for tensor in self._cache)]
+        self._growing = [tensor for tensor in self._cache if tensor.in_place is not None]
+        self._handed = [tensor for tensor in self._cache if tensor.in_place is None]
+        if self._growing:
+            self._check_growing()
+            # A merged FFN is made of the first run: it has to see as much of the prompt as ever.
+            self.longest_run = None if any(tensor.role.startswith("merged") for tensor in self._cache) else IN_PLACE_RUN
+        self._output_names = [*self._results, *(tensor.present for tensor in self._handed)]
 
     def _check_names(self, outputs: Mapping[str, Any]) -> None:
         unknown = self.inputs - set(_FED_INPUTS) - {tensor.past for tensor in self._cache}
@@ -132,24 +149,33 @@ class GraphSession:
                     f"{list(tensor.shape)}"
                 )
 
-    def empty_state(self, batch: int) -> dict[str, ort.OrtValue]:
-        """The state before the first step, for `batch` sequences: by input name, with growing axes of length 0."""
-        state = {}
-        for tensor in self._cache:
-            shape = [batch, *(0 if isinstance(axis, str) else axis for axis in tensor.shape[1:])]
+    def _check_growing(self) -> None:
+        for tensor in self._growing:
+            axis = tensor.in_place or 0
+            named = [index for index, size in enumerate(tensor.shape) if index and isinstance(size, str)]
+            if named != [axis] or tensor.dtype not in _GROWING_TYPES or "attention_mask" not in self.inputs:
+                raise UsageError(
+                    f"{self._model}: the manifest says that {tensor.past!r}, {tensor.dtype} {list(tensor.shape)}, grows in "
+                    f"place on axis {axis}; wanted {' or '.join(_GROWING_TYPES)}, that axis alone, an input 'attention_mask'"
+                )
+
+    def empty_state(self, batch: int) -> State:
+        """The state before the first step, for `batch` sequences."""
+        handed = {}
+        for tensor, shape in zip(self._handed, sizes(self._handed, batch).values(), strict=True):
             with reading(ENGINE_RUN, f"{self._model}: {_RUNTIME}"):
                 if 0 not in shape:  # a statistic: it starts at zero, and memory from ORT is not cleared
-                    state[tensor.past] = _zeros(shape, tensor.dtype)
+                    handed[tensor.past] = _zeros(shape, tensor.dtype)
                 else:
-                    state[tensor.past] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ONNX_TYPES[tensor.dtype], "cpu")
-        return state
+                    handed[tensor.past] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ONNX_TYPES[tensor.dtype], "cpu")
+        return State(handed)
 
-    def run(self, feeds: Mapping[str, npt.NDArray[np.generic]], state: Mapping[str, ort.OrtValue]) -> PassOutput:
+    def run(self, feeds: Mapping[str, npt.NDArray[np.generic]], state: State) -> PassOutput:
         """Run the graph once.
 
         Args:
             feeds: arrays by input name; those the graph does not have are left out.
-            state: from `empty_state` or the run before; its memory is read in place.
+            state: from `empty_state` or the run before; its memory is read in place, and written where it grows in place.
 
         Raises:
             BackendError: ONNX Runtime fails, or the graph gives something else than it says.
@@ -160,17 +186,21 @@ class GraphSession:
             if name in self.inputs
         }
         with reading(ENGINE_RUN, f"{self._model}: {_RUNTIME}"):
-            values = self._outputs({**inputs, **state})
+            if self._growing:
+                values = self._outputs_in_place({**inputs, **state.handed}, state, feeds)
+            else:
+                values = self._outputs({**inputs, **state.handed})
         first = len(self._results)
         found = {name: value.numpy() for name, value in zip(self._results, values[:first], strict=True)}
-        self._check_shapes(found, feeds["input_ids"].shape)
+        self._check_shapes(found, feeds)
+        state.handed = {
+            tensor.past: state.handed[tensor.past] if _is_kept(tensor, value) else value
+            for tensor, value in zip(self._handed, values[first:], strict=True)
+        }
         return PassOutput(
             logits=found["logits"].astype(np.float32, copy=False),
             active=found.get("active_neurons"),
-            state={
-                tensor.past: state[tensor.past] if _is_kept(tensor, value) else value
-                for tensor, value in zip(self._cache, values[first:], strict=True)
-            },
+            state=state,
             log_sum_exp=found.get(LOG_SUM_EXP),
             entropy=found.get(ENTROPY),
         )
@@ -180,17 +210,36 @@ class GraphSession:
         if self._device == CPU:
             return self._session.run_with_ort_values(self._output_names, inputs)  # type: ignore[no-any-return]
         binding = self._session.io_binding()
+        self._bind(binding, inputs)
+        self._session.run_with_iobinding(binding)
+        return binding.get_outputs()  # type: ignore[no-any-return]
+
+    def _outputs_in_place(
+        self, inputs: Mapping[str, ort.OrtValue], state: State, feeds: Mapping[str, npt.NDArray[Any]]
+    ) -> Sequence[ort.OrtValue]:
+        """The same where caches grow: they are bound once for each memory, the rest for each run."""
+        batch, columns = feeds["attention_mask"].shape
+        if grow(state, self._growing, batch, columns) or state.binding is None:
+            state.binding = self._session.io_binding()
+            bind(state.binding, state, self._growing)
+        self._bind(state.binding, inputs)
+        self._session.run_with_iobinding(state.binding)
+        state.used = columns
+        # Outputs come in the order in which they were bound: caches first.
+        values = state.binding.get_outputs_as_ortvaluevector()
+        return [ort.OrtValue(values[len(self._growing) + index]) for index in range(len(self._output_names))]
+
+    def _bind(self, binding: ort.IOBinding, inputs: Mapping[str, ort.OrtValue]) -> None:
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._output_names:
             binding.bind_output(name, CPU if name in self._results else self._device)
-        self._session.run_with_iobinding(binding)
-        return binding.get_outputs()  # type: ignore[no-any-return]
 
-    def _check_shapes(self, found: Mapping[str, npt.NDArray[Any]], sizes: tuple[int, ...]) -> None:
-        batch, tokens = sizes
+    def _check_shapes(self, found: Mapping[str, npt.NDArray[Any]], feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+        batch, tokens = feeds["input_ids"].shape
+        kept = int(feeds[KEPT_LOGITS][0]) if KEPT_LOGITS in feeds and KEPT_LOGITS in self.inputs else 0
         wanted: dict[str, tuple[int | None, ...]] = {
-            "logits": (batch, tokens, None),
+            "logits": (batch, min(kept, tokens) or tokens, None),
             "active_neurons": (batch, None, tokens),
             LOG_SUM_EXP: (batch,),
             ENTROPY: (batch,),

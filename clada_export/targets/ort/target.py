@@ -30,6 +30,8 @@ from clada_export.targets.options import TensorRTOptions
 from clada_export.verify import Verification, VerifyOptions
 from clada_export.verify import verify as run_checks
 from graph_passes.dead_columns import DropDeadColumns
+from graph_passes.fuse_attention import FuseAttention
+from graph_passes.kept_logits import KeepLastLogits
 from graph_passes.load_outputs import AddLoadOutputs
 from graph_passes.machine_paths import ForgetMachinePaths
 from graph_passes.pass_list import PassList
@@ -64,11 +66,12 @@ def traceable(decoder: TorchDecoder, dtype: str) -> TorchDecoder:
     return decoder
 
 
-def passes(rewrite: RewriteFFNs, products: QuantiseProducts | None = None) -> PassList:
+def passes(rewrite: RewriteFFNs, products: QuantiseProducts | None = None, attention: FuseAttention | None = None) -> PassList:
     """What is done to a traced graph, in this order.
 
     Args:
         products: quantises what is not an FFN's, where weights are quantised.
+        attention: makes one node of each attention; without it they stay in standard operators, which run on any device.
     """
     return PassList(
         rewrite,  # FFNs become SparseFFN nodes; `load` comes in, counts go out
@@ -76,6 +79,8 @@ def passes(rewrite: RewriteFFNs, products: QuantiseProducts | None = None) -> Pa
         ShareTransposed(),  # tied embeddings, which the last product reads transposed
         *(() if products is None else (products,)),  # other products become QuantMatMul nodes
         RemoveHeadReshapes(),  # detours of ort_fusions around attention
+        *(() if attention is None else (attention,)),  # attention becomes one node, with a cache that grows in place
+        KeepLastLogits(),  # a prompt needs those of its last position
         AddLoadOutputs(),  # what the load needs of the logits
         ForgetMachinePaths(),
     )
@@ -93,7 +98,8 @@ def build(request: BuildRequest) -> BuiltModel:
     model = request.traced.graph
     rewrite = ffn_rewrite(request)
     products = None if request.quantiser is None else QuantiseProducts(request.quantiser)
-    report = run_passes(request, rewrite, passes(rewrite, products))
+    attention = FuseAttention(request.limit)
+    report = run_passes(request, rewrite, passes(rewrite, products, attention))
     save(model, request.out)
     shutil.copyfile(library, request.out / LIBRARY_NAME)
     return BuiltModel(
