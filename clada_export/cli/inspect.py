@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     priced = parser.add_argument_group("what an export of a model would cost, with")
     priced.add_argument("--target", default="ort", help="ort or trt (default: ort)")
     priced.add_argument("--policy", default="clada", help="a policy, or auto (default: clada)")
+    priced.add_argument("--weights", metavar="FORM", help="as for an export: int8, int6, ..., auto, or a type")
     priced.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default: float32)")
     hub_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -78,7 +79,7 @@ def _price(size: ModelSize | None, options: argparse.Namespace) -> tuple[Price, 
     from clada_export.export_options import ExportOptions
     from clada_export.price import measure_machine, price, work_of
 
-    asked = ExportOptions(target=options.target, policy=options.policy, dtype=options.dtype)
+    asked = ExportOptions(target=options.target, policy=options.policy, dtype=options.dtype, weights=options.weights).settled()
     asked.check()
     if size is None or not size.layers:
         return None

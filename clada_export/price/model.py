@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clada_export.plan.weights_form import AUTO, FORMS, WeightsForm
 from clada_export.price.machine import Machine
 from clada_export.price.size import FLOAT32, ModelSize
 
@@ -25,6 +26,8 @@ SHADOW = 0.42
 """Bytes of 4-bit copies and their scales for each weight of the FFNs: gate and up are two thirds of these."""
 BESIDE = 8_000_000
 """Bytes of an engine's tokenizer, library and report."""
+CODES = 1.1
+"""Bytes of a weight's code and its share of a scale, while there is no engine yet."""
 ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -37,6 +40,7 @@ class Work:
         trained: how many policies train routers.
         planned: whether the plan is given, so that nothing is calibrated.
         context: tokens of a calibration window.
+        weights: the form of quantised weights, or None for numbers of `dtype`; `auto` counts as the widest.
         workers: more processes on this machine that each hold the model while it is calibrated.
         shadow: whether the engine may score neurons with 4-bit copies of gate and up.
     """
@@ -50,6 +54,12 @@ class Work:
     context: int = 512
     shadow: bool = True
     workers: int = 0
+    weights: str | None = None
+
+    @property
+    def form(self) -> WeightsForm | None:
+        """That of `weights`."""
+        return None if self.weights is None else FORMS.get(self.weights, next(iter(FORMS.values())))
 
 
 @dataclass(frozen=True)
@@ -134,12 +144,18 @@ def price(size: ModelSize, machine: Machine, work: Work) -> Price:
     output = output_bytes(size, work)
     stages = tuple(_stages(size, machine, work, output))
     temporary = 0 if size.graph else size.float32_bytes * (1 + work.workers)
+    if work.form is not None:
+        temporary += round(CODES * size.parameters) * (len(FORMS) if work.weights == AUTO else 1)
     needed = resident(size, work, machine.memory)
     return Price(START, stages, max(stage.memory for stage in stages), needed, output, temporary)
 
 
 def output_bytes(size: ModelSize, work: Work) -> int:
-    """Of the engine's folder: the FFNs in the engine's type, the rest in float32; with TensorRT all in one type."""
+    """Of the engine's folder: the FFNs in the engine's type, the rest in float32; quantised weights each in its bits; with
+    TensorRT all in one type."""
+    if (form := work.form) is not None:
+        others = max(form.weight_bytes(kind) for kind in ("attention", "head", "embedding"))
+        return round(size.ffn * form.weight_bytes("ffn") + (size.parameters - size.ffn) * others) + BESIDE
     item = ITEMS[work.dtype]
     if work.target != "ort":
         return size.parameters * item + BESIDE

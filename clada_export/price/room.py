@@ -12,6 +12,7 @@ from clada_export.export_options import ExportOptions
 from clada_export.files.capacity import available_memory, disk
 from clada_export.methods import get_policy
 from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.weights_form import FORMS
 from clada_export.price.model import ITEMS, Work, output_bytes, resident
 from clada_export.price.size import FLOAT32, ModelSize
 from clada_export.price.work import work_of
@@ -78,6 +79,10 @@ def _pruned(options: ExportOptions, given: SparsityPlan | None) -> bool:
 
 def _least(source: SourceModel, size: ModelSize, work: Work, pruned: bool) -> int:
     """Bytes that the engine takes whatever is calibrated."""
+    if work.form is not None:
+        # The narrowest that may be chosen.
+        forms = [work.form] if work.weights in FORMS else list(FORMS.values())
+        return round(size.ffn * min(form.weight_bytes("ffn") for form in forms))
     item = ITEMS[work.dtype]
     ffn = 0 if pruned else size.ffn * item
     if work.target != "ort":
@@ -91,7 +96,7 @@ def _least(source: SourceModel, size: ModelSize, work: Work, pruned: bool) -> in
 def _narrower(source: SourceModel, size: ModelSize, work: Work, pruned: bool, free: int) -> str:
     """A hint at a type that would fit."""
     for dtype, item in ITEMS.items():
-        if item < ITEMS[work.dtype]:
+        if work.form is None and item < ITEMS[work.dtype]:
             least = _least(source, size, Work(work.target, dtype), pruned)
             if free > least / CERTAIN:
                 return f"; with --dtype {dtype} it would take {_gb(least)}"

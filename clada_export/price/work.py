@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clada_export.calibration.choose import AUTO
-from clada_export.export_options import ExportOptions
+from clada_export.export_options import ExportOptions, quantises
 from clada_export.methods import all_policies, get_policy
 from clada_export.price.model import Work
 
@@ -23,5 +23,6 @@ def work_of(options: ExportOptions) -> Work:
         verified=options.verify,
         context=options.calibration_context,
         workers=options.calibration_workers if options.ray_address is None else 0,
+        weights=options.weights if options.weights is not None and quantises(options.weights) else None,
         shadow=any((options.settings.score or policy.scores[0]) == "shadow" for policy in chosen),
     )

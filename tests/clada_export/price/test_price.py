@@ -16,6 +16,7 @@ from clada_export.cli import main
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UsageError
 from clada_export.export_options import ExportOptions
+from clada_export.plan.weights_form import FORMS
 from clada_export.price import Machine, ModelSize, Work, measure_machine, price, work_of
 from clada_export.price.outline import Outline, outline
 from clada_export.price.told import told
@@ -111,6 +112,17 @@ def test_more_work_costs_more() -> None:
     assert price(SIZE, MACHINE, Work(trained=1)).seconds > base.seconds
     assert price(SIZE, MACHINE, Work(dtype="bfloat16")).output == base.output - SIZE.ffn * 2
     assert {stage.stage for stage in base.stages} == {"source", "calibrate", "trace", "rewrite and write", "verify", "finish"}
+
+
+def test_quantised_weights_make_small_engines() -> None:
+    sizes = [price(SIZE, MACHINE, Work(weights=name)).output for name in FORMS]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] < price(SIZE, MACHINE, Work()).output / 3
+    asked = work_of(ExportOptions(weights="auto").settled())
+    assert price(SIZE, MACHINE, asked).output == sizes[0], "as the widest, that may be taken"
+    # Codes wait in a file of their own: of each form that is tried.
+    codes = price(SIZE, MACHINE, Work(weights="int4")).temporary - SIZE.float32_bytes
+    assert SIZE.parameters < codes < 1.2 * SIZE.parameters
+    assert price(SIZE, MACHINE, asked).temporary - SIZE.float32_bytes == len(FORMS) * codes
 
 
 def test_weights_are_mapped_and_not_needed() -> None:
