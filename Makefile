@@ -121,6 +121,7 @@ sanitize: $(VENV)/.cmake
 	$(BIN)/cmake --build build/sanitize --parallel $(JOBS)
 	build/sanitize/tests/op/native/clada_kernel_test $(SANITIZE_CASES)
 	build/sanitize/tests/op/native/clada_quant_test $(SANITIZE_CASES)
+	build/sanitize/tests/op/native/clada_ffn_quant_test $(SANITIZE_CASES)
 
 bench: $(SETUP)
 	@mkdir -p build/bench

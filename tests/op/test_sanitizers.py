@@ -16,7 +16,7 @@ from graph_passes.op import RULES, SCORES, STAT_NORMS, SparseFFNAttributes
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_kernels_under_sanitizers() -> None:
-    programs = ("clada_kernel_test", "clada_quant_test")
+    programs = ("clada_kernel_test", "clada_quant_test", "clada_ffn_quant_test")
     folder = native_build("sanitized", [*SANITIZED, "-DCLADA_ORT=OFF"], programs)
     for program in programs:
         command = [str(folder / "tests" / "op" / "native" / program), "300"]
