@@ -1,4 +1,4 @@
-"""Write a *rotated* copy of a Llama model: the same function, with weights that lie on no quantisation grid.
+"""Write a *rotated* copy of a Llama or Qwen2 model: the same function, with weights that lie on no quantisation grid.
 
 A model that was dequantised from 4-bit blocks is an easy case for a method that keeps 4-bit copies of weights. So the scale
 of each RMSNorm is folded into the linear layers after it, the LM head gets weights of its own, and the residual stream is
@@ -17,10 +17,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from clada_export.calibration.text import default_text
 from clada_export.decoder.torch_decoder import require_torch
@@ -32,6 +33,8 @@ PPL_TOLERANCE = 3e-6
 LOGIT_TOLERANCE = 1e-4
 """Largest change of a logit, relative to the largest logit."""
 CHECKED_TOKENS = 256
+ROTATED = LlamaForCausalLM | Qwen2ForCausalLM
+"""What it knows: RMSNorms before linear layers on one residual stream, and nothing else on it."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,17 @@ def rotate(model: PreTrainedModel, tokens: Tensor, seed: int = 0) -> RotationChe
     """Rotate a model in place and check that its function has not changed.
 
     Args:
-        model: float32 Llama in eval mode.
+        model: float32, one of `ROTATED`, in eval mode.
         tokens: int64 [1, n], what it is checked on; n of at least 2.
         seed: of the orthogonal matrix.
 
     Raises:
-        UnsupportedModelError: not a Llama; others have norms or residual paths that this does not know.
+        UnsupportedModelError: another model; its norms or residual paths may be others than this knows.
         VerificationError: the logits have changed; the model is then of no use.
     """
-    if not isinstance(model, LlamaForCausalLM):
-        raise UnsupportedModelError(f"rotate knows LlamaForCausalLM and not {type(model).__name__}")
+    if not isinstance(model, ROTATED):
+        known = " and ".join(kind.__name__ for kind in get_args(ROTATED))
+        raise UnsupportedModelError(f"rotate knows {known} and not {type(model).__name__}")
     before: Tensor = model(input_ids=tokens, use_cache=False).logits[0]
     _rotate(model, seed)
     after: Tensor = model(input_ids=tokens, use_cache=False).logits[0]
@@ -98,7 +102,7 @@ def orthogonal(size: int, seed: int) -> Tensor:
     return result
 
 
-def _rotate(model: LlamaForCausalLM, seed: int) -> None:
+def _rotate(model: ROTATED, seed: int) -> None:
     turn = orthogonal(model.config.hidden_size, seed)
     _untie(model)
     embedding = model.get_input_embeddings()
@@ -120,7 +124,7 @@ def _rotate(model: LlamaForCausalLM, seed: int) -> None:
     model.model.norm.weight.fill_(1.0)
 
 
-def _untie(model: LlamaForCausalLM) -> None:
+def _untie(model: ROTATED) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
 
@@ -172,7 +176,7 @@ def _tokens(tokenizer: object, vocab_size: int) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", help="a Llama: a .gguf file, a folder or a Hub id")
+    parser.add_argument("model", help="a Llama or Qwen2: a .gguf file, a folder or a Hub id")
     parser.add_argument("output", type=Path, help="the folder to make")
     parser.add_argument("--seed", type=int, default=0, help="of the orthogonal matrix (default: 0)")
     options = parser.parse_args(arguments)

@@ -17,9 +17,17 @@ from tests.tiny_models import tiny_model
 TOKENS = torch.randint(0, 256, (1, 64), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
-def test_the_function_stays_and_the_weights_do_not(options: dict[str, bool]) -> None:
-    model = tiny_model("llama", **options)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+    ],
+)
+def test_the_function_stays_and_the_weights_do_not(kind: str, options: dict[str, bool]) -> None:
+    model = tiny_model(kind, **options)
     tokens = TOKENS[:, ::3]
     with torch.no_grad():
         before = model(input_ids=tokens).logits
