@@ -2,6 +2,7 @@
 #include "clada/quant_matmul.h"
 
 #include <algorithm>
+#include <thread>
 
 #include "plan.h"
 #include "quant_kernels.h"
@@ -12,7 +13,8 @@ namespace {
 constexpr int64_t kFewRows = 8;     // of which none is left to another thread
 constexpr int64_t kPassRows = 256;  // rows whose 8-bit numbers are kept at a time; then the weights are read again
 constexpr int64_t kMostChunks = 16;
-constexpr int64_t kChunkBytes = 32 << 10;  // of weights, at least: less is not worth another thread
+// Of weights, at least: less is not worth another thread, and a thread fetches ahead beyond its chunk.
+constexpr int64_t kChunkBytes = 64 << 10, kSpareChunkBytes = 1 << 20;
 
 // Where a pass's rows lie in the scratch memory.
 struct Plan {
@@ -33,6 +35,13 @@ size_t MakePlan(const Problem& problem, void* base, Plan* plan) {
 
 int FormatOf(int64_t bits) {
   return static_cast<int>(std::find(std::begin(kFormatBits), std::end(kFormatBits), bits) - std::begin(kFormatBits));
+}
+
+// Parts of a call that reads so many bytes of weights. Small matrices are cut into two for each core, as a part more costs what it
+// saves; of large ones there are more, so that a core that is busy with something else holds nobody up.
+int64_t Chunks(int64_t work) {
+  static const int64_t for_cores = 2 * std::max<int64_t>(1, std::thread::hardware_concurrency());
+  return std::clamp<int64_t>(std::max(std::min(work / kChunkBytes, for_cores), work / kSpareChunkBytes), 1, kMostChunks);
 }
 
 // Rows [first, first + count) of the call through one tile.
@@ -80,7 +89,7 @@ void Run(const Problem& problem, const ParallelFor& parallel_for, const Kernels&
         for (int64_t r = run * kFewRows; r < std::min(count, (run + 1) * kFewRows); ++r) round(r);
       });
     const int64_t work = tiles * blocks * record * CeilDiv(count, kFewRows);
-    const int64_t chunks = std::min(tiles, std::clamp<int64_t>(work / kChunkBytes, 1, kMostChunks));
+    const int64_t chunks = std::min(tiles, Chunks(work));
     Parallel(host, chunks, [&](int64_t chunk) {
       for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile)
         RunTile(problem, kernels, plan, tile, first, count);
