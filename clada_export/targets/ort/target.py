@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from clada_export.targets.options import TensorRTOptions
 from clada_export.verify import Verification, VerifyOptions
 from clada_export.verify import verify as run_checks
 from graph_passes.dead_columns import DropDeadColumns
-from graph_passes.fuse_attention import FuseAttention
+from graph_passes.fuse_attention import AttentionReport, FuseAttention
 from graph_passes.kept_logits import KeepLastLogits
 from graph_passes.load_outputs import AddLoadOutputs
 from graph_passes.machine_paths import ForgetMachinePaths
@@ -109,7 +110,16 @@ def build(request: BuildRequest) -> BuiltModel:
         tuple(tensor_spec(value) for value in model.graph.outputs),
         cache_tensors(model),
         report,
+        warnings=attention_warnings(attention.report),
         products=None if products is None else products.report,
+    )
+
+
+def attention_warnings(report: AttentionReport) -> tuple[str, ...]:
+    """A sentence for each reason for which attention stayed in standard operators."""
+    reasons = Counter(item.reason for item in report.kept)
+    return tuple(
+        f"attention of {count} layers stays slow, with a cache that is copied: {reason}" for reason, count in reasons.items()
     )
 
 
