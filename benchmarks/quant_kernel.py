@@ -86,6 +86,8 @@ def _stack(model: Model, rows: int, threads: int, library: bool, make_node: Any)
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads that wait for this session's next call would take the cores from the variant whose turn it is.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if library:
         options.register_custom_ops_library(str(ort_library_path()))
     options.add_external_initializers(list(values), list(values.values()))
@@ -96,24 +98,27 @@ def _stack(model: Model, rows: int, threads: int, library: bool, make_node: Any)
     return Stack(session, feeds, size)
 
 
-def _random_bytes(shape: tuple[int, ...]) -> np.ndarray:
-    """Aligned to lines, as ONNX Runtime allocates what it loads; in memory of its own, which may lie on large pages."""
+def _random_bytes(shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """Aligned to lines, as ONNX Runtime allocates what it loads; in memory of its own, which may lie on large pages.
+
+    No two weights may be equal: ONNX Runtime keeps one packed copy of those that are, which then is in a cache for all of them.
+    """
     size = int(np.prod(shape))
     memory = np.empty(size + 64, np.uint8)
     at = -memory.ctypes.data % 64
     array = memory[at : at + size]
-    tile = np.random.default_rng(size).integers(0, 256, min(size, 1 << 16), dtype=np.uint8)
-    array[:] = np.resize(tile, size)
+    array[:] = np.frombuffer(generator.bytes(size), np.uint8)
     return array.reshape(shape)
 
 
 def ours(model: Model, bits: int, rows: int, threads: int) -> Stack:
     """Random codes; scales of 1 / 128."""
+    generator = np.random.default_rng(bits)
     half = np.frombuffer(np.full(32, 1 / 128, np.float16).tobytes(), np.uint8)
 
     def make_node(name: str, n: int, k: int) -> tuple[onnx.NodeProto, dict[str, np.ndarray]]:
         attributes = QuantMatMulAttributes(n, bits)
-        weight = _random_bytes(weight_shape(attributes, k))
+        weight = _random_bytes(weight_shape(attributes, k), generator)
         weight[..., record_bytes(bits, False) - len(half) :] = half
         inputs = [f"x{k}", f"{name}.weight"]
         node = helper.make_node(OP_TYPE, inputs, [f"{name}.y"], name, domain=DOMAIN, **attributes.to_onnx())
@@ -124,10 +129,11 @@ def ours(model: Model, bits: int, rows: int, threads: int) -> Stack:
 
 def peer(model: Model, bits: int, rows: int, threads: int) -> Stack:
     """`com.microsoft::MatMulNBits`; its scales are float32, as its kernels for float32 activations want."""
+    generator = np.random.default_rng(bits)
 
     def make_node(name: str, n: int, k: int) -> tuple[onnx.NodeProto, dict[str, np.ndarray]]:
         constants = {
-            f"{name}.weight": _random_bytes((n, k // 32, 32 * bits // 8)),
+            f"{name}.weight": _random_bytes((n, k // 32, 32 * bits // 8), generator),
             f"{name}.scale": np.full((n, k // 32), 1 / 128, np.float32),
         }
         node = helper.make_node(
@@ -145,7 +151,8 @@ class Read:
     def __init__(self, size: int, threads: int) -> None:
         each = size // threads // 64 * 64
         self.bytes = each * threads
-        self.parts = [_random_bytes((each,)).view(np.int64) for _ in range(threads)]
+        generator = np.random.default_rng(size)
+        self.parts = [_random_bytes((each,), generator).view(np.int64) for _ in range(threads)]
         self.pool = ThreadPoolExecutor(threads)
 
     def run(self) -> None:
