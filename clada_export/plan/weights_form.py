@@ -76,15 +76,16 @@ FORMS = {
     form.name: form
     for form in (
         WeightsForm("int8", 8, 8, 8, 8, SEARCH),
-        WeightsForm("int6", 6, 6, 6, 8, COMPENSATED),
-        WeightsForm("int5", 5, 5, 6, 8, COMPENSATED),
-        WeightsForm("int4", 4, 4, 6, 8, COMPENSATED),
+        WeightsForm("int6", 6, 8, 6, 8, COMPENSATED),
+        WeightsForm("int5", 5, 6, 6, 8, COMPENSATED),
+        WeightsForm("int4", 4, 6, 6, 8, COMPENSATED),
     )
 }
 """By the name that `--weights` takes, the widest first.
 
-The head has no fewer than 6 bits: on SmolLM2 two bits less of it (8 to 6) cost 0.0015 nats for 7 MB, and a bit less of all else
-(6 to 5) 0.020 for 13 MB. A table of its own keeps 8, as a token reads one row of it.
+They are called by the bits of the FFNs, which are most of the weights. Attention has more: by the byte, a bit of it is worth
+some times what one of the FFNs is. The head's last two bits are worth the least of all. A table of its own keeps 8, as a token
+reads one row of it (docs/decisions/0024-quantised-weights.md has the numbers).
 """
 WEIGHTS = (*FLOATS, *FORMS, AUTO)
 """All that `--weights` takes."""

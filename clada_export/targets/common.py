@@ -24,6 +24,7 @@ from clada_export.trace.trace import TracedModel
 from clada_export.verify import QuantisedWeights, Verification
 from graph_passes.dead_columns import DropDeadColumns
 from graph_passes.fuse_attention import TOKEN_AXIS, in_place_node
+from graph_passes.op import ContractError
 from graph_passes.pass_list import PassList
 from graph_passes.quant.quantiser import Quantiser
 from graph_passes.quant_matmul import QuantReport
@@ -155,6 +156,13 @@ def ffn_rewrite(request: BuildRequest) -> RewriteFFNs:
     if not rewrites:
         reasons = "; ".join(f"{miss.name}: {miss.reason}" for miss in search.misses[:3]) or "no layer of the plan is in it"
         raise UnsupportedModelError(f"no feed-forward layer was matched in the exported graph ({reasons})")
+    if request.quantiser is not None and (missing := [layer.name for layer in plan.layers if layer.name not in matched]):
+        # Its products would be taken for attention's, with other bits than those that were calibrated.
+        reason = next((miss.reason for miss in search.misses if miss.name == missing[0]), "the graph has no such layer")
+        raise UnsupportedModelError(
+            f"{missing[0]}: not matched in the exported graph ({reason}), and quantised weights need every feed-forward layer "
+            "of the plan there; use --weights float32"
+        )
     return RewriteFFNs(
         rewrites, search, emit_active=True, weight_dtype=WEIGHT_TYPES[request.dtype], quantiser=request.quantiser
     )
@@ -178,9 +186,16 @@ def run_passes(request: BuildRequest, rewrite: RewriteFFNs, passes: PassList) ->
 
 
 def save(model: ir.Model, out: Path) -> None:
-    """Write `model.onnx` and its weights."""
+    """Write `model.onnx` and its weights.
+
+    Raises:
+        UnsupportedModelError: weights that are made when they are written, and that the op does not take; names them.
+    """
     model.producer_name = "clada-export"
-    ir.save(model, out / MODEL_NAME, external_data=DATA_NAME)
+    try:
+        ir.save(model, out / MODEL_NAME, external_data=DATA_NAME)
+    except ContractError as error:
+        raise UnsupportedModelError(f"the graph can't be written: {error}") from error
 
 
 def _rewrite(plan: SparsityPlan, layer: LayerPlan) -> FFNRewrite:

@@ -22,7 +22,7 @@ from torch import Tensor
 from clada_export.decoder.decoder import Decoder
 from clada_export.plan.weights_form import WeightsForm
 from clada_export.quantise.codes import Coded, Codes
-from clada_export.quantise.matrices import ModelMatrices, find_matrices
+from clada_export.quantise.matrices import find_matrices
 from clada_export.quantise.store import QuantStore
 from clada_export.verify.report import Check
 from graph_passes.op import OP_TYPE as FFN_OP
@@ -66,7 +66,8 @@ def read_matrices(model: Path, decoder: Decoder, form: WeightsForm, expected: Qu
         expected: the codes that were to be written, if they are known: the file has to hold these, to the bit.
     """
     matrices = find_matrices(decoder)
-    reader = _Reader(matrices)
+    codes = Codes(decoder, matrices)
+    reader = _Reader(codes)
     for node in ir.load(model).graph:
         if (node.domain == DOMAIN and node.op_type in (OP_TYPE, FFN_OP)) or TABLE_ROWS in node.metadata_props:
             reader.read(node)
@@ -74,21 +75,26 @@ def read_matrices(model: Path, decoder: Decoder, form: WeightsForm, expected: Qu
     tied = matrices.tied if matrices.tied is not None and matrices.tied[1] in there else None
     if tied is not None:
         there[tied[0]] = matrices.found[tied[0]]
-    codes = Codes(decoder, replace(matrices, found=there, tied=tied))
-    for name, matrix in reader.found.items():
-        codes.keep(name, matrix)
+    codes.matrices = replace(matrices, found=there, tied=tied)
     store = QuantStore(codes, form)
     return FileMatrices(store, _check(reader, store, expected))
 
 
 class _Reader:
-    """Finds out which matrices of a model the nodes of a file hold."""
+    """Finds out which matrices of a model the nodes of a file hold, and keeps their codes.
 
-    def __init__(self, matrices: ModelMatrices) -> None:
-        self._matrices = matrices
-        self.found: dict[str, QuantisedMatrix] = {}
+    Attributes:
+        found: the bits of each matrix that was met, by the path of its module.
+    """
+
+    def __init__(self, codes: Codes) -> None:
+        self._codes, self._matrices = codes, codes.matrices
+        self.found: dict[str, int] = {}
         self.faults: list[str] = []
-        self._first = {name: _unit(matrix.rows()[0]) for name, matrix in matrices.found.items() if matrix.kind != "embedding"}
+        self._halves: dict[str, QuantisedMatrix] = {}
+        self._first = {
+            name: _unit(matrix.rows()[0]) for name, matrix in codes.matrices.found.items() if matrix.kind != "embedding"
+        }
 
     def read(self, node: ir.Node) -> None:
         if TABLE_ROWS in node.metadata_props:
@@ -129,10 +135,11 @@ class _Reader:
                 self._keep(part.matrix, made)
                 continue
             # The other half comes with the other role.
-            whole = self.found.get(part.matrix) or _empty(shape, made.bits)
+            whole = self._halves.setdefault(part.matrix, _empty(shape, made.bits))
             part.of(torch.from_numpy(whole.codes)).copy_(torch.from_numpy(made.codes))
             part.of(torch.from_numpy(whole.scale)).copy_(torch.from_numpy(made.scale))
-            self._keep(part.matrix, whole)
+            if role == "up":
+                self._keep(part.matrix, self._halves.pop(part.matrix))
 
     def _take(self, node: str, made: QuantisedMatrix) -> None:
         """One matrix after another: which they are, their first rows tell."""
@@ -151,7 +158,8 @@ class _Reader:
         if tuple(made.codes.shape) != tuple(self._matrices.found[name].rows().shape):
             self.faults.append(f"{name}: is {list(made.codes.shape)} in the file")
             return
-        self.found[name] = made
+        self.found[name] = made.bits
+        self._codes.keep(name, made)
 
     def _like(self, row: Tensor) -> str | None:
         """The matrix whose first row this is; of several that are alike, one that was not met yet."""
@@ -168,12 +176,14 @@ def _check(reader: _Reader, store: QuantStore, expected: QuantStore | None) -> C
     numbers: dict[str, float] = {"matrices": len(reader.found)}
     bounds: dict[str, float] = {}
     for name in reader.found:
-        coded, weight = store.coded(name), store.codes.matrices.found[name].rows()
+        coded, weight = store.codes.of(name, reader.found[name]), store.codes.matrices.found[name].rows()
         error = float((coded.decoded() - weight).norm() / weight.norm().clamp(min=1e-30))
         key, allowed = f"error_{coded.bits}_bits", ALLOWED * ERROR / 2 ** (coded.bits - 1)
         numbers[key], bounds[key] = max(numbers.get(key, 0.0), error), allowed
         if not error <= allowed:
             faults.append(f"{name}: is {error:.3g} of itself from the source's weights; allowed {allowed:.3g}")
+        elif coded.bits != store.coded_bits(name):
+            faults.append(f"{name}: has {coded.bits} bits, and the plan says {store.coded_bits(name)}")
         elif expected is not None and not _same(coded, expected.coded(name)):
             faults.append(f"{name}: its codes are not those that calibration measured")
     if expected is not None:

@@ -52,13 +52,14 @@ def test_an_engine_says_what_its_weights_are(made: ExportResult, capsys: pytest.
     weights = manifest.weights
     assert weights["form"] == "int5" and made.plan.source["weights"]["name"] == "int5"
     assert {kind: value["bits"] for kind, value in weights.items() if kind != "form"} == {
-        "ffn": 5, "attention": 5, "head": made.plan.source["weights"]["head"], "embedding": 8,
+        "ffn": 5, "attention": 6, "head": 6, "embedding": 8,
     }  # fmt: skip
     assert [node.attributes["weight_format"].value for node in nodes(made.path, "SparseFFN")] == ["int5", "int5"]
     assert not nodes(made.path, "MatMul") or all(node.inputs[1].const_value is None for node in nodes(made.path, "MatMul"))
     assert (made.path / "model.onnx.data").stat().st_size < 1.3 * sum(
         weights[kind]["bytes"] for kind in weights if kind != "form"
     )
+    assert "all weights in\nint5)" in (made.path / "README.md").read_text()
     assert main(["inspect", str(made.path)]) == 0
     shown = capsys.readouterr().out
     assert "weights int5" in shown and "ffn 5 bits" in shown

@@ -63,7 +63,7 @@ def test_a_product_is_that_of_the_op() -> None:
     with QuantisedView(store).on(), torch.inference_mode():
         found = module(x)
     matrix = store.coded("model.layers.1.self_attn.q_proj").matrix()
-    assert matrix.bits == 5
+    assert matrix.bits == 6
     wanted = quant_matmul(x.numpy(), pack(matrix), matrix.attributes())
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-5)
 
