@@ -20,6 +20,7 @@ from graph_passes.attention.match import (
     packed,
     rotated,
     side_by_side,
+    swapped_norm,
     unmerged,
 )
 from graph_passes.emit import Emitter, initializer
@@ -177,13 +178,16 @@ class _Writer:
             self._share()
         name = f"{PREFIX}.{found.past_key.name}"
         emit = Emitter(name)
-        sizes = (width, found.kv_heads * size, found.kv_heads * size)
-        parts = tuple(
-            side_by_side(value, size) or self._side_by_side(emit, value, wide)
-            for value, wide in zip((found.query, found.new_key, found.new_value), sizes, strict=True)
-        )
-        query, key, value = parts
-        rotation = self._rotation(query, key, size)
+        heads = (found.query, found.new_key)
+        # Rotated before their heads are put side by side, or after.
+        rotation = self._rotation(*heads, size)
+        if rotation is not None:
+            heads = rotation[:2]
+        widths = (width, found.kv_heads * size)
+        query, key = (self._side_by_side(emit, value, size, wide) for value, wide in zip(heads, widths, strict=True))
+        value = self._side_by_side(emit, found.new_value, size, widths[1])
+        if rotation is None and (rotation := self._rotation(query, key, size)) is not None:
+            query, key = rotation[:2]
         attributes: dict[str, Any] = {
             "num_heads": width // size,
             "kv_num_heads": found.kv_heads,
@@ -192,7 +196,7 @@ class _Writer:
         }
         tables: list[ir.Value | None] = [None, None, None]
         if rotation is not None:
-            query, key, how = rotation
+            how = rotation[2]
             tables = [*self._tables(emit, how), how.positions]
             attributes |= {"do_rotary": 1, "rotary_interleaved": how.interleaved}
         query, key = unmerged(query), unmerged(key)
@@ -279,10 +283,19 @@ class _Writer:
             self.tables[how.cos, how.sin] = cos, sin
         return self.tables[how.cos, how.sin]
 
-    def _side_by_side(self, emit: Emitter, value: ir.Value, width: int) -> ir.Value:
-        swapped = emit.op("Transpose", value, perm=SWAP)
-        merged = emit.op("Reshape", swapped, self._constant(f"merge.{width}", [0, 0, width]))
+    def _side_by_side(self, emit: Emitter, value: ir.Value, size: int, width: int) -> ir.Value:
+        """Heads [batch, heads, tokens, size] as rows [batch, tokens, width]."""
         assert self.ids is not None
+        if (found := side_by_side(value, size)) is not None:
+            return found
+        merge = self._constant(f"merge.{width}", [0, 0, width])
+        if (norm := swapped_norm(value)) is not None:
+            node, x = norm
+            swapped = emit.op(node.op_type, x, *node.inputs[1:], **_settings(node))
+        else:
+            swapped = emit.op("Transpose", value, perm=SWAP)
+        swapped.type = ir.TensorType(ir.DataType.FLOAT)
+        merged = emit.op("Reshape", swapped, merge)
         merged.type, merged.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([*self.ids.shape, width])  # type: ignore[misc]
         return merged
 
@@ -315,3 +328,7 @@ class _Writer:
 
     def _number(self, name: str, value: float) -> ir.Value:
         return initializer(self.graph, f"{PREFIX}.{name}", np.array(value, np.float32))
+
+
+def _settings(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}

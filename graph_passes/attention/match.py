@@ -244,9 +244,9 @@ class Rotation:
     interleaved: int
 
 
-def rotated(flat: ir.Value, size: int) -> tuple[ir.Value, Rotation] | None:
-    """(x, how) of a RotaryEmbedding of whole heads on x [batch, tokens, heads size]."""
-    node = flat.producer()
+def rotated(value: ir.Value, size: int) -> tuple[ir.Value, Rotation] | None:
+    """(x, how) of a RotaryEmbedding of whole heads on x, [batch, tokens, heads size] or [batch, heads, tokens, size]."""
+    node = value.producer()
     if node is None or (node.op_type, node.domain) != (ROTARY, MICROSOFT) or len(node.inputs) != 4:
         return None
     x, positions, cos, sin = node.inputs
@@ -255,11 +255,25 @@ def rotated(flat: ir.Value, size: int) -> tuple[ir.Value, Rotation] | None:
     plain = not attributes.get_int("rotary_embedding_dim", 0) and not attributes.get_int("is_packed_batching", 0)
     if x is None or positions is None or cos is None or sin is None or not whole or not plain:
         return None
-    if attributes.get_float("scale", 1.0) != 1.0 or x.shape is None or len(x.shape) != 3:
+    if attributes.get_float("scale", 1.0) != 1.0 or x.shape is None or len(x.shape) not in (3, 4):
         return None
     if positions.shape is None or len(positions.shape) != 2:
         return None
     return x, Rotation(positions, cos, sin, attributes.get_int("interleaved", 0))
+
+
+def swapped_norm(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
+    """(norm, x) of a norm over the numbers of a head, of x [batch, tokens, heads, size] with tokens and heads swapped."""
+    norm = value.producer()
+    if norm is None or norm.op_type not in ("SimplifiedLayerNormalization", "LayerNormalization") or norm.domain:
+        return None
+    swap = norm.inputs[0].producer() if norm.inputs[0] is not None else None
+    if swap is None or swap.op_type != "Transpose" or tuple(swap.attributes.get_ints("perm", ())) != SWAP:
+        return None
+    x = swap.inputs[0]
+    if norm.attributes.get_int("axis", -1) not in (-1, 3) or x is None or x.shape is None or len(norm.outputs) != 1:
+        return None
+    return (norm, x) if all(item is not None and item.const_value is not None for item in norm.inputs[1:]) else None
 
 
 def unmerged(value: ir.Value) -> ir.Value:

@@ -94,8 +94,10 @@ def test_rotation_and_one_product_for_three_go_into_the_node() -> None:
     assert not any(node.op_type == "RotaryEmbedding" for node in model.graph)
     node = next(node for node in model.graph if node.op_type == GROUP_QUERY)
     assert node.inputs[0] is not None and node.inputs[0].producer() is not None and node.inputs[1:3] == (None, None)
-    _, norms = _fused("qwen3")
-    assert all(item.rotates and not item.is_packed for item in norms.report.fused)
+    for kind in ("qwen3", "gemma3_text"):  # with norms of heads between the product and the rotation
+        model, norms = _fused(kind)
+        assert all(item.rotates and not item.is_packed for item in norms.report.fused)
+        assert not any(node.op_type in ("RotaryEmbedding", "Transpose") for node in model.graph)
 
 
 def test_caches_are_read_by_their_node_alone() -> None:
