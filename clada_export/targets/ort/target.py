@@ -35,6 +35,7 @@ from graph_passes.fuse_attention import AttentionReport, FuseAttention
 from graph_passes.kept_logits import KeepLastLogits
 from graph_passes.load_outputs import AddLoadOutputs
 from graph_passes.machine_paths import ForgetMachinePaths
+from graph_passes.merge_products import AddBeforeSplit, MergeProducts
 from graph_passes.pass_list import PassList
 from graph_passes.quant_matmul import QuantiseProducts
 from graph_passes.reshapes import RemoveHeadReshapes
@@ -78,7 +79,9 @@ def passes(rewrite: RewriteFFNs, products: QuantiseProducts | None = None, atten
         rewrite,  # FFNs become SparseFFN nodes; `load` comes in, counts go out
         DropDeadColumns(),  # what packed projections held for those FFNs
         ShareTransposed(),  # tied embeddings, which the last product reads transposed
+        AddBeforeSplit(),  # biases of products that the exporter packed
         *(() if products is None else (products,)),  # other products become QuantMatMul nodes
+        MergeProducts(),  # those of one x become one
         RemoveHeadReshapes(),  # detours of ort_fusions around attention
         *(() if attention is None else (attention,)),  # attention becomes one node, with a cache that grows in place
         KeepLastLogits(),  # a prompt needs those of its last position
