@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from benchmarks.peers.runner import Logits, Runner
 
 CONTEXT = 2048
+ERROR = 4
+"""GGML_LOG_LEVEL_ERROR; below it is a line for every tensor."""
 
 
 class LlamaRunner(Runner):
@@ -20,6 +23,14 @@ class LlamaRunner(Runner):
     def __init__(self, path: str, threads: int, load: str) -> None:
         self._api: Any = importlib.import_module("llama_cpp")
         llama_cpp = self._api
+
+        @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+        def log(level: int, text: bytes, user: object) -> None:
+            if level == ERROR:
+                sys.stderr.write(text.decode(errors="replace"))
+
+        self._log = log  # llama.cpp keeps a bare pointer to it
+        llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         model_settings = llama_cpp.llama_model_default_params()
         model_settings.n_gpu_layers = 0
