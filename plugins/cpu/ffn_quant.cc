@@ -17,7 +17,7 @@ constexpr int64_t kFewRows = 4;     // that go through w_out one by one; more of
 constexpr int64_t kPassRows = 256;  // rows whose numbers are kept at a time; then the weights are read again
 constexpr int64_t kMostTasks = 16;
 constexpr int64_t kTaskBytes = 32 << 10;  // of weights, at least: less is not worth another thread
-constexpr int64_t kPieceBytes = 128;      // of a neuron that a task reads at least: shorter reads are slower
+constexpr int64_t kPieceBytes = 192;      // of a neuron that a task reads, at least, where that leaves two: shorter reads are slower
 
 // Rows of numbers in 8 bits, in the scratch memory.
 struct Rounded {
@@ -40,8 +40,10 @@ struct FfnPlan {
   float* multiplier = nullptr;  // [rows] m(load), by the call's row
   Rounded x, hidden;
   int32_t* counts = nullptr;   // [pass_rows, groups] neurons that the rule keeps
-  uint8_t* list = nullptr;     // [pass_rows, groups, 32] and
-  uint8_t* listed = nullptr;   // [pass_rows, groups]: DownCall's, for few rows
+  // DownCall's, for few rows.
+  uint8_t* list = nullptr;     // [pass_rows, groups, 32]
+  int8_t* listed = nullptr;    // [pass_rows, groups, 32]
+  uint8_t* quads = nullptr;    // [pass_rows, groups]
   uint8_t* records = nullptr;  // w_out as a weight of QuantMatMul, for many rows
   // Rules that look at a whole row.
   float* values = nullptr;     // [pass_rows, f] h
@@ -75,7 +77,8 @@ size_t MakeFfnPlan(const clada::Problem& p, void* base, FfnPlan* plan) {
   plan->counts = arena.Take<int32_t>(pass * groups);
   if (plan->few) {
     plan->list = arena.Take<uint8_t>(pass * f);
-    plan->listed = arena.Take<uint8_t>(pass * groups);
+    plan->listed = arena.Take<int8_t>(pass * f);
+    plan->quads = arena.Take<uint8_t>(pass * groups);
   } else {
     plan->records = arena.Take<uint8_t>(d / kTileRows * groups * Record(p));
   }
@@ -107,7 +110,10 @@ class Pass {
         record_(Record(problem)) {}
 
   void Run() {
-    EachRow([&](int64_t i) { products_.quantise(Rows(p_) + rows_[i] * d_, d_ / kBlock, plan_.x.q + i * d_, plan_.x.scale + i * (d_ / kBlock), plan_.x.sum + i * (d_ / kBlock)); });
+    const int64_t blocks = d_ / kBlock;
+    EachRow([&](int64_t i) {
+      products_.quantise(Rows(p_) + rows_[i] * d_, blocks, plan_.x.q + i * d_, plan_.x.scale + i * blocks, plan_.x.sum + i * blocks);
+    });
     const int64_t read = p_.projections() * groups_ * (d_ / kBlock) * record_ * CeilDiv(count_, kFewRows);
     const int64_t tasks = Tasks(groups_, read);
     Parallel(host_, tasks, [&](int64_t task) {
@@ -124,7 +130,9 @@ class Pass {
   }
 
  private:
-  static int64_t Tasks(int64_t most, int64_t bytes) { return std::min(most, std::clamp<int64_t>(bytes / kTaskBytes, 1, kMostTasks)); }
+  static int64_t Tasks(int64_t most, int64_t bytes) {
+    return std::min(most, std::clamp<int64_t>(bytes / kTaskBytes, 1, kMostTasks));
+  }
 
   // A few rows are done sooner than other threads have begun.
   template <class Body>
@@ -195,9 +203,10 @@ class Pass {
   void DecideRow(int64_t i) const {
     const bool sparse = Sparse(i);
     uint8_t* mask = plan_.mask + i * f_;
-    if (sparse)
-      Decide(p_, 0, f_, plan_.score + i * f_, plan_.multiplier[rows_[i]], nullptr, nullptr, mask, plan_.rank ? plan_.rank + i * f_ : nullptr);
-    for (int64_t g = 0; g < groups_; ++g) Choose(g, i, sparse ? mask + g * kBlock : nullptr, plan_.values + i * f_ + g * kBlock);
+    uint64_t* rank = plan_.rank ? plan_.rank + i * f_ : nullptr;
+    if (sparse) Decide(p_, 0, f_, plan_.score + i * f_, plan_.multiplier[rows_[i]], nullptr, nullptr, mask, rank);
+    for (int64_t g = 0; g < groups_; ++g)
+      Choose(g, i, sparse ? mask + g * kBlock : nullptr, plan_.values + i * f_ + g * kBlock);
   }
 
   // Zeros in the place of what is skipped, and the group in 8 bits.
@@ -216,12 +225,15 @@ class Pass {
     products_.quantise(hidden, 1, q, plan_.hidden.scale + at, plan_.hidden.sum + at);
     if (!plan_.few) return;
     uint8_t* list = plan_.list + at * kBlock;
+    int8_t* listed = plan_.listed + at * kBlock;
     int64_t count = 0;
     for (int64_t j = 0; j < kBlock; ++j) {
       list[count] = static_cast<uint8_t>(j);
+      listed[count] = q[j];
       count += q[j] != 0;
     }
-    plan_.listed[at] = static_cast<uint8_t>(count);
+    for (; count % 4; ++count) list[count] = 0, listed[count] = 0;
+    plan_.quads[at] = static_cast<uint8_t>(count / 4);
   }
 
   void AddBias(float* y, int64_t first, int64_t end) const {
@@ -232,7 +244,8 @@ class Pass {
   void FewDown() const {
     const int bits = kFormatBits[format_];
     const int64_t chunks = CeilDiv(d_, kChunkColumns), piece = NeuronBytes(kChunkColumns, bits);
-    const int64_t tasks = Tasks(std::max<int64_t>(1, chunks * piece / std::max(piece, kPieceBytes)), groups_ * GroupBytes(d_, bits) * count_);
+    const int64_t most = std::max(std::min<int64_t>(2, chunks), chunks * piece / std::max(piece, kPieceBytes));
+    const int64_t tasks = Tasks(most, groups_ * GroupBytes(d_, bits) * count_);
     Parallel(host_, tasks, [&](int64_t task) {
       for (int64_t i = 0; i < count_; ++i) {
         DownCall call;
@@ -241,11 +254,11 @@ class Pass {
         call.groups = groups_;
         call.first = chunks * task / tasks * kChunkColumns;
         call.end = std::min(d_, chunks * (task + 1) / tasks * kChunkColumns);
-        call.q = plan_.hidden.q + i * f_;
         call.scale = plan_.hidden.scale + i * groups_;
         call.sum = plan_.hidden.sum + i * groups_;
         call.list = plan_.list + i * f_;
-        call.count = plan_.listed + i * groups_;
+        call.q = plan_.listed + i * f_;
+        call.quads = plan_.quads + i * groups_;
         call.y = Results(p_) + rows_[i] * d_;
         host_.set->quant_ffn->down[format_](call);
         AddBias(call.y, call.first, call.end);
@@ -256,12 +269,13 @@ class Pass {
   // A task's columns become records, and then all rows go through them.
   void ManyDown() const {
     const int64_t chunks = CeilDiv(d_, kChunkColumns), tile_bytes = groups_ * record_;
+    const int64_t group_bytes = GroupBytes(d_, kFormatBits[format_]);
     Parallel(host_, chunks, [&](int64_t chunk) {
       const int64_t column = chunk * kChunkColumns, end = std::min(d_, column + kChunkColumns);
       uint8_t* records = plan_.records + column / kTileRows * tile_bytes;
       const auto* w_out = static_cast<const uint8_t*>(p_.w_out);
       for (int64_t g = 0; g < groups_ && first_ == 0; ++g)  // later passes find them there
-        host_.set->quant_ffn->to_records[format_](w_out + g * GroupBytes(d_, kFormatBits[format_]), d_, column, records + g * record_, tile_bytes);
+        host_.set->quant_ffn->to_records[format_](w_out + g * group_bytes, d_, column, records + g * record_, tile_bytes);
       for (int64_t at = column; at < end; at += kTileRows, records += tile_bytes)
         for (int64_t first = 0; first < count_; first += products_.run_rows) {
           const int64_t rows = std::min(products_.run_rows, count_ - first);

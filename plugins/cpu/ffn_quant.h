@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A SparseFFN whose weights are quantised (docs/sparse-ffn-op.md, "Quantised weights"). The products of gate and up are QuantMatMul's.
+// A SparseFFN whose weights are quantised (docs/sparse-ffn-op.md, "Quantised weights"). Gate and up are products of QuantMatMul.
 #ifndef CLADA_CPU_FFN_QUANT_H_
 #define CLADA_CPU_FFN_QUANT_H_
 

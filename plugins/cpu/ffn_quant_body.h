@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of ffn_quant_kernels.h, written once over a vector type V, which is one of quant_body.h with more:
 //
-//   V::Quad<width>(p, at, out)  bytes of four neurons beside each other: 32-bit lane 4 L + i of out[t] is byte at + 4 (width L + t) + i
-//                               of p[0], p[1], p[2] and p[3]. Reads width * kLanes bytes of each.
-//   V::Dot(sum, codes, x)       adds to each lane the products of its four bytes with those of x; codes below 2^7, or any if kWideDot
+//   V::Quad<width>(p, at, out)  bytes of four neurons beside each other: 32-bit lane 4 L + i of out[t] is byte
+//                               at + 4 (width L + t) + i of p[0], p[1], p[2] and p[3]. Reads width * kLanes bytes of each.
+//   V::Dot(sum, codes, x)       adds to each lane the products of its four bytes with those of x; codes below 2^7, or any if
+//                               kWideDot
 //   V::AddInt, StoreInts, and LoadFloats, StoreFloats, LoadHalves for the first `count` lanes, a multiple of four
 //
-// A lane is a column of w_out and holds four neurons: no sum over neurons runs across lanes, and the scales of a vector are one load.
+// A lane is a column of w_out and holds four neurons: no sum over neurons runs across lanes, and a vector's scales are one load.
 #ifndef CLADA_CPU_FFN_QUANT_BODY_H_
 #define CLADA_CPU_FFN_QUANT_BODY_H_
 
@@ -23,7 +24,6 @@ using clada::quant::NeuronBytes;
 
 constexpr int kSums = 8;         // vectors of columns that come out of the bytes of one load
 constexpr int64_t kQuad = 4;     // neurons that are multiplied together
-constexpr int64_t kAhead = 1;    // groups that are fetched while one is multiplied
 
 template <int kValue>
 struct Constant {
@@ -73,49 +73,81 @@ struct Quads {
 
 // What is read of a group.
 struct Active {
-  int64_t group = 0;  // DownCall::groups: none
-  const uint8_t* at = nullptr;
-  int64_t quads = 0;
-  const uint8_t* neuron[kBlock];
-  int32_t x[kBlock / kQuad];
+  int64_t group;  // DownCall::groups: none
+  int64_t quads;
+  const uint8_t* at;
+  const uint8_t* list;
+
+  // The neurons of a quad.
+  template <int kBits>
+  inline void Neurons(int64_t quad, int64_t columns, const uint8_t* (&p)[kQuad]) const {
+    for (int64_t i = 0; i < kQuad; ++i) p[i] = at + list[quad * kQuad + i] * NeuronBytes(columns, kBits);
+  }
 };
 
 // The first group from `from` on that adds anything. One whose scale is NaN does, without a neuron.
 template <int kBits>
-inline void MakeActive(const DownCall& call, int64_t from, Active* made) {
+inline Active NextActive(const DownCall& call, int64_t from) {
   while (from < call.groups && call.scale[from] == 0.0f) ++from;
-  made->group = from;
-  made->quads = 0;
-  if (from >= call.groups) return;
-  const int64_t bytes = NeuronBytes(call.columns, kBits);
-  const uint8_t* group = made->at = call.w_out + from * GroupBytes(call.columns, kBits);
-  const uint8_t* list = call.list + from * kBlock;
-  const int64_t listed = call.count[from], count = listed < kBlock ? listed : kBlock;
-  made->quads = (count + kQuad - 1) / kQuad;
-  for (int64_t i = 0; i < made->quads * kQuad; ++i) {
-    const int64_t neuron = list[i < count ? i : count - 1] % kBlock;
-    made->neuron[i] = group + neuron * bytes;
-    const int8_t value = i < count ? call.q[from * kBlock + neuron] : static_cast<int8_t>(0);
-    __builtin_memcpy(reinterpret_cast<char*>(made->x) + i, &value, 1);
-  }
+  const int64_t quads = from < call.groups ? call.quads[from] : 0;
+  return {from, quads, call.w_out + from * GroupBytes(call.columns, kBits), call.list + from * kBlock};
 }
 
-inline void Fetch(const uint8_t* p) { __builtin_prefetch(p, 0, 3); }
+constexpr int64_t kNearBytes = 10 << 10;  // of a group that are fetched into the first cache; more go into the second: measured
 
-// A quad's bytes of the chunk at `column`; of a low plane's lines each chunk has a part.
+// Fetches what will be read of a group, line after line as they lie in memory; in the order in which chunks read them, a line here
+// and a line there, small layers took a fifth longer.
 template <int kBits>
-inline void FetchQuad(const Active& of, int64_t quad, int64_t column, int64_t low_plane) {
-  constexpr int kLow = kBits - kHighBits;
-  for (int64_t i = quad * kQuad; i < (quad + 1) * kQuad; ++i) {
-    Fetch(of.neuron[i] + column * kHighBits / 8);
-    if constexpr (kLow > 0)
-      if (column / kChunkColumns % (4 / kLow) == 0) Fetch(of.neuron[i] + low_plane + column * kLow / 8);
+class Fetcher {
+ public:
+  Fetcher(const DownCall& call, const Active& of) : of_(of), neurons_(of.quads * kQuad) {
+    constexpr int kLow = kBits - kHighBits;
+    stride_ = NeuronBytes(call.columns, kBits);
+    from_[0] = call.first * kHighBits / 8, end_[0] = call.end * kHighBits / 8;
+    from_[1] = (call.columns * kHighBits + call.first * kLow) / 8, end_[1] = (call.columns * kHighBits + call.end * kLow) / 8;
+    // What is whole is one piece.
+    if (end_[0] == from_[1]) end_[0] = end_[1], planes_ = 1;
+    if constexpr (kLow == 0) planes_ = 1;
+    far_ = kBlock * (end_[0] - from_[0]) > kNearBytes;
+    if (neurons_ > 0) Begin();
   }
-}
+
+  // How many lines a step has to fetch, of so many steps.
+  int64_t Rate(int64_t steps) const {
+    int64_t lines = (end_[0] - from_[0] + kLine - 1) / kLine + 1;
+    if (planes_ == 2) lines += (end_[1] - from_[1] + kLine - 1) / kLine + 1;
+    return steps > 0 ? (lines * neurons_ + steps - 1) / steps : 0;
+  }
+
+  inline __attribute__((always_inline)) void Fetch(int64_t lines) {
+    for (; lines > 0 && neurons_ > 0; --lines) {
+      far_ ? __builtin_prefetch(at_, 0, 2) : __builtin_prefetch(at_, 0, 3);
+      if ((at_ += kLine) >= stop_) Advance();
+    }
+  }
+
+ private:
+  void Begin() {
+    const uint8_t* neuron = of_.at + of_.list[place_] * stride_;
+    at_ = neuron + from_[plane_], stop_ = neuron + end_[plane_];
+    at_ -= reinterpret_cast<uintptr_t>(at_) % kLine;
+  }
+  void Advance() {
+    if (++plane_ >= planes_) plane_ = 0, ++place_, --neurons_;
+    if (neurons_ > 0) Begin();
+  }
+
+  const Active& of_;
+  int64_t neurons_, place_ = 0, stride_;
+  int plane_ = 0, planes_ = 2;
+  bool far_ = false;
+  int64_t from_[2], end_[2];
+  const uint8_t *at_ = nullptr, *stop_ = nullptr;
+};
 
 // A group's share of the chunk at `column`, of kUnits units.
 template <class V, int kBits, int kUnits>
-inline void DownChunk(const DownCall& call, const Active& active, const Active& next, int64_t column) {
+inline void DownChunk(const DownCall& call, const Active& active, int64_t column, Fetcher<kBits>* fetcher, int64_t rate) {
   constexpr int kLow = kBits - kHighBits, kLanes = V::kLanes, kWidth = kChunkColumns / kUnitColumns * kUnits;
   constexpr bool kApart = kBits == 8 && !V::kWideDot;
   const int64_t low_plane = call.columns * kHighBits / 8;
@@ -123,9 +155,7 @@ inline void DownChunk(const DownCall& call, const Active& active, const Active& 
   float* y = call.y + column;
   const int32_t start = ZeroShare<kBits>(call.sum[active.group]);
   const typename V::F scale = V::Set(call.scale[active.group]);
-  if (next.quads > 0)
-    for (int64_t line = 0; line < 2 * kChunkColumns; line += kLine) Fetch(scales + (next.at - active.at) + line);
-  for (int64_t i = active.quads; i < next.quads; ++i) FetchQuad<kBits>(next, i, column, low_plane);
+  const int8_t* q = call.q + active.group * kBlock;
   for (int at = 0; at < kWidth; at += kLanes) {
     const int64_t high_at = column * kHighBits / 8 + at * kHighBits, low_at = low_plane + column * kLow / 8 + at * kLow;
     typename V::I sum[kSums], apart[kApart ? kSums : 1];
@@ -133,10 +163,12 @@ inline void DownChunk(const DownCall& call, const Active& active, const Active& 
     if constexpr (kApart)
       for (int s = 0; s < kSums; ++s) apart[s] = V::SetInt(start);
     for (int64_t i = 0; i < active.quads; ++i) {
-      if (at == 0 && i < next.quads) FetchQuad<kBits>(next, i, column, low_plane);
+      if (at == 0) fetcher->Fetch(rate);
+      const uint8_t* p[kQuad];
+      active.Neurons<kBits>(i, call.columns, p);
       Quads<V, kBits> quads;
-      quads.Load(active.neuron + i * kQuad, high_at, low_at);
-      const int32_t x = active.x[i];
+      quads.Load(p, high_at, low_at);
+      const int32_t x = StepOf(q, static_cast<int>(i));
       Each<kSums>([&](auto s) __attribute__((always_inline)) {
         constexpr int kSum = decltype(s)::value;
         if constexpr (kApart) {
@@ -159,23 +191,25 @@ inline void DownChunk(const DownCall& call, const Active& active, const Active& 
 
 template <class V, int kBits>
 void Down(const DownCall& call) {
-  Active ring[kAhead + 1];
-  MakeActive<kBits>(call, 0, &ring[0]);
-  for (int64_t i = 1; i <= kAhead; ++i) MakeActive<kBits>(call, ring[i - 1].group + 1, &ring[i]);
   for (int64_t c = call.first; c < call.end; ++c) call.y[c] = 0.0f;
-  for (int64_t step = 0;; ++step) {
-    Active& active = ring[step % (kAhead + 1)];
-    const Active& next = ring[(step + kAhead) % (kAhead + 1)];
-    if (active.group >= call.groups) return;
+  Active active = NextActive<kBits>(call, 0);
+  while (active.group < call.groups) {
+    const Active next = NextActive<kBits>(call, active.group + 1);
+    Fetcher<kBits> fetcher(call, next);
+    const int64_t rate = fetcher.Rate(active.quads * ((call.end - call.first + kChunkColumns - 1) / kChunkColumns));
+    if (next.quads > 0)
+      for (int64_t at = 2 * call.first; at < 2 * call.end; at += kLine)
+        __builtin_prefetch(next.at + kBlock * NeuronBytes(call.columns, kBits) + at, 0, 3);
     int64_t column = call.first;
-    for (; column + kChunkColumns <= call.end; column += kChunkColumns) DownChunk<V, kBits, 4>(call, active, next, column);
+    for (; column + kChunkColumns <= call.end; column += kChunkColumns)
+      DownChunk<V, kBits, 4>(call, active, column, &fetcher, rate);
     switch ((call.end - column) / kUnitColumns) {
-      case 3: DownChunk<V, kBits, 3>(call, active, next, column); break;
-      case 2: DownChunk<V, kBits, 2>(call, active, next, column); break;
-      case 1: DownChunk<V, kBits, 1>(call, active, next, column); break;
+      case 3: DownChunk<V, kBits, 3>(call, active, column, &fetcher, rate); break;
+      case 2: DownChunk<V, kBits, 2>(call, active, column, &fetcher, rate); break;
+      case 1: DownChunk<V, kBits, 1>(call, active, column, &fetcher, rate); break;
       default: break;
     }
-    MakeActive<kBits>(call, next.group + 1, &active);
+    active = next;
   }
 }
 

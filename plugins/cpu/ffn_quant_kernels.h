@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one instruction set provides for the down projection of a SparseFFN with quantised weights; the other products are those of
-// quant_kernels.h. ffn_quant.cc decides what runs when. As there, no inline function of the standard library is used.
+// What one instruction set provides for the down projection of a SparseFFN with quantised weights; the other products are those
+// of quant_kernels.h. ffn_quant.cc decides what runs when. As there, no inline function of the standard library is used.
 #ifndef CLADA_CPU_FFN_QUANT_KERNELS_H_
 #define CLADA_CPU_FFN_QUANT_KERNELS_H_
 
@@ -21,11 +21,13 @@ struct DownCall {
   int64_t columns = 0;
   int64_t groups = 0;
   int64_t first = 0, end = 0;     // multiples of kChunkColumns, or `columns`
-  const int8_t* q = nullptr;      // [32 * groups] h in 8 bits
-  const float* scale = nullptr;   // [groups]
-  const int32_t* sum = nullptr;   // [groups] of a group's q
-  const uint8_t* list = nullptr;  // [groups, 32] the neurons of each group whose q is not 0: only these are read
-  const uint8_t* count = nullptr;  // [groups] how many
+  const float* scale = nullptr;   // [groups] of h in 8 bits
+  const int32_t* sum = nullptr;   // [groups] of a group's numbers
+  // Of each group the neurons whose h in 8 bits is not 0, and these numbers: only these neurons are read. Filled up to quads with
+  // neuron 0 and the number 0.
+  const uint8_t* list = nullptr;   // [groups, 32] each below 32
+  const int8_t* q = nullptr;       // [groups, 32]
+  const uint8_t* quads = nullptr;  // [groups] fours of neurons, at most 8
   float* y = nullptr;             // [columns]; the part is written
 };
 

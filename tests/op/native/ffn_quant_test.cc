@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the framework-free kernels of SparseFFN with quantised weights over random calls, on every instruction set that the machine has,
-// as quant_test.cc does with QuantMatMul's: buffers of exactly the contract's bytes, equal bits for all schedules and for rows alone, and
-// inputs that change while a call runs.
+// Runs the framework-free kernels of SparseFFN with quantised weights over random calls, on every instruction set that the machine
+// has, as quant_test.cc does with QuantMatMul's: buffers of exactly the contract's bytes, equal bits for all schedules and for rows
+// alone, and inputs that change while a call runs.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -22,9 +22,9 @@ std::mt19937 random_engine(17);
 
 int64_t Pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_engine); }
 
-Buffer<float> Normals(int64_t count, float scale = 1.0f) {
+Buffer<float> Normals(int64_t count) {
   Buffer<float> buffer(count);
-  for (int64_t i = 0; i < count; ++i) buffer.data()[i] = scale * std::normal_distribution<float>()(random_engine);
+  for (int64_t i = 0; i < count; ++i) buffer.data()[i] = std::normal_distribution<float>()(random_engine);
   return buffer;
 }
 
@@ -98,8 +98,8 @@ int Run(int number) {
   p.hidden_size = 32 * Pick(1, 10), p.intermediate_size = 32 * Pick(1, 6);
   const int64_t rows = p.rows(), d = p.hidden_size, f = p.intermediate_size, groups = f / 32;
   const int64_t record = quant::RecordBytes(FormatBits(a.weight_format), false), group = d * record / 32;
-  Buffer<float> x = Normals(rows * d), load = Normals(rows), threshold(1), scale = Normals(f), gate_bias = Normals(f), up_bias = Normals(f),
-                down_bias = Normals(d);
+  Buffer<float> x = Normals(rows * d), load = Normals(rows), threshold(1), scale = Normals(f), gate_bias = Normals(f),
+                up_bias = Normals(f), down_bias = Normals(d);
   const float special[] = {HUGE_VALF, -HUGE_VALF, std::nanf("")};
   for (int64_t r = 0; r < rows; ++r)
     if (Pick(0, 2) == 0) load.data()[r] = special[Pick(0, 2)];
