@@ -51,6 +51,7 @@ class ExportOptions:
     calibration_threads: int | None = None
     ray_address: str | None = None
     dtype: str = "float32"
+    portable: bool = False
     weights: str | None = None
     load_response: bool = True
     verify: bool = True
@@ -90,6 +91,10 @@ class ExportOptions:
             raise UsageError(f"unknown target {self.target!r}; known: {', '.join(TARGETS)}")
         if self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.portable and not TARGET_TRAITS[self.target].fuses_attention:
+            raise UsageError(
+                f"--portable is for --target ort; --target {self.target} always keeps attention in standard operators"
+            )
         self._check_weights()
         if self.policy != AUTO:
             policy = get_policy(self.policy, self.settings)

@@ -271,6 +271,7 @@ def _build_request(
         limit=source.decoder.sequence_limit,
         scales=source.decoder.attention_scales,
         settings=options.tensorrt,
+        portable=options.portable,
         progress=stages.inner,
     )
 

@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # An older word for the forms that are types.
     parser.set_defaults(dtype=None)
     workers_arguments(parser)
+    parser.add_argument(
+        "--portable",
+        action="store_true",
+        help="--target ort: leave attention in standard operators, for ONNX Runtime on a GPU and for other runtimes; slower on "
+        "the CPU",
+    )
     parser.add_argument("--no-load-response", action="store_true", help="do not fit a response to surprisal and entropy")
     parser.add_argument("--no-verify", action="store_true", help="skip verification; the manifest says so")
     _tensorrt_arguments(parser.add_argument_group("with --target trt"))
@@ -138,6 +144,7 @@ def run(options: argparse.Namespace) -> int:
                 dtype=options.dtype or "float32",
                 weights=options.weights,
                 load_response=not options.no_load_response,
+                portable=options.portable,
                 verify=not options.no_verify,
                 overwrite=options.overwrite,
                 seed=options.seed,

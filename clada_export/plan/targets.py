@@ -12,21 +12,24 @@ class TargetTraits:
     Attributes:
         compiles_graphs: it takes ONNX models as a source, and not only PyTorch models.
         timed: its layers run in ONNX Runtime on the CPU, where a plan is chosen by the clock.
+        fuses_attention: attention becomes a node of ONNX Runtime's own, unless the graph is to be portable.
         no_quantising: why it does not run quantised weights, or None if it does.
         no_merging: why it does not run FFNs whose experts are merged, or None if it does.
     """
 
     compiles_graphs: bool
     timed: bool
+    fuses_attention: bool
     no_merging: str | None = None
     no_quantising: str | None = None
 
 
 TARGET_TRAITS = {
-    "ort": TargetTraits(compiles_graphs=True, timed=True),
+    "ort": TargetTraits(compiles_graphs=True, timed=True, fuses_attention=True),
     "trt": TargetTraits(
         compiles_graphs=False,
         timed=False,
+        fuses_attention=False,
         no_merging=(
             "TensorRT: merged weights are made only in runs that hold a dense token and kept otherwise, and a TensorRT engine "
             "can't leave out an output"

@@ -13,17 +13,22 @@ CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 INSTALL = "pip uninstall onnxruntime, then pip install 'clada-export[ort-gpu]'"
 
 
-def choose_device(wanted: str, *, own_library: bool) -> str:
+def choose_device(wanted: str, *, own_library: bool, for_cpu: str | None = None) -> str:
     """`cpu` or `cuda`.
 
     Args:
         wanted: `auto` takes `cuda` where all that it needs is there, the op's CUDA library included.
         own_library: this package's library is to be used: not one of the caller's, and not the op's function body.
+        for_cpu: why the graph is one for the CPU, and what to do for another; None if it runs anywhere.
 
     Raises:
         BackendError: `cuda` is wanted and something is missing; says what, and how to install it.
     """
     if wanted == CPU or (wanted != CUDA and not own_library):
+        return CPU
+    if for_cpu is not None:
+        if wanted == CUDA:
+            raise BackendError(f"device cuda: {for_cpu}; or run on the CPU: device cpu")
         return CPU
     missing = _missing_for_cuda(own_library)
     if missing is None:

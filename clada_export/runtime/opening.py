@@ -97,7 +97,7 @@ def _ort_session(folder: Path, manifest: Manifest, request: Request) -> Session:
     except ImportError as error:
         raise BackendError(f"{folder}: this export needs ONNX Runtime: pip install 'clada-export[ort]'") from error
     own = request.use_library and request.library is None
-    device = choose_device(request.device, own_library=own)
+    device = choose_device(request.device, own_library=own, for_cpu=_for_cpu(manifest))
     library = None
     if own and device != CPU:
         library = _cuda_library()
@@ -108,6 +108,16 @@ def _ort_session(folder: Path, manifest: Manifest, request: Request) -> Session:
     return GraphSession(
         folder, manifest, library.path, request.threads, library_name=library.name, device=device, packed=request.packed
     )
+
+
+def _for_cpu(manifest: Manifest) -> str | None:
+    """Why ONNX Runtime's CUDA provider has not all operators of a graph, or None."""
+    if any(tensor.in_place is not None for tensor in manifest.cache):
+        # com.microsoft::GroupQueryAttention in float32: the provider has it in 16 bits only.
+        return "the attention of this engine is one node of ONNX Runtime's that runs on the CPU; export with --portable"
+    if manifest.weights:
+        return "weights of 4 to 8 bits are for the CPU; export with --weights float32 or float16, and --portable"
+    return None
 
 
 def _tensorrt_session(folder: Path, manifest: Manifest, request: Request) -> Session:

@@ -51,6 +51,7 @@ class BuildRequest:
         limit: the longest sequence that the model takes, or None if it does not say.
         scales: of the model's attention layers, as far as it says them.
         settings: what was asked of TensorRT.
+        portable: attention stays in standard operators.
         quantiser: of the matrices, or None where weights are numbers of a type.
     """
 
@@ -61,6 +62,7 @@ class BuildRequest:
     limit: int | None = None
     scales: frozenset[float] = frozenset()
     settings: TensorRTOptions | None = None
+    portable: bool = False
     quantiser: Quantiser | None = None
     progress: Step = lambda what, done, total: None
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -62,6 +63,23 @@ def test_the_engine_runs_a_batch_like_single_rows(model_folder: Folder, kept_tra
     dense = engine.logits(prompts[:1], "dense")[0]
     errors = [np.abs(engine.logits(prompts[:1], load)[0] - dense).mean() for load in (4.0, 0.0, -4.0)]
     assert errors[0] < errors[1] < errors[2]
+
+
+def test_a_portable_engine_has_attention_in_standard_operators(model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:
+    export(model_folder("llama"), tmp_path / "fused", replace(OPTIONS, verify=False))
+    result = export(model_folder("llama"), tmp_path / "portable", replace(OPTIONS, portable=True))
+    assert result.verification is not None and result.verification.passed
+    for name, fused in (("fused", True), ("portable", False)):
+        graph = onnx.load(tmp_path / name / "model.onnx").graph
+        assert any(node.op_type == "GroupQueryAttention" for node in graph.node) is fused
+    assert all(tensor.in_place is None for tensor in result.manifest.cache)
+    made = [load_engine(tmp_path / name).generate([[5, 6, 7]], 8, eos_token_id=[]).tokens for name in ("fused", "portable")]
+    assert made[0] == made[1]
+    # On a GPU, ONNX Runtime has no such node in float32.
+    with pytest.raises(BackendError, match=r"device cuda: the attention of this engine .* export with --portable"):
+        load_engine(tmp_path / "fused", device="cuda")
+    with pytest.raises(UsageError, match="--portable is for --target ort"):
+        export(model_folder("llama"), tmp_path / "other", replace(OPTIONS, portable=True, target="trt"))
 
 
 def test_the_same_pins_give_the_same_bytes(model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def build(request: BuildRequest) -> BuiltModel:
     model = request.traced.graph
     rewrite = ffn_rewrite(request)
     products = None if request.quantiser is None else QuantiseProducts(request.quantiser)
-    attention = FuseAttention(request.limit)
+    attention = None if request.portable else FuseAttention(request.limit)
     report = run_passes(request, rewrite, passes(rewrite, products, attention))
     save(model, request.out)
     shutil.copyfile(library, request.out / LIBRARY_NAME)
@@ -113,7 +113,7 @@ def build(request: BuildRequest) -> BuiltModel:
         tuple(tensor_spec(value) for value in model.graph.outputs),
         cache_tensors(model),
         report,
-        warnings=attention_warnings(attention.report),
+        warnings=() if attention is None else attention_warnings(attention.report),
         products=None if products is None else products.report,
     )
 

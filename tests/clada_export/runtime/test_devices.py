@@ -104,6 +104,14 @@ def test_auto_takes_cuda_only_with_the_own_library(pretend: Callable[..., None])
     assert choose_device("cpu", own_library=True) == "cpu"
 
 
+def test_a_graph_for_the_cpu_stays_there(pretend: Callable[..., None]) -> None:
+    pretend()
+    assert choose_device("auto", own_library=True, for_cpu="it is so") == "cpu"
+    assert choose_device("cpu", own_library=True, for_cpu="it is so") == "cpu"
+    with pytest.raises(BackendError, match="device cuda: it is so; or run on the CPU"):
+        choose_device("cuda", own_library=True, for_cpu="it is so")
+
+
 def test_a_library_of_the_caller_needs_no_installed_one(pretend: Callable[..., None]) -> None:
     pretend(library=False)
     assert choose_device("cuda", own_library=False) == "cuda"
