@@ -149,11 +149,11 @@ def race(folder: Path, task: Task) -> dict[str, Any]:
     tokens: dict[str, list[list[int]]] = {name: [] for name in sides}
     ran: list[np.ndarray] = []
     for load in sides.values():
-        engine.generate([task.prompts[0]], min(task.new_tokens, 8), load=load, eos_token_id=[])
+        engine.generate([task.prompts[0]], min(task.new_tokens, 8), load=load, eos_token_id=[], do_sample=False)
     for number, prompt in enumerate(task.prompts):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for name in order:
-            made = engine.generate([prompt], task.new_tokens, load=sides[name], eos_token_id=[])
+            made = engine.generate([prompt], task.new_tokens, load=sides[name], eos_token_id=[], do_sample=False)
             steps[name].append(made.decode_s)
             tokens[name].append(made.tokens[0])
             if name == "sparse" and made.active is not None:

@@ -89,7 +89,7 @@ def _work(folder: Path, threads: int | None, pipe: Connection) -> None:
             engine.prefill([prompt])
             pipe.send({"prompt_s": time.perf_counter() - start})
             continue
-        made = engine.generate([prompt], new_tokens, load=load, eos_token_id=[])
+        made = engine.generate([prompt], new_tokens, load=load, eos_token_id=[], do_sample=False)
         skipped = 1.0 - float(made.active.sum(-1).mean()) / widths if made.active is not None and widths else None
         pipe.send({"ttft_s": made.ttft_s, "itl_s": made.decode_s, "skipped": skipped})
 

@@ -103,7 +103,7 @@ def answer(engine: Engine, new_tokens: int) -> None:
     prompt = tokenizer.chat([{"role": "user", "content": QUESTION}])
     print(f"\nQuestion: {QUESTION}")
     for load in LOADS:
-        made = engine.generate([prompt], new_tokens, load=load)
+        made = engine.generate([prompt], new_tokens, load=load, do_sample=False)
         print(f"\n[{load}] {made.texts[0].strip() if made.texts else made.tokens[0]}")
 
 

@@ -66,7 +66,7 @@ def bench(
     active: dict[Load, list[float]] = {load: [] for load in loads}
     for repeat in range(repeats + 1):
         for load in loads:
-            made = engine.generate([prompt], new_tokens, load=load, eos_token_id=[])
+            made = engine.generate([prompt], new_tokens, load=load, eos_token_id=[], do_sample=False, repetition_penalty=1.0)
             if repeat == 0:  # Warms caches and the thread pool.
                 continue
             first[load].append(made.ttft_s)

@@ -6,24 +6,42 @@ its FFNs not at all (load = -inf) where it is padding or its row has ended.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from clada_export.artifact.manifest import Manifest
-from clada_export.errors import UsageError, VerificationError, shown
-from clada_export.load.meter import LoadFunction, LoadMeter
+from clada_export.errors import UsageError, shown
+from clada_export.load.meter import LoadMeter
 from clada_export.load.values import DENSE, SKIP, load_array, one_load
 from clada_export.runtime.exclusive import Exclusive
+from clada_export.runtime.generation import (
+    Generation,
+    GenerationArguments,
+    Load,
+    Model,
+    NextLoad,
+    Piece,
+    Request,
+    Row,
+    StepOutput,
+    StreamCallback,
+    TokenStream,
+    gather,
+    one_prompt,
+    pieces,
+    rounds,
+)
+from clada_export.runtime.generation_defaults import GenerationDefaults
 from clada_export.runtime.graph import KEPT_LOGITS, PassOutput, Session
 from clada_export.runtime.limits import listed_names, read_limits
-from clada_export.runtime.sampling import NO_FINITE_LOGIT, Sampler, SamplingSettings
+from clada_export.runtime.scores import log_probabilities
+from clada_export.runtime.stop_strings import stop_strings
 from clada_export.runtime.text import TOKENIZER_FILE, TextTokenizer
 from clada_export.runtime.tokens import left_pad, require_text, rows_of, token_ids
 
@@ -33,46 +51,7 @@ PREFILL_CHUNK = 1024
 ALL, LAST = np.zeros(1, np.int64), np.ones(1, np.int64)
 """Of how many last positions a run gives logits; 0 are all."""
 
-Load: TypeAlias = float | Literal["auto", "dense"] | LoadFunction
-StreamCallback: TypeAlias = Callable[[int, int, str], None]
-"""Called with (row, token id, text); the text is empty without a tokenizer or while a character is incomplete."""
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """Of the last position of every row: `logits` [B, V] float32 and `active` neurons [B, layers] int32, or None.
-
-    `log_sum_exp` and `entropy` [B] float32 of these logits, in nats, or None if the export's graph does not give them.
-    """
-
-    logits: npt.NDArray[np.float32]
-    active: npt.NDArray[np.int32] | None
-    log_sum_exp: npt.NDArray[np.float32] | None = None
-    entropy: npt.NDArray[np.float32] | None = None
-
-
-NextLoad: TypeAlias = Callable[[StepOutput, npt.NDArray[np.int64]], npt.NDArray[np.float32]]
-"""The load [B] of the next step, from the output of the last and the tokens [B] taken from it."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What `Engine.generate` made, a list entry or column for each prompt.
-
-    `tokens` holds the new tokens, the end token included; `texts` their text, or None without a tokenizer; `finish` says why a
-    row ended: `eos`, `length` (max_new_tokens) or `context` (the model's longest input). `loads` [steps, B] and `active`
-    [steps, B, layers] are those of the decode steps, one fewer than tokens; a row that had ended has -inf and 0 there. `ttft_s`
-    is the time from the prompt to its first token, in seconds; `decode_s` that of each later one, choosing it included.
-    """
-
-    prompt_tokens: list[list[int]]
-    tokens: list[list[int]]
-    texts: list[str] | None
-    finish: list[str]
-    loads: npt.NDArray[np.float32]
-    active: npt.NDArray[np.int32] | None
-    ttft_s: float
-    decode_s: list[float]
+__all__ = ["ALL", "LAST", "PREFILL_CHUNK", "Engine", "Generation", "Load", "NextLoad", "StepOutput", "StreamCallback"]
 
 
 @dataclass
@@ -88,7 +67,8 @@ class Engine:
     """A loaded export. It holds one batch at a time: `prefill` starts one, `step` goes on with it.
 
     It serves one call at a time, and a batch belongs to the thread that began it: another thread that comes into it, or a
-    stream callback that calls it, gets a UsageError and changes nothing. Threads that work side by side load an engine each.
+    stream callback that calls it, gets a UsageError and changes nothing; so does any call while a stream is being read. Threads
+    that work side by side load an engine each.
 
     Made by `load_engine`.
     """
@@ -108,6 +88,7 @@ class Engine:
         """The number of token ids, or None if the model does not say."""
         self.eos_token_ids = limits.eos_token_ids
         """Tokens that end a text."""
+        self._defaults = GenerationDefaults.read(folder, manifest)
         self._exclusive = Exclusive()
         self._state: _State | None = None
 
@@ -199,11 +180,15 @@ class Engine:
         max_new_tokens: int,
         *,
         load: Load = "auto",
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
         stream: StreamCallback | None = None,
     ) -> Generation:
         """Continue the prompts.
@@ -214,83 +199,113 @@ class Engine:
             load: `auto` follows the text (surprisal and entropy of the raw logits at temperature 1) by the controller in the
                 manifest, `dense` computes everything, a number holds the load there, and a function (surprisal [B], entropy
                 [B]) -> load [B], in nats and standard deviations, is a signal from outside; +inf is a dense step.
-            temperature: 0 is greedy.
-            top_k: keep the k best tokens; 0 keeps all.
-            top_p: keep the best tokens that together have this probability.
+            do_sample: draw tokens, or take the best (greedy); None draws if a temperature above 0 is given, or, where none is
+                given, if the export's `generation_config.json` says so.
+            temperature, top_k, top_p, min_p, repetition_penalty: how tokens are chosen (`SamplingSettings`); None takes the
+                value of `generation_config.json`, or else 1, 0, 1, 0 and 1. Temperature 0 is greedy.
             seed: for sampling; the same seed gives the same text.
             eos_token_id: tokens that end a row; None takes those of the model, an empty list none.
+            stop: texts that end a row where one appears; the text before it stays.
             stream: called for every new token.
 
         Raises:
             UsageError: a wrong argument, an empty prompt, or one longer than the model takes; or another call is in the engine.
             VerificationError: the engine returned no finite logit.
         """
+        request = self._request(
+            max_new_tokens,
+            load=load,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            eos_token_id=eos_token_id,
+            stop=stop,
+        )
+        with self._exclusive.call("generate"):
+            rows = self._rows(self._check_prompts(self._encode(prompts)), request)
+            made = rounds(self._model(), rows, request)
+            return gather(made, rows, texts=self.tokenizer is not None, stream=stream)
+
+    def stream(self, prompt: str | Sequence[int], max_new_tokens: int, **arguments: Unpack[GenerationArguments]) -> TokenStream:
+        """Continue one prompt, and give each token as it comes: the same tokens and text as `generate`.
+
+        Args:
+            prompt: a text, or token ids.
+            max_new_tokens: at most this many.
+            arguments: as those of `generate`, by name.
+
+        Raises:
+            UsageError: a wrong argument, an empty prompt, or one longer than the model takes. That another call is in the
+                engine is told when the first piece is taken.
+        """
+        return self._stream("stream", one_prompt(prompt), max_new_tokens, arguments)
+
+    def chat(
+        self, messages: Sequence[dict[str, str]], max_new_tokens: int, **arguments: Unpack[GenerationArguments]
+    ) -> Generation:
+        """The assistant's next message in a conversation, by the model's chat template.
+
+        Args:
+            messages: dicts with `role` and `content`.
+            max_new_tokens: at most this many.
+            arguments: as those of `generate`, by name.
+
+        Raises:
+            UsageError: as `generate` and `TextTokenizer.chat`.
+        """
+        return self.generate([self._chat(messages)], max_new_tokens, **arguments)
+
+    def stream_chat(
+        self, messages: Sequence[dict[str, str]], max_new_tokens: int, **arguments: Unpack[GenerationArguments]
+    ) -> TokenStream:
+        """`chat`, each token as it comes (`stream`)."""
+        return self._stream("stream_chat", [self._chat(messages)], max_new_tokens, arguments)
+
+    def _chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if self.tokenizer is None:
+            raise UsageError(f"{self.folder}: this export has no tokenizer, so there is no chat template")
+        return self.tokenizer.chat(messages)
+
+    def _stream(self, name: str, prompts: Any, max_new_tokens: int, arguments: GenerationArguments) -> TokenStream:
+        request = self._request(max_new_tokens, **arguments)
+        rows = self._rows(self._check_prompts(self._encode(prompts)), request)
+
+        def made() -> Generator[Piece, None, None]:
+            try:
+                yield from pieces(rounds(self._model(), rows, request), self.sparse_neurons)
+            finally:
+                self._exclusive.leave()
+
+        return TokenStream(name, self._exclusive, rows[0], made())
+
+    def _request(
+        self,
+        max_new_tokens: int,
+        *,
+        load: Load = "auto",
+        eos_token_id: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        **sampling: Any,
+    ) -> Request:
+        """The arguments of a call, checked."""
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1")
-        settings = SamplingSettings(temperature, top_k, top_p, seed)
-        ends = self._ends(eos_token_id)
+        settings = self._defaults.sampling(**sampling)
+        stops = stop_strings(stop)
+        if stops and self.tokenizer is None:
+            raise UsageError(f"{self.folder}: this export has no tokenizer, so no text can stop it; give eos_token_id")
         next_load = self._next_load(load)
-        with self._exclusive.call("generate"):
-            prompt_tokens = self._check_prompts(self._encode(prompts))
-            return self._generate(prompt_tokens, max_new_tokens, next_load, settings, ends, stream)
+        return Request(max_new_tokens, settings, self._ends(eos_token_id), stops, next_load, self.max_positions)
 
-    def _generate(
-        self,
-        prompt_tokens: list[list[int]],
-        max_new_tokens: int,
-        next_load: NextLoad,
-        settings: SamplingSettings,
-        ends: frozenset[int],
-        stream: StreamCallback | None,
-    ) -> Generation:
-        batch = len(prompt_tokens)
-        sampler = Sampler(settings, batch)
-        writers = [self.tokenizer.stream() for _ in prompt_tokens] if stream and self.tokenizer else None
-        new_tokens: list[list[int]] = [[] for _ in prompt_tokens]
-        finish = [""] * batch
-        loads: list[npt.NDArray[np.float32]] = []
-        active: list[npt.NDArray[np.int32]] = []
-        decode_s: list[float] = []
-        ttft_s = 0.0
+    def _rows(self, prompt_tokens: list[list[int]], request: Request) -> list[Row]:
+        return [Row(prompt, request, self.tokenizer.stream() if self.tokenizer else None) for prompt in prompt_tokens]
 
-        before = time.perf_counter()
-        output = self._prefill(prompt_tokens)
-        while True:
-            chosen = sampler.choose(output.logits)
-            now = time.perf_counter()
-            if loads:
-                decode_s.append(now - before)
-            else:
-                ttft_s = now - before
-            for row in range(batch):
-                if finish[row]:
-                    continue
-                token = int(chosen[row])
-                new_tokens[row].append(token)
-                finish[row] = self._finish(token, new_tokens[row], len(prompt_tokens[row]), ends, max_new_tokens)
-                if stream is not None:
-                    stream(row, token, writers[row].push(token) if writers else "")
-            if all(finish):
-                break
-            before = time.perf_counter()
-            ended = np.array([bool(reason) for reason in finish])
-            running = next_load(output, chosen)
-            running[ended] = SKIP
-            chosen[ended] = 0
-            output = self._step(self._batch(), chosen, running)
-            loads.append(running)
-            if output.active is not None:
-                active.append(output.active)
-        return Generation(
-            prompt_tokens=prompt_tokens,
-            tokens=new_tokens,
-            texts=[self.tokenizer.decode(row) for row in new_tokens] if self.tokenizer else None,
-            finish=finish,
-            loads=np.array(loads, np.float32).reshape(len(loads), batch),
-            active=None if output.active is None else np.array(active, np.int32).reshape(len(active), *output.active.shape),
-            ttft_s=ttft_s,
-            decode_s=decode_s,
-        )
+    def _model(self) -> Model:
+        return Model(self._prefill, lambda tokens, loads: self._step(self._batch(), tokens, loads))
 
     def logits(
         self, input_ids: Sequence[Sequence[int]], load: float | Literal["dense"] = "dense"
@@ -351,7 +366,7 @@ class Engine:
                 return self._score_stepwise(rows, prompt_length, self._next_load(load))
             scores = []
             for row, logits in zip(rows, self._logits(rows, one_load(load)), strict=True):
-                scores.append(_log_probabilities(logits[prompt_length - 1 : -1], np.array(row[prompt_length:])))
+                scores.append(log_probabilities(logits[prompt_length - 1 : -1], np.array(row[prompt_length:])))
             return scores
 
     def _score_stepwise(self, rows: list[list[int]], prompt_length: int, next_load: NextLoad) -> list[npt.NDArray[np.float64]]:
@@ -360,7 +375,7 @@ class Engine:
         for position in range(prompt_length, max(len(row) for row in rows)):
             present = np.array([position < len(row) for row in rows])
             tokens = np.array([row[position] if position < len(row) else 0 for row in rows], dtype=np.int64)
-            for index, value in enumerate(_log_probabilities(output.logits, tokens)):
+            for index, value in enumerate(log_probabilities(output.logits, tokens)):
                 if present[index]:
                     scores[index].append(float(value))
             # The last token of a row is scored, and no later one needs what it would compute.
@@ -455,16 +470,6 @@ class Engine:
         one = isinstance(eos_token_id, int | np.integer)
         return frozenset(token_ids([eos_token_id] if one else eos_token_id, "eos_token_id", None))
 
-    def _finish(self, token: int, new_tokens: list[int], prompt_length: int, ends: frozenset[int], limit: int) -> str:
-        """Why a row ends with this token, or an empty string."""
-        if token in ends:
-            return "eos"
-        if len(new_tokens) >= limit:
-            return "length"
-        if self.max_positions is not None and prompt_length + len(new_tokens) > self.max_positions:
-            return "context"
-        return ""
-
 
 def _last(output: PassOutput) -> StepOutput:
     active = None if output.active is None else output.active[:, :, -1]
@@ -474,17 +479,3 @@ def _last(output: PassOutput) -> StepOutput:
 def _follows(load: Any) -> bool:
     """Whether a load is given step by step."""
     return callable(load) or (isinstance(load, str) and load == "auto")
-
-
-def _log_probabilities(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """log softmax(logits [N, V]) at tokens [N], in nats; like sampling, it takes only logits that are finite for possible.
-
-    Raises:
-        VerificationError: a row has no finite logit.
-    """
-    values = np.where(np.isfinite(logits), logits, -np.inf).astype(np.float64)
-    best = values.max(axis=1, keepdims=True)
-    if np.isneginf(best).any():
-        raise VerificationError(NO_FINITE_LOGIT)
-    values -= best
-    return values[np.arange(len(tokens)), tokens] - np.log(np.exp(values).sum(axis=1))  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ class Exclusive:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process = os.getpid()
-        self._inside: tuple[int, str] | None = None
+        self._inside: tuple[int, str, bool] | None = None
         self._batch_of: int | None = None
 
     @contextmanager
@@ -29,6 +29,22 @@ class Exclusive:
             name: of the method, for the message.
 
         Raises:
+            UsageError: as `enter`.
+        """
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self, name: str, *, open_between: bool = False) -> None:
+        """Hold the engine until `leave`.
+
+        Args:
+            name: of the method, for the message.
+            open_between: the call goes on after its caller got something back, as a stream does between its pieces.
+
+        Raises:
             UsageError: another call is in it, from another thread or from inside this one, or this is another process than that
                 which loaded it.
         """
@@ -36,7 +52,12 @@ class Exclusive:
             # The threads of ONNX Runtime and the GPU's context stay behind in a fork: the call would never return.
             raise UsageError(f"Engine.{name}: the engine was loaded in another process; load it in the one that uses it")
         if not self._lock.acquire(blocking=False):
-            thread, other = self._inside or (0, "another call")
+            thread, other, is_open = self._inside or (0, "another call", False)
+            if thread == threading.get_ident() and is_open:
+                raise UsageError(
+                    f"Engine.{name}: a stream of this engine is open (Engine.{other}); read it to its end, close it (close()), "
+                    "or load another engine"
+                )
             if thread == threading.get_ident():
                 raise UsageError(
                     f"Engine.{name} was called from inside Engine.{other}, by its stream callback or load function; call it "
@@ -45,12 +66,12 @@ class Exclusive:
             raise UsageError(
                 f"Engine.{name}: another thread is in this engine (Engine.{other}), which holds one batch; {REMEDY}"
             )
-        try:
-            self._inside = (threading.get_ident(), name)
-            yield
-        finally:
-            self._inside = None
-            self._lock.release()
+        self._inside = (threading.get_ident(), name, open_between)
+
+    def leave(self) -> None:
+        """The call is over; any thread may say so."""
+        self._inside = None
+        self._lock.release()
 
     def begin_batch(self) -> None:
         """From here on the batch is this thread's."""

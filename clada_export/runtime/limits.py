@@ -16,6 +16,8 @@ from clada_export.errors import UsageError
 from clada_export.files.json_files import read_json
 from clada_export.runtime.tokens import LARGEST_ID
 
+GENERATION_FILE = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class ModelLimits:
@@ -38,8 +40,8 @@ def read_limits(folder: Path, manifest: Manifest) -> ModelLimits:
         UsageError: a file that can't be read, or fewer positions than the graph needs for itself.
     """
     listed = listed_names(manifest)
-    config = _object(folder / "config.json", listed)
-    generation = _object(folder / "generation_config.json", listed)
+    config = read_object(folder / "config.json", listed)
+    generation = read_object(folder / GENERATION_FILE, listed)
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
     stated = _count(config.get("max_position_embeddings"), inner.get("max_position_embeddings"), config.get("n_positions"))
@@ -56,7 +58,7 @@ def read_limits(folder: Path, manifest: Manifest) -> ModelLimits:
     )
 
 
-def _object(path: Path, listed: Collection[str] | None) -> dict[str, Any]:
+def read_object(path: Path, listed: Collection[str] | None) -> dict[str, Any]:
     """A JSON object that may be missing; one that the manifest does not list is taken for missing."""
     if not path.is_file() or (listed is not None and path.name not in listed):
         return {}

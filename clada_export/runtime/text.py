@@ -14,6 +14,7 @@ from clada_export.foreign import TEXT, TOKENIZER, TOKENS, reading
 from clada_export.runtime.chat_template import ChatTemplate
 
 TOKENIZER_FILE = "tokenizer.json"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextTokenizer:
@@ -95,7 +96,11 @@ class TextTokenizer:
 
 
 class TextStream:
-    """Decodes tokens one by one; a piece of text comes out when its bytes are complete.
+    """Decodes tokens one by one; a piece of text comes out when its characters are whole.
+
+    A token's text may depend on the ones before it, never on all of them: what is decoded at a time are the tokens of the last
+    piece and those after it. The pieces and `flush` together are what `TextTokenizer.decode` makes of all tokens, save where a
+    byte that never becomes a character stands right behind one that did: there the character stays.
 
     Args:
         tokenizer: of the package `tokenizers`.
@@ -103,11 +108,12 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, place: Path) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer = tokenizer
         self._place = place
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._all: list[int] = []
+        self._text = ""
+        self._begin = self._end = 0  # of the last piece's tokens, in `_all`
+        self._known = ""  # their text, decoded alone, and what later tokens have given of theirs
 
     def push(self, token: int) -> str:
         """The text that this token completes, or an empty string.
@@ -115,5 +121,43 @@ class TextStream:
         Raises:
             UsageError: the tokenizer can't make text of it.
         """
+        self._all.append(token)
+        text = self._decode(self._all[self._begin :])
+        whole = text.rstrip(_REPLACEMENT)
+        if whole == text:
+            return self._taken(self._later(text))
+        # The rest may be the beginning of a character, whose other bytes come with later tokens.
+        if not whole.startswith(self._known):
+            return ""
+        piece = whole[len(self._known) :]
+        self._text += piece
+        self._known = whole
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end: bytes that became no character, as replacement characters.
+
+        Raises:
+            UsageError: as `push`.
+        """
+        whole = self._decode(self._all)
+        if whole.startswith(self._text):
+            return self._taken(whole[len(self._text) :])
+        return self._taken(self._later(self._decode(self._all[self._begin :])))
+
+    def _later(self, text: str) -> str:
+        """What a window's text has beyond the last piece's."""
+        if text.startswith(self._known):
+            return text[len(self._known) :]
+        return self._decode(self._all[self._end :])
+
+    def _taken(self, piece: str) -> str:
+        if piece:
+            self._text += piece
+            self._begin, self._end = self._end, len(self._all)
+            self._known = self._decode(self._all[self._begin :])
+        return piece
+
+    def _decode(self, tokens: list[int]) -> str:
         with reading(TOKENS, self._place):
-            return str(self._stream.step(self._tokenizer, token) or "")
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
