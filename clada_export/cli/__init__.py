@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from clada_export import __version__
-from clada_export.cli import bench, export, inspect, load_experiment, run, sweep, verify
+from clada_export.cli import bench, chat, export, inspect, load_experiment, run, sweep, verify
 from clada_export.cli.shown import visible
 from clada_export.errors import BackendError, CladaError, UsageError
 from clada_export.foreign import DISK_FULL
@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, AddArguments]] = {
     "export": ("compile a model (the same as clada-export)", export.add_arguments),
     "verify": ("check an engine against its source model", verify.add_arguments),
     "run": ("generate text with an engine", run.add_arguments),
+    "chat": ("talk with an engine", chat.add_arguments),
     "bench": ("time an engine, dense against sparse", bench.add_arguments),
     "sweep": ("measure policies at several sparsities", sweep.add_arguments),
     "inspect": ("show what an engine is", inspect.add_arguments),

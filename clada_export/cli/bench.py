@@ -5,24 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from clada_export.cli.options import device_argument, load_value, output_arguments
+from clada_export.cli.options import engine_arguments, load_value, open_engine, output_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; `handler` is what runs it."""
     parser.set_defaults(handler=run)
-    parser.add_argument("folder", type=Path, metavar="OUT", help="what clada-export wrote")
+    engine_arguments(parser)
     parser.add_argument("--load", type=load_value, action="append", help="loads to time (default: dense and auto)")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
-    parser.add_argument("--threads", type=int, default=None)
-    device_argument(parser)
-    parser.add_argument(
-        "--no-check", action="store_true", help="do not compare the files with the manifest (sizes only), nor the library"
-    )
     output_arguments(parser)
 
 
@@ -32,10 +26,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CladaError: what a user has to know; it has the exit code.
     """
-    from clada_export.runtime import load_engine
     from clada_export.runtime.bench import bench
 
-    engine = load_engine(options.folder, threads=options.threads, verify_files=not options.no_check, device=options.device)
+    engine = open_engine(options)
     speeds = bench(
         engine,
         options.load or ["dense", "auto"],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clada_export.runtime import Engine
 
 
 def calibration_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,14 +97,64 @@ def output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
-def device_argument(parser: argparse.ArgumentParser) -> None:
-    """Where an engine for ONNX Runtime runs."""
+def engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which engine runs, and how."""
+    parser.add_argument("folder", type=Path, metavar="OUT", help="what clada-export wrote")
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
         "--device",
         default="auto",
         choices=("auto", "cpu", "cuda"),
         help="ONNX Runtime: on the CPU or an NVIDIA GPU (default: auto, a GPU where onnxruntime-gpu and the op's library are)",
     )
+    parser.add_argument(
+        "--no-check", action="store_true", help="do not compare the files with the manifest (sizes only), nor the library"
+    )
+
+
+def open_engine(options: argparse.Namespace) -> Engine:
+    """The engine of `engine_arguments`.
+
+    Raises:
+        CladaError: as `load_engine`.
+    """
+    from clada_export.runtime import load_engine
+
+    return load_engine(options.folder, threads=options.threads, verify_files=not options.no_check, device=options.device)
+
+
+def generation_arguments(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+    """How text is made.
+
+    Args:
+        new_tokens: the default.
+    """
+    parser.add_argument("--max-new-tokens", type=int, default=new_tokens, metavar="N", help=f"at most (default: {new_tokens})")
+    parser.add_argument(
+        "--load", type=load_value, default="auto", help="auto (follow the text), dense, or a number: higher is denser"
+    )
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--sample", dest="do_sample", action="store_true", default=None, help="draw tokens")
+    choice.add_argument("--greedy", dest="do_sample", action="store_false", default=None, help="take the best token each time")
+    own = "(default: what the model's generation_config.json says"
+    parser.add_argument("--temperature", type=float, help=f"0 is greedy, above 0 samples {own}, else greedy)")
+    parser.add_argument("--top-k", type=int, metavar="K", help=f"sample from the K best tokens, 0 is off {own}, else off)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the best tokens of this probability, 1 is off")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="never sample what has less than P of the best one's probability"
+    )
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: lower what was said already; 1 is off")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end where this text appears; give it again for more")
+    parser.add_argument(
+        "--show-load", action="store_true", help="on a terminal: colour each token by its load and active share"
+    )
+
+
+def generation_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """`generation_arguments` as keyword arguments of `Engine.generate`."""
+    names = ("load", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    return {name: getattr(options, name) for name in names}
 
 
 def load_value(text: str) -> Any:
