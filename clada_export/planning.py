@@ -14,7 +14,7 @@ from clada_export.calibration import Budget, CalibrationData, CalibrationOptions
 from clada_export.calibration.cache import CalibrationCache
 from clada_export.calibration.calibrate import Calibrator, prompt_length
 from clada_export.calibration.choose import AUTO, choose, plan_clock
-from clada_export.calibration.forms import Candidate, calibrate_forms
+from clada_export.calibration.forms import FormCandidate, calibrate_forms
 from clada_export.calibration.weights import FFNWeights
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError, UsageError
@@ -204,7 +204,7 @@ def _quantised(
         sizes = matrix_sizes(matrices, form)
         others = sum(sizes[kind]["bytes"] for kind in ("attention", "head") if kind in sizes)
         item = form.weight_bytes("ffn")
-        candidates.append(Candidate(form.name, partial(view, form), form.to_dict(), item, sizes["ffn"]["bytes"], others))
+        candidates.append(FormCandidate(form.name, partial(view, form), form.to_dict(), item, sizes["ffn"]["bytes"], others))
     policy = get_policy(options.policy, options.settings)
     chosen, result = calibrate_forms(calibrator, policy, origin, calibration, candidates)
     warnings = []

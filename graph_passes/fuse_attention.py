@@ -259,6 +259,11 @@ class _Writer:
     def _dim(self, dim: int | ir.SymbolicDim) -> ir.Value:
         known = {BATCH: "batch", PAST: "past", SEQUENCE: "new", TOTAL: "all"}
         name = None if isinstance(dim, int) else str(dim.value)
+        if name == PAST and "past" not in self.shared:
+            # Nothing else reads it, so it is made when it is wanted; what nobody reads is gone by now.
+            emit = Emitter(f"{PREFIX}.past")
+            self.shared["past"] = emit.op("Sub", self.shared["all"], self.shared["new"])
+            self.graph.insert_before(self.graph.node(0), emit.tape.nodes)
         if name in known:
             return self.shared[known[name]]
         number = dim if isinstance(dim, int) else int(str(dim.value))
@@ -314,7 +319,6 @@ class _Writer:
             "batch": batch,
             "all": total,
             "new": new,
-            "past": emit.op("Sub", total, new),
             "total": emit.op("Squeeze", length),
             "seqlens": emit.op("Expand", emit.op("Sub", length, one), batch),
             "tokens": emit.op("Expand", emit.op("Cast", new, to=int(ir.DataType.INT32)), batch),

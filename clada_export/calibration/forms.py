@@ -18,7 +18,7 @@ than six in ten of them are hardly ever skipped."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class FormCandidate:
     """A form of the weights.
 
     Attributes:
@@ -51,8 +51,8 @@ def calibrate_forms(
     policy: Policy,
     source: dict[str, Any],
     options: CalibrationOptions,
-    candidates: Sequence[Candidate],
-) -> tuple[Candidate, CalibrationResult]:
+    candidates: Sequence[FormCandidate],
+) -> tuple[FormCandidate, CalibrationResult]:
     """Calibrate the forms, the narrowest first, and keep the one that reads the fewest bytes a token within the budget.
 
     A form that is over the budget with nothing skipped is measured no further. Once one is found, a wider one is only measured
@@ -69,7 +69,7 @@ def calibrate_forms(
     """
     policy.check(calibrator.decoder.ffns)
     options = replace(options, dense_will_do=True)
-    best: tuple[float, Candidate, CalibrationResult, View] | None = None
+    best: tuple[float, FormCandidate, CalibrationResult, View] | None = None
     rows: list[dict[str, Any]] = []
     nearest: tuple[float, str, str] | None = None
     for candidate in candidates:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError
-from clada_export.methods.static.sparsegpt import upper_factor
+from clada_export.methods.static.inverse import upper_factor
 from clada_export.methods.static.statistics import hessian, require_finite
 from clada_export.quantise.store import QuantStore
 from clada_export.quantise.view import QuantisedView
@@ -116,7 +116,7 @@ class _Pass:
 
 
 def inverse_factor(x: Tensor, name: str) -> Tensor:
-    """U with H^-1 = U^T U, upper triangular float32 [in, in], of the inputs x [rows, in] (see `sparsegpt.upper_factor`).
+    """U with H^-1 = U^T U, upper triangular float32 [in, in], of the inputs x [rows, in] (see `upper_factor`).
 
     An input that is always 0 gets an error of its own, which no other makes up for.
 

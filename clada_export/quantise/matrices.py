@@ -45,7 +45,7 @@ class ModelMatrix:
 
 
 @dataclass(frozen=True)
-class Part:
+class MatrixPart:
     """Where a matrix that a graph asks for lies: in the rows of a module's.
 
     Attributes:
@@ -75,7 +75,7 @@ class ModelMatrices:
     """
 
     found: Mapping[str, ModelMatrix]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, MatrixPart]
     tied: tuple[str, str] | None
 
 
@@ -90,7 +90,7 @@ def find_matrices(decoder: Decoder) -> ModelMatrices:
     paths = {id(module): path for path, module in model.named_modules()}
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     table: nn.Module | None = model.get_input_embeddings()
-    parts: dict[str, Part] = {}
+    parts: dict[str, MatrixPart] = {}
     ffn_modules = set()
     for ffn in decoder.ffns:
         _check(ffn)
@@ -100,7 +100,7 @@ def find_matrices(decoder: Decoder) -> ModelMatrices:
     for path, module in model.named_modules():
         if module is table and isinstance(module, nn.Embedding):
             kind = "embedding"
-            parts[table_name(path)] = Part(path)
+            parts[table_name(path)] = MatrixPart(path)
         elif not is_projection(module):
             continue
         else:
@@ -115,15 +115,15 @@ def find_matrices(decoder: Decoder) -> ModelMatrices:
     return ModelMatrices(found, parts, tied)
 
 
-def _parts(ffn: EagerFFN, paths: Mapping[int, str]) -> dict[str, Part]:
+def _parts(ffn: EagerFFN, paths: Mapping[int, str]) -> dict[str, MatrixPart]:
     inner = [paths[id(module)] for module in ffn.inputs]
-    found = {ffn_matrix(ffn.name, "down"): Part(paths[id(ffn.down)])}
+    found = {ffn_matrix(ffn.name, "down"): MatrixPart(paths[id(ffn.down)])}
     if ffn.packing is not None:
         for place, role in enumerate(("gate", "up")):
-            found[ffn_matrix(ffn.name, role)] = Part(inner[0], ffn.packing, place)
+            found[ffn_matrix(ffn.name, role)] = MatrixPart(inner[0], ffn.packing, place)
         return found
     roles = ("gate", "up") if ffn.gated else ("up",)
-    return {**found, **{ffn_matrix(ffn.name, role): Part(path) for role, path in zip(roles, inner, strict=True)}}
+    return {**found, **{ffn_matrix(ffn.name, role): MatrixPart(path) for role, path in zip(roles, inner, strict=True)}}
 
 
 def _check(ffn: EagerFFN) -> None:

@@ -119,14 +119,14 @@ def test_the_state_stays_where_nothing_was_merged(model_folder: Folder, kept_tra
     assert engine._state is not None
     names = [tensor.past for tensor in engine.manifest.cache if tensor.role.startswith("merged")]
     assert len(names) == 4  # in and out of two layers
-    before = dict(engine._state.cache)
+    before = dict(engine._state.cache.handed)
     engine.step([20], 0.0)
-    assert all(engine._state.cache[name] is before[name] for name in names)
+    assert all(engine._state.cache.handed[name] is before[name] for name in names)
     engine.step([21], INF)
     for name in names:
-        assert np.abs(engine._state.cache[name].numpy() - before[name].numpy()).max() > 0
+        assert np.abs(engine._state.cache.handed[name].numpy() - before[name].numpy()).max() > 0
     engine.step([22], -np.inf)
-    assert np.isfinite(engine._state.cache[names[0]].numpy()).all()
+    assert np.isfinite(engine._state.cache.handed[names[0]].numpy()).all()
 
 
 def test_a_text_without_a_segment_runs_dense(model_folder: Folder, kept_traces: None, tmp_path: Path) -> None:

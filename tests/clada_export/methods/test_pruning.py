@@ -19,7 +19,7 @@ from clada_export.decoder.ffn.projections import hidden, projections
 from clada_export.decoder.tap import FFNTap
 from clada_export.decoder.torch_decoder import TorchDecoder
 from clada_export.errors import UnsupportedModelError, UsageError
-from clada_export.methods.static import PruneSpec, prune, sparsegpt, wanda
+from clada_export.methods.static import PruneSpec, inverse, prune, sparsegpt, wanda
 from clada_export.methods.static.statistics import hessian, product_error
 from tests.tiny_models import KINDS, tiny_model
 
@@ -90,15 +90,15 @@ def test_wanda_prefers_weights_to_large_inputs() -> None:
 
 def damped_inverse(x: Tensor) -> Tensor:
     h = 2.0 / len(x) * x.double().t() @ x.double()
-    return torch.linalg.inv(h + sparsegpt.DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64))
+    return torch.linalg.inv(h + inverse.DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64))
 
 
 def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
     x = correlated(200, 24)
-    factor = sparsegpt.upper_factor(hessian(x), "layer", torch.float64)
+    factor = inverse.upper_factor(hessian(x), "layer", torch.float64)
     wanted = torch.linalg.cholesky(damped_inverse(x), upper=True)
     torch.testing.assert_close(factor, wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
-    single = sparsegpt.upper_factor(hessian(x), "layer")
+    single = inverse.upper_factor(hessian(x), "layer")
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), wanted, rtol=1e-2, atol=1e-4 * float(wanted.max()))
 
@@ -134,7 +134,7 @@ def test_the_update_pays_at_the_mask_that_was_chosen() -> None:
 def test_updates_cross_blocks_and_equal_the_plain_recursion() -> None:
     x, w = correlated(900, 300), weight(10, 300)
     spec = PruneSpec.parse("sparsegpt=0.4")
-    factor = sparsegpt.upper_factor(hessian(x), "layer")
+    factor = inverse.upper_factor(hessian(x), "layer")
     found = sparsegpt.prune_weight(w, factor, torch.zeros(300, dtype=torch.bool), spec)
     u, plain = factor.double(), w.double().clone()
     for start in range(0, 300, 128):
@@ -187,11 +187,11 @@ def test_dead_inputs_lose_their_weights() -> None:
 def test_a_hessian_that_needs_more_damping(monkeypatch: pytest.MonkeyPatch) -> None:
     # Eigenvalues 1.5 and -0.5 about a mean diagonal of 0.5: positive definite from a damping above 1 on.
     h = torch.tensor([[0.5, 1.0], [1.0, 0.5]])
-    factor = sparsegpt.upper_factor(h, "model.layers.3.mlp.down_proj", torch.float64)
+    factor = inverse.upper_factor(h, "model.layers.3.mlp.down_proj", torch.float64)
     torch.testing.assert_close(torch.linalg.inv(factor.t() @ factor), h.double() + 5 * torch.eye(2, dtype=torch.float64))
-    monkeypatch.setattr(sparsegpt, "DAMPING_TRIES", 2)
+    monkeypatch.setattr(inverse, "DAMPING_TRIES", 2)
     with pytest.raises(UsageError, match=r"layers\.3\.mlp\.down_proj: the Hessian .* 0\.1 of its mean"):
-        sparsegpt.upper_factor(h, "model.layers.3.mlp.down_proj")
+        inverse.upper_factor(h, "model.layers.3.mlp.down_proj")
 
 
 # --- neurons ---
@@ -203,7 +203,7 @@ def test_removed_columns_are_made_up_for_as_well_as_can_be() -> None:
     removed, found = sparsegpt.remove_columns(w, h, 150, "layer")
     assert int(removed.sum()) == 150
     assert bool((found[:, removed] == 0).all())
-    damped = h.double() + sparsegpt.DAMPING * h.double().diagonal().mean() * torch.eye(200, dtype=torch.float64)
+    damped = h.double() + inverse.DAMPING * h.double().diagonal().mean() * torch.eye(200, dtype=torch.float64)
     best = w.double() @ damped[:, ~removed] @ torch.linalg.inv(damped[~removed][:, ~removed])
     torch.testing.assert_close(found[:, ~removed].double(), best, rtol=1e-4, atol=1e-4)
 
