@@ -1,63 +1,17 @@
-"""How many weight bytes an FFN reads for one decoded token: the cost model that policies are compared by.
+"""The cost model that policies are compared by: weight bytes of FFNs for one decoded token, relative to the dense ones.
 
 Decoding one sequence is bound by memory, so time follows bytes (methods of this kind are compared so in `docs/policies.md`).
-All formulas are our own count of what the op's kernels read, relative to the dense FFN of the same weight type.
+The formulas are in `clada_export.plan.reads`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-from clada_export.plan.layer import LayerPlan, layer_attributes
+from clada_export.plan.layer import layer_attributes
 from clada_export.plan.method import Method
 from clada_export.plan.plan import SparsityPlan
-from graph_passes.op import SHADOW_BLOCK
+from clada_export.plan.reads import WEIGHT_BYTES, dense_bytes, read_bytes
 
-SHADOW_BYTES = 0.5 + 4 / SHADOW_BLOCK
-"""Bytes of one shadow weight: four bits, and its share of a block's float16 scale and offset."""
-WEIGHT_BYTES: Mapping[str, Callable[[float], float]] = {
-    "plain": float,
-    # Codes, and a float16 scale for each 32 of them.
-    **{f"int{bits}": lambda item, bits=bits: (bits + 0.5) / 8 for bits in (4, 5, 6, 8)},  # type: ignore[misc]
-}
-"""Bytes of one weight of w_in or w_out by the op's `weight_format`, from the bytes of one number of the weights' type."""
-ROUTER_ITEM = 4
-MERGED_ITEM = 4
-"""Bytes of one weight of a merged FFN, which is float32 whatever the engine's weights are."""
-
-
-def dense_bytes(layer: LayerPlan, item: float = 4) -> float:
-    """Bytes of a dense FFN's weights: n + 1 rows of d values for each of f neurons.
-
-    Args:
-        item: bytes of one weight.
-    """
-    return float(layer.intermediate_size * _rows(layer) * layer.hidden_size * item)
-
-
-def read_bytes(
-    layer: LayerPlan,
-    score: str,
-    active: float,
-    item: float = 4,
-    router_parameters: int = 0,
-    weight_format: str = "plain",
-) -> float:
-    """Bytes read for one token when the share `active` of the layer's neurons runs.
-
-    `gate` reads the gate row of every neuron (a plain FFN's only input row), `exact` all input rows, `shadow` the 4-bit copies
-    of all input rows, `prefix` and `external` nothing before they decide; a router reads itself. A merged FFN is read whole;
-    its router and the merge of all weights are paid once a segment (the prompt), not for a token, and are left out.
-    """
-    rows = _rows(layer)
-    if layer.merge is not None:
-        return layer.width / layer.merge * rows * layer.hidden_size * MERGED_ITEM
-    inputs = rows - 1
-    scored = {"gate": 1, "exact": inputs}.get(score, 0)
-    neuron = (scored + (rows - scored) * active) * layer.hidden_size * WEIGHT_BYTES[weight_format](item)
-    if score == "shadow":
-        neuron += inputs * layer.hidden_size * SHADOW_BYTES
-    return layer.width * neuron + router_parameters * ROUTER_ITEM
+__all__ = ["WEIGHT_BYTES", "dense_bytes", "method_bytes", "read_bytes", "relative_bytes"]
 
 
 def relative_bytes(plan: SparsityPlan, item: float = 4) -> float:
@@ -82,7 +36,3 @@ def method_bytes(method: Method, active: float, item: float = 4) -> float:
         read += read_bytes(layer, method.score, active, item, parameters, weight_format)
         total += dense_bytes(layer, item)
     return read / total if total else 1.0
-
-
-def _rows(layer: LayerPlan) -> int:
-    return 3 if layer.gated else 2

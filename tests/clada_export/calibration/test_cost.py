@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from clada_export.calibration import cost
-from clada_export.calibration.cost import WEIGHT_BYTES, read_bytes
+from clada_export.plan import reads
 from clada_export.plan.layer import LayerPlan
+from clada_export.plan.reads import WEIGHT_BYTES, read_bytes
 from graph_passes.op import WEIGHT_FORMATS
 
 
@@ -25,6 +25,6 @@ def test_plain_weights_are_numbers_of_their_type(item: int) -> None:
 
 
 def test_weights_are_counted_in_their_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "WEIGHT_BYTES", {**WEIGHT_BYTES, "halved": lambda item: item / 2})
+    monkeypatch.setattr(reads, "WEIGHT_BYTES", {**WEIGHT_BYTES, "halved": lambda item: item / 2})
     plain, halved = (read_bytes(layer(), "gate", 0.25, 4, 10, kind) for kind in ("plain", "halved"))
-    assert halved - 10 * cost.ROUTER_ITEM == pytest.approx((plain - 10 * cost.ROUTER_ITEM) / 2)
+    assert halved - 10 * reads.ROUTER_ITEM == pytest.approx((plain - 10 * reads.ROUTER_ITEM) / 2)

@@ -127,8 +127,16 @@ def test_bench_and_inspect(engine_folder: Path, capsys: pytest.CaptureFixture[st
     speeds = json.loads(capsys.readouterr().out)
     assert [row["load"] for row in speeds] == ["dense", "auto"]
     assert speeds[0]["sparsity"] == 0.0 < speeds[1]["sparsity"] < 1.0
+    for row in speeds:
+        assert row["active_share"] == 1 - row["sparsity"]
+        assert 0 < row["itl_p50_ms"] <= row["itl_p90_ms"] <= row["itl_p99_ms"]
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["itl_p50_ms"])
+        assert row["weight_bytes"] is None and row["peak_memory"] > 1e6
+    assert speeds[1]["ffn_bytes"] < speeds[0]["ffn_bytes"]
     assert main(arguments) == 0
-    assert "tokens/s" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    for column in ("tokens/s", "ITL", "TTFT", "active", "FFN", "weights", "memory"):
+        assert column in captured.out and column in captured.err
     assert main([*arguments[:-2], "--new-tokens", "1"]) == 2
     assert main(["bench", str(engine_folder), "--prompt-tokens", "600"]) == 2
     capsys.readouterr()
