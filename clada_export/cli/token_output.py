@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from clada_export.runtime import Engine, Piece
+    from clada_export.runtime import Engine, TokenPiece
 
 _LOADS = (
     (-1.0, "34", "below -1"),
@@ -31,7 +31,7 @@ def colours(stream: object) -> bool:
     return bool(is_terminal) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def painted(piece: Piece) -> str:
+def painted(piece: TokenPiece) -> str:
     """A piece's text in the colour of its load, dim or bold by its active share."""
     if not piece.text:
         return ""
@@ -61,7 +61,7 @@ class TokenOutput:
         self._painted = show_load and colours(sys.stdout)
         self._show_load = show_load
         self._quiet = quiet
-        self._pieces: list[Piece] = []
+        self._pieces: list[TokenPiece] = []
         self._seconds: list[float] = []
 
     def begin(self) -> None:
@@ -69,7 +69,7 @@ class TokenOutput:
         if self._painted and not self._quiet:
             print(legend(colours(sys.stderr)), file=sys.stderr)
 
-    def write(self, pieces: Iterable[Piece]) -> None:
+    def write(self, pieces: Iterable[TokenPiece]) -> None:
         """All pieces, each when it comes, and the end of the line."""
         before = time.perf_counter()
         for piece in pieces:

@@ -23,14 +23,14 @@ from clada_export.runtime.exclusive import Exclusive
 from clada_export.runtime.generation import (
     Generation,
     GenerationArguments,
+    GenerationRequest,
     Load,
     Model,
     NextLoad,
-    Piece,
-    Request,
     Row,
     StepOutput,
     StreamCallback,
+    TokenPiece,
     TokenStream,
     gather,
     one_prompt,
@@ -274,7 +274,7 @@ class Engine:
         request = self._request(max_new_tokens, **arguments)
         rows = self._rows(self._check_prompts(self._encode(prompts)), request)
 
-        def made() -> Generator[Piece, None, None]:
+        def made() -> Generator[TokenPiece, None, None]:
             try:
                 yield from pieces(rounds(self._model(), rows, request), self.sparse_neurons)
             finally:
@@ -290,7 +290,7 @@ class Engine:
         eos_token_id: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
         **sampling: Any,
-    ) -> Request:
+    ) -> GenerationRequest:
         """The arguments of a call, checked."""
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number of at least 1")
@@ -299,9 +299,9 @@ class Engine:
         if stops and self.tokenizer is None:
             raise UsageError(f"{self.folder}: this export has no tokenizer, so no text can stop it; give eos_token_id")
         next_load = self._next_load(load)
-        return Request(max_new_tokens, settings, self._ends(eos_token_id), stops, next_load, self.max_positions)
+        return GenerationRequest(max_new_tokens, settings, self._ends(eos_token_id), stops, next_load, self.max_positions)
 
-    def _rows(self, prompt_tokens: list[list[int]], request: Request) -> list[Row]:
+    def _rows(self, prompt_tokens: list[list[int]], request: GenerationRequest) -> list[Row]:
         return [Row(prompt, request, self.tokenizer.stream() if self.tokenizer else None) for prompt in prompt_tokens]
 
     def _model(self) -> Model:

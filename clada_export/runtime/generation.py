@@ -67,7 +67,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenPiece:
     """A token of `Engine.stream`, and the pass of the model that gave it.
 
     Attributes:
@@ -104,7 +104,7 @@ class GenerationArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """How to go on with the prompts of one call, checked. `next_load` may remember the text: it is for one call."""
 
     max_new_tokens: int
@@ -130,7 +130,7 @@ class Row:
         writer: makes text of its tokens; None without a tokenizer.
     """
 
-    def __init__(self, prompt: Sequence[int], request: Request, writer: TextStream | None) -> None:
+    def __init__(self, prompt: Sequence[int], request: GenerationRequest, writer: TextStream | None) -> None:
         self.prompt = prompt
         self.tokens: list[int] = []
         self.text = ""
@@ -182,7 +182,7 @@ class Round:
     seconds: float
 
 
-def rounds(model: Model, rows: list[Row], request: Request) -> Iterator[Round]:
+def rounds(model: Model, rows: list[Row], request: GenerationRequest) -> Iterator[Round]:
     """Make tokens until every row has ended.
 
     Raises:
@@ -233,7 +233,7 @@ def gather(made: Iterator[Round], rows: list[Row], *, texts: bool, stream: Strea
     )
 
 
-def pieces(made: Iterator[Round], neurons: int) -> Iterator[Piece]:
+def pieces(made: Iterator[Round], neurons: int) -> Iterator[TokenPiece]:
     """The rounds of one row as pieces.
 
     Args:
@@ -243,11 +243,13 @@ def pieces(made: Iterator[Round], neurons: int) -> Iterator[Piece]:
         output = now.output
         surprisal, entropy = surprisal_entropy(output.logits, now.tokens, output.log_sum_exp, output.entropy)
         share = float(output.active[0].sum()) / neurons if output.active is not None and neurons else None
-        yield Piece(int(now.tokens[0]), now.texts[0] or "", float(surprisal[0]), float(entropy[0]), float(now.loads[0]), share)
+        yield TokenPiece(
+            int(now.tokens[0]), now.texts[0] or "", float(surprisal[0]), float(entropy[0]), float(now.loads[0]), share
+        )
 
 
-class TokenStream(Iterator[Piece]):
-    """What `Engine.stream` gives: one `Piece` for each token, as it comes.
+class TokenStream(Iterator[TokenPiece]):
+    """What `Engine.stream` gives: one `TokenPiece` for each token, as it comes.
 
     It holds the engine from its first piece to its last: other calls get a UsageError until it has ended or is closed. `close`,
     leaving a `with` block, an error from the engine, or dropping the stream end it early. Only the thread that took the first
@@ -257,7 +259,7 @@ class TokenStream(Iterator[Piece]):
         prompt_tokens: what the prompt became.
     """
 
-    def __init__(self, name: str, exclusive: Exclusive, row: Row, made: Generator[Piece, None, None]) -> None:
+    def __init__(self, name: str, exclusive: Exclusive, row: Row, made: Generator[TokenPiece, None, None]) -> None:
         self.prompt_tokens = list(row.prompt)
         self._name = name
         self._exclusive = exclusive
@@ -281,7 +283,7 @@ class TokenStream(Iterator[Piece]):
         """Why it ended, as in `Generation`; None while it has not, or where it was closed before."""
         return self._row.finish or None
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> TokenPiece:
         """The next piece.
 
         Raises:

@@ -17,7 +17,7 @@ import pytest
 
 from clada_export.cli import main
 from clada_export.cli.token_output import TokenOutput, colours, legend, painted, tell_cut
-from clada_export.runtime import Engine, Piece, load_engine
+from clada_export.runtime import Engine, TokenPiece, load_engine
 from tests.clada_export.runtime.test_streaming import byte_level, export
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -131,8 +131,8 @@ def test_sampling_options(engine: Engine, capsys: pytest.CaptureFixture[str]) ->
 # --- colours ---
 
 
-def piece(load: float, share: float | None, text: str = "x") -> Piece:
-    return Piece(1, text, 1.0, 1.0, load, share)
+def piece(load: float, share: float | None, text: str = "x") -> TokenPiece:
+    return TokenPiece(1, text, 1.0, 1.0, load, share)
 
 
 def test_colours_follow_load_and_share() -> None:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from clada_export.errors import UsageError
 from clada_export.load.surprisal import surprisal_entropy
-from clada_export.runtime import Engine, Piece, load_engine
+from clada_export.runtime import Engine, TokenPiece, load_engine
 from clada_export.runtime.stop_strings import StopFilter
 from clada_export.runtime.text import TextStream
 from tests.clada_export.runtime.test_engine_threads import CALLS, in_thread
@@ -348,7 +348,7 @@ def test_other_calls_while_a_stream_is_open(own: Engine, name: str) -> None:
 def test_a_stream_belongs_to_the_thread_that_reads_it(own: Engine) -> None:
     stream = own.stream([1, 2], 6, eos_token_id=[])
     first = in_thread(lambda: next(stream))
-    assert isinstance(first, Piece)
+    assert isinstance(first, TokenPiece)
     with pytest.raises(UsageError, match="another thread or process began to read this stream"):
         next(stream)
     # Closing it is for everybody.
