@@ -39,7 +39,11 @@ What was skipped was not run: the machine had no `onnxruntime-gpu` and no Tensor
 ## An engine for ONNX Runtime on a GPU
 
     pip uninstall onnxruntime && pip install 'clada-export[ort-gpu]'
+    clada-export MODEL --target ort --portable -o OUT
     clada run OUT --prompt "..." --device cuda
+
+`--portable` leaves attention in standard operators: as one node in float32 ONNX Runtime has it on the CPU only, so `auto` runs
+engines that were exported without it there, and `cuda` refuses them. Engines of `--weights int8` to `int4` are for the CPU.
 
 `--device` (`load_engine(device=...)`) is `auto`, `cpu` or `cuda`. `auto` takes the GPU where all three are there: ONNX
 Runtime's CUDA provider, a GPU, and `libclada_ort_cuda.so`, which is built where nvcc is found; else the CPU. `cuda` without
