@@ -48,8 +48,8 @@ class CalibrationOptions:
 
     Attributes:
         item: bytes of one weight in the engine, of its FFNs.
-        dense_will_do: a plan that skips nothing is taken where none that skips keeps the budget: what weights of fewer bits
-            cost is then told, and does not end the export.
+        dense: the drift of the model that skips nothing, where it has one: a plan that skips nothing is then taken where none
+            that skips keeps the budget; what weights of fewer bits cost is told, and does not end the export.
         rival: the bytes, relative to dense, that another policy reads within the budget: a policy that can't read fewer need
             not be searched for more (`OutdoneError`).
     """
@@ -60,7 +60,7 @@ class CalibrationOptions:
     load_response: bool = True
     seed: int = 0
     item: float = 4
-    dense_will_do: bool = False
+    dense: Drift | None = None
     rival: float | None = None
 
     def keeps(self, drift: Drift) -> bool:

@@ -68,7 +68,6 @@ def calibrate_forms(
         BudgetUnmetError: no form keeps the budget; names the nearest.
     """
     policy.check(calibrator.decoder.ffns)
-    options = replace(options, dense_will_do=True)
     best: tuple[float, FormCandidate, CalibrationResult, View] | None = None
     rows: list[dict[str, Any]] = []
     nearest: tuple[float, str, str] | None = None
@@ -86,7 +85,9 @@ def calibrate_forms(
             if nearest is None or cost < nearest[0]:
                 nearest = cost, candidate.name, options.budget.told(dense)
             continue
-        result = calibrator.calibrate(policy, {**source, "weights": candidate.record}, replace(options, item=candidate.item))
+        result = calibrator.calibrate(
+            policy, {**source, "weights": candidate.record}, replace(options, item=candidate.item, dense=dense)
+        )
         size = candidate.bytes_read(result.plan.calibration.relative_bytes or 1.0)
         row |= {"sparsity": result.plan.expected_sparsity, "bytes": round(size)}
         if best is None or size < best[0]:

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,8 +96,7 @@ class HeldOut:
     def at(cls, desk: Desk) -> HeldOut:
         """That of a desk, made once."""
         if cls not in desk.memo:
-            view = partial(getattr, desk, "view")
-            desk.memo[cls] = cls(desk.decoder, desk.heldout, desk.prompt, desk.as_given, desk.at_once, view)
+            desk.memo[cls] = cls(desk.decoder, desk.heldout, desk.prompt, desk.as_given, desk.at_once, view=lambda: desk.view)
         found = desk.memo[cls]
         assert isinstance(found, cls)
         return found

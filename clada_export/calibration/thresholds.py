@@ -101,8 +101,8 @@ def plan_thresholds(
     if options.rival is not None:
         aimed = equal_sparsity(ready.methods[0], options.rival, options.item)
     responds = options.load_response and maker.responds
-    if options.dense_will_do and not options.keeps(dense := calibrator.dense_drift()):
-        return _dense_plan(calibrator, maker, ready.methods[0], source, options, dense, statistics.load)
+    if options.dense is not None and not options.keeps(options.dense):
+        return _dense_plan(calibrator, maker, ready.methods[0], source, options, options.dense, statistics.load)
     # What is compared with nothing, and led to nothing, is measured once, as the model is computed.
     once = options.sparsity is not None and not responds and _alone(ready.methods, allocation)
     candidates = _candidates(calibrator, selectors, statistics.tables, aimed, options, allocation, exact=once)
@@ -110,9 +110,9 @@ def plan_thresholds(
     try:
         settled = _settled(calibrator, best, aimed, options, statistics.load, maker.responds)
     except BudgetUnmetError:
-        if not options.dense_will_do:
+        if options.dense is None:
             raise
-        return _dense_plan(calibrator, maker, best.method, source, options, calibrator.dense_drift(), statistics.load)
+        return _dense_plan(calibrator, maker, best.method, source, options, options.dense, statistics.load)
     drift = settled.drift
     if calibrator.meter.fast and not once:
         exact = _exact(calibrator, best, settled, options)
