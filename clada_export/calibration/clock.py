@@ -22,7 +22,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from clada_export.calibration.cost import dense_bytes, read_bytes
 from clada_export.decoder.decoder import Decoder
 from clada_export.decoder.ffn import EagerFFN
 from clada_export.errors import BackendError
@@ -31,6 +30,7 @@ from clada_export.op.reference import prompt_shares
 from clada_export.op.scorer import layer_tensors
 from clada_export.plan.layer import LayerPlan
 from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.reads import dense_bytes, read_bytes
 from clada_export.plan.tensors import LayerTensors
 from graph_passes.op import DOMAIN, OP_TYPE, SparseFFNAttributes, input_names, output_names
 from graph_passes.router_nodes import emit_router

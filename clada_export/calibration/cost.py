@@ -9,9 +9,7 @@ from __future__ import annotations
 from clada_export.plan.layer import layer_attributes
 from clada_export.plan.method import Method
 from clada_export.plan.plan import SparsityPlan
-from clada_export.plan.reads import WEIGHT_BYTES, dense_bytes, read_bytes
-
-__all__ = ["WEIGHT_BYTES", "dense_bytes", "method_bytes", "read_bytes", "relative_bytes"]
+from clada_export.plan.reads import dense_bytes, read_bytes
 
 
 def relative_bytes(plan: SparsityPlan, item: float = 4) -> float:

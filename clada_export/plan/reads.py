@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from clada_export.plan.layer import LayerPlan
-from graph_passes.op import SHADOW_BLOCK
+from clada_export.plan.weights_form import code_bytes
+from graph_passes.op import FORMAT_BITS, SHADOW_BLOCK
+
+
+def _of_codes(bits: int) -> Callable[[float], float]:
+    return lambda item: code_bytes(bits)
+
 
 SHADOW_BYTES = 0.5 + 4 / SHADOW_BLOCK
 """Bytes of one shadow weight: four bits, and its share of a block's float16 scale and offset."""
 WEIGHT_BYTES: Mapping[str, Callable[[float], float]] = {
     "plain": float,
-    # Codes, and a float16 scale for each 32 of them.
-    **{f"int{bits}": lambda item, bits=bits: (bits + 0.5) / 8 for bits in (4, 5, 6, 8)},  # type: ignore[misc]
+    **{name: _of_codes(bits) for name, bits in FORMAT_BITS.items()},
 }
 """Bytes of one weight of w_in or w_out by the op's `weight_format`, from the bytes of one number of the weights' type."""
 ROUTER_ITEM = 4

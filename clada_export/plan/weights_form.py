@@ -22,6 +22,11 @@ SCALE_BITS = 0.5
 """A weight's share of the float16 scale of its block of 32."""
 
 
+def code_bytes(bits: int) -> float:
+    """Bytes that a weight in codes takes, its share of the scales included."""
+    return (bits + SCALE_BITS) / 8
+
+
 @dataclass(frozen=True)
 class WeightsForm:
     """How an engine's matrices are quantised: the bits of a code, for each kind of matrix.
@@ -44,7 +49,7 @@ class WeightsForm:
 
     def weight_bytes(self, kind: str) -> float:
         """Bytes that a weight of a kind takes, its share of the scales included."""
-        return (self.bits(kind) + SCALE_BITS) / 8
+        return code_bytes(self.bits(kind))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

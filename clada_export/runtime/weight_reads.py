@@ -5,7 +5,7 @@ from __future__ import annotations
 from clada_export.artifact.manifest import Manifest
 from clada_export.plan.layer import LayerPlan
 from clada_export.plan.reads import read_bytes
-from clada_export.plan.weights_form import SCALE_BITS
+from clada_export.plan.weights_form import code_bytes
 
 _DENSE_SCORE = "exact"
 """A dense step reads every row and needs no other score."""
@@ -19,7 +19,7 @@ def ffn_bytes(manifest: Manifest, active_share: float) -> float | None:
     if any(layer.router is not None for layer in layers):
         return None
     bits = manifest.weights.get("ffn", {}).get("bits")
-    item = _ITEM_BYTES[manifest.dtype] if bits is None else (bits + SCALE_BITS) / 8
+    item = _ITEM_BYTES[manifest.dtype] if bits is None else code_bytes(bits)
     score = _DENSE_SCORE if active_share >= 1 else manifest.plan["score"]
     return sum(read_bytes(layer, score, active_share, item) * manifest.ffn_runs.get(layer.name, 1) for layer in layers)
 

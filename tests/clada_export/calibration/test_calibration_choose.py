@@ -19,7 +19,6 @@ from clada_export.calibration import Budget, CalibrationOptions, load_calibratio
 from clada_export.calibration.calibrate import Calibrator, OutdoneError
 from clada_export.calibration.choose import choose, plan_clock
 from clada_export.calibration.clock import read_clock
-from clada_export.calibration.cost import dense_bytes, read_bytes
 from clada_export.calibration.heldout import HeldOut
 from clada_export.calibration.selector import MethodSelectors, Selectors
 from clada_export.cli import main_export
@@ -29,6 +28,7 @@ from clada_export.export_options import ExportOptions
 from clada_export.methods import POLICIES, PolicySettings, all_policies, get_policy
 from clada_export.plan.method import Method
 from clada_export.plan.plan import SparsityPlan
+from clada_export.plan.reads import dense_bytes, read_bytes
 from clada_export.verify.eager import ReferenceModel
 from tests.tiny_models import tiny_model
 
