@@ -1,8 +1,9 @@
-"""How the passes write nodes: on a tape of onnx_ir (`onnx_ir.tape.Tape`), in the order in which they run."""
+"""How the passes write nodes: on a tape of onnx_ir (`onnx_ir.tape.Tape`), in the order in which they run; and read them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +31,11 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 def _same(known: np.ndarray, array: np.ndarray) -> bool:
     return known.dtype == array.dtype and np.array_equal(known, array)
+
+
+def attribute_values(node: ir.Node) -> dict[str, Any]:
+    """The attributes of a node, by name: numbers, texts, tensors."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def result(name: str | None, dtype: ir.DataType | None, shape: ir.Shape | None) -> ir.Value:

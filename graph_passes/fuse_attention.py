@@ -23,7 +23,7 @@ from graph_passes.attention.match import (
     swapped_norm,
     unmerged,
 )
-from graph_passes.emit import Emitter, initializer
+from graph_passes.emit import Emitter, attribute_values, initializer
 from graph_passes.matchers.common import last_dim, module_path
 from graph_passes.naming import BATCH, PAST, SEQUENCE, TOTAL
 
@@ -296,7 +296,7 @@ class _Writer:
         merge = self._constant(f"merge.{width}", [0, 0, width])
         if (norm := swapped_norm(value)) is not None:
             node, x = norm
-            swapped = emit.op(node.op_type, x, *node.inputs[1:], **_settings(node))
+            swapped = emit.op(node.op_type, x, *node.inputs[1:], **attribute_values(node))
         else:
             swapped = emit.op("Transpose", value, perm=SWAP)
         swapped.type = ir.TensorType(ir.DataType.FLOAT)
@@ -332,7 +332,3 @@ class _Writer:
 
     def _number(self, name: str, value: float) -> ir.Value:
         return initializer(self.graph, f"{PREFIX}.{name}", np.array(value, np.float32))
-
-
-def _settings(node: ir.Node) -> dict[str, Any]:
-    return {name: attribute.value for name, attribute in node.attributes.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from graph_passes.emit import initializer, result
+from graph_passes.emit import attribute_values, initializer, result
 from graph_passes.matchers.weights import constant_integers, is_constant, vector_source
 from graph_passes.quant.contract import DOMAIN, OP_TYPE, TILE_ROWS
 from graph_passes.quant.op import QuantMatMulAttributes
@@ -128,7 +128,7 @@ def _kind(node: ir.Node) -> tuple[ir.Value, tuple[int, bool, bool]] | None:
 
 
 def _attributes(node: ir.Node) -> QuantMatMulAttributes:
-    return QuantMatMulAttributes.from_onnx({key: attribute.value for key, attribute in node.attributes.items()})
+    return QuantMatMulAttributes.from_onnx(attribute_values(node))
 
 
 def _merge(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:

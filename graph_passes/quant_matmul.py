@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from graph_passes.emit import Emitter, initializer
+from graph_passes.emit import Emitter, attribute_values, initializer
 from graph_passes.matchers.common import describe, module_path
 from graph_passes.matchers.projection import MATMUL_OPS, Projection, match_product
 from graph_passes.matchers.weights import (
@@ -102,8 +102,7 @@ class QuantiseProducts(ir.passes.InPlacePass):
                 continue
             if (DOMAIN, OP_TYPE, node.overload) not in model.functions:
                 raise ir.passes.PostconditionError(f"node {node.name!r} has no function")
-            values = {key: attribute.value for key, attribute in node.attributes.items()}
-            if len(node.inputs) != len(input_names(QuantMatMulAttributes.from_onnx(values))):
+            if len(node.inputs) != len(input_names(QuantMatMulAttributes.from_onnx(attribute_values(node)))):
                 raise ir.passes.PostconditionError(f"node {node.name!r} has {len(node.inputs)} inputs")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

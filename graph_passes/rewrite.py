@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graph_passes.dead_columns import DropDeadColumns
-from graph_passes.emit import Emitter, initializer, result
+from graph_passes.emit import Emitter, attribute_values, initializer, result
 from graph_passes.function_body import PLUGIN_ATTRIBUTES, VARIANT, make_function, variant_name
 from graph_passes.layer_tensors import Arrays, LatestArrays
 from graph_passes.matchers.common import FFNMatch, rank
@@ -108,8 +108,7 @@ class RewriteFFNs(ir.passes.InPlacePass):
                 continue
             if (DOMAIN, OP_TYPE, node.overload) not in model.functions:
                 raise ir.passes.PostconditionError(f"node {node.name!r} has no function")
-            values = {key: attribute.value for key, attribute in node.attributes.items()}
-            if len(node.inputs) != len(input_names(SparseFFNAttributes.from_onnx(values))):
+            if len(node.inputs) != len(input_names(SparseFFNAttributes.from_onnx(attribute_values(node)))):
                 raise ir.passes.PostconditionError(f"node {node.name!r} has {len(node.inputs)} inputs")
             if any(output.shape is None or output.type is None for output in node.outputs):
                 raise ir.passes.PostconditionError(f"an output of node {node.name!r} has no shape")

@@ -20,6 +20,7 @@ import torch
 
 from clada_export.op.reference import SparseFFNTensors, dequantize_shadow
 from clada_export.verify.report import Check
+from graph_passes.emit import attribute_values
 from graph_passes.op import DOMAIN, OP_TYPE, SHADOW_BLOCK, SparseFFNAttributes, input_names
 from graph_passes.search import FFN_NAME
 
@@ -91,7 +92,7 @@ def _nodes(model: Path) -> Iterator[tuple[str, ir.Node]]:
 
 def _constants(node: ir.Node) -> dict[str, npt.NDArray[np.generic]]:
     """What the node holds for its scores, by input name."""
-    attributes = SparseFFNAttributes.from_onnx({key: item.value for key, item in node.attributes.items()})
+    attributes = SparseFFNAttributes.from_onnx(attribute_values(node))
     named = dict(zip(input_names(attributes), node.inputs, strict=True))
     held = {name: value.const_value for name, value in named.items() if name in CONSTANTS and value is not None}
     return {name: tensor.numpy() for name, tensor in held.items() if tensor is not None}

@@ -25,9 +25,10 @@ from clada_export.quantise.codes import Coded, Codes
 from clada_export.quantise.matrices import find_matrices
 from clada_export.quantise.store import QuantStore
 from clada_export.verify.report import Check
+from graph_passes.emit import attribute_values
+from graph_passes.op import FORMAT_BITS, SparseFFNAttributes, input_names
 from graph_passes.op import OP_TYPE as FFN_OP
-from graph_passes.op import SparseFFNAttributes, input_names
-from graph_passes.quant.contract import DOMAIN, OP_TYPE
+from graph_passes.quant.contract import BLOCK, DOMAIN, OP_TYPE
 from graph_passes.quant.ffn_layout import unpack_in, unpack_out
 from graph_passes.quant.layout import QuantisedMatrix, unpack
 from graph_passes.quant.op import QuantMatMulAttributes
@@ -41,7 +42,6 @@ ALIKE = 0.7
 """The least cosine of a row and the same in codes: one of another matrix has about 0."""
 SAID = 3
 """How many faults are named."""
-_PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,15 @@ class _Reader:
         if TABLE_ROWS in node.metadata_props:
             self._take_table(node)
             return
-        values = {key: item.value for key, item in node.attributes.items()}
+        values = attribute_values(node)
         if node.op_type == OP_TYPE:
             attributes = QuantMatMulAttributes.from_onnx(values)
             self._take(str(node.name), unpack(_constant(node, 1), attributes))
             return
         ffn = SparseFFNAttributes.from_onnx(values)
-        if ffn.weight_format == _PLAIN:
+        bits = FORMAT_BITS.get(ffn.weight_format)
+        if bits is None:
             return
-        bits = int(ffn.weight_format.removeprefix("int"))
         named = {name: index for index, name in enumerate(input_names(ffn))}
         gate, up = unpack_in(_constant(node, named["w_in"]), bits, gated=ffn.gated)
         down = unpack_out(_constant(node, named["w_out"]), bits)
@@ -221,4 +221,4 @@ def _unit(row: Tensor) -> Tensor:
 
 def _empty(shape: tuple[int, ...], bits: int) -> QuantisedMatrix:
     rows, columns = shape
-    return QuantisedMatrix(np.zeros((rows, columns), np.uint8), np.zeros((rows, columns // 32), np.float16), bits)
+    return QuantisedMatrix(np.zeros((rows, columns), np.uint8), np.zeros((rows, columns // BLOCK), np.float16), bits)

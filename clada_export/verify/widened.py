@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.emit import attribute_values
 from graph_passes.op import DOMAIN, SparseFFNAttributes, input_names
 
 NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
@@ -29,7 +30,7 @@ def write_widened(model: Path, folder: Path) -> None:
 
 
 def _float16_by_contract(node: ir.Node) -> list[ir.Value | None]:
-    attributes = SparseFFNAttributes.from_onnx({key: item.value for key, item in node.attributes.items()})
+    attributes = SparseFFNAttributes.from_onnx(attribute_values(node))
     named = zip(input_names(attributes), node.inputs, strict=True)
     return [value for name, value in named if name == "shadow_scale"]
 
