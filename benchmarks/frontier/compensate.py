@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.frontier.grids import Grid
-from clada_export.methods.static.inverse import upper_factor
-from clada_export.methods.static.sparsegpt import prepare
+from clada_export.methods.static.inverse import prepare, upper_factor
 from clada_export.methods.static.statistics import hessian
 
 BLOCK = 128

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clada_export.decoder.decoder import Decoder
 from clada_export.errors import UnsupportedModelError
-from clada_export.methods.static.inverse import upper_factor
+from clada_export.methods.static.inverse import prepare, upper_factor
 from clada_export.methods.static.statistics import hessian, require_finite
 from clada_export.quantise.store import QuantStore
 from clada_export.quantise.view import QuantisedView
@@ -37,7 +37,8 @@ def compensate(
 
     The text goes through the model once. When it comes to a product, the matrix is quantised by the inputs that are there, and
     the product is computed with what came out: later matrices make up for what is left of the errors of earlier ones, too.
-    Matrices of more than `MOST_BITS` bits, tables of tokens, and what the pass never comes to get the nearest codes.
+    Matrices of more than `MOST_BITS` bits, tables of tokens, and what the pass never comes to are left to the store, where they
+    get the nearest codes.
 
     Args:
         store: whose codes are not made yet. Its view is on during the pass.
@@ -61,8 +62,6 @@ def compensate(
                 held.callback(handle.remove)
         with suppress(_LastMatrixError):  # nothing is wanted of what follows
             decoder.run_whole(text)
-    for name in store.names:
-        store.coded(name)
 
 
 class _LastMatrixError(Exception):
@@ -125,8 +124,7 @@ def inverse_factor(x: Tensor, name: str) -> Tensor:
     """
     matrix = hessian(x)
     require_finite(matrix, name)
-    diagonal = matrix.diagonal()
-    diagonal[diagonal == 0] = 1.0
+    matrix, _ = prepare(matrix)
     return upper_factor(matrix, name).float()
 
 

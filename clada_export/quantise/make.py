@@ -44,7 +44,9 @@ def make_store(
         UsageError: activations that are not finite; there is no room on the disk for the codes.
     """
     store = QuantStore(Codes(decoder, matrices, _ROUNDERS[form.rounding]), form)
-    if form.rounding == COMPENSATED:
-        compensate(decoder, store, windows, progress)
-    store.make(progress if form.rounding != COMPENSATED else lambda done, total: None)
+    if form.rounding != COMPENSATED:
+        store.make(progress)
+        return store
+    compensate(decoder, store, windows, progress)
+    store.make()  # what the pass left
     return store

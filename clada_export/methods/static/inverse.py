@@ -12,6 +12,18 @@ DAMPING = 0.01
 DAMPING_TRIES = 5
 
 
+def prepare(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Set the diagonal of dead columns (inputs that are always zero) to 1.
+
+    Returns:
+        A copy of the Hessian [in, in], and the dead columns, bool [in].
+    """
+    dead = h.diagonal() == 0
+    h = h.clone()
+    h.diagonal()[dead] = 1.0
+    return h, dead
+
+
 def upper_factor(h: Tensor, layer: str, dtype: torch.dtype | None = None) -> Tensor:
     """U with H^-1 = U^T U, upper triangular [in, in]: the Cholesky factor of the inverse of the damped Hessian.
 

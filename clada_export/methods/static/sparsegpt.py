@@ -8,24 +8,12 @@ import torch
 from torch import Tensor
 
 from clada_export.methods.prune_spec import PruneSpec
-from clada_export.methods.static.inverse import upper_factor
+from clada_export.methods.static.inverse import prepare, upper_factor
 from clada_export.methods.static.masks import all_but_highest, lowest
 from clada_export.methods.static.statistics import hessian, require_finite
 
 BLOCK = 128
 """Columns whose mask is chosen together (unstructured), and whose updates of later columns are applied together."""
-
-
-def prepare(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Set the diagonal of dead columns (inputs that are always zero) to 1.
-
-    Returns:
-        A copy of the Hessian [in, in], and the dead columns, bool [in].
-    """
-    dead = h.diagonal() == 0
-    h = h.clone()
-    h.diagonal()[dead] = 1.0
-    return h, dead
 
 
 def pruner(x: Tensor, spec: PruneSpec, layer: str) -> Callable[[Tensor], Tensor]:
