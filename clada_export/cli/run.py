@@ -44,9 +44,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--show-load shows the text of one prompt; give one, without --json")
     engine = open_engine(options)
     if options.chat:
-        if engine.tokenizer is None:
-            raise UsageError(f"{options.folder}: this export has no tokenizer, so there is no chat template")
-        prompts = [engine.tokenizer.chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+        prompts = [engine.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
     settings = generation_settings(options)
     if streaming:
         stream = engine.stream(prompts[0], options.max_new_tokens, **settings)

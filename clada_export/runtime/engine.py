@@ -179,23 +179,15 @@ class Engine:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
-        load: Load = "auto",
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | None = None,
         stream: StreamCallback | None = None,
+        **arguments: Unpack[GenerationArguments],
     ) -> Generation:
         """Continue the prompts.
 
         Args:
             prompts: a text, texts, or lists of token ids.
             max_new_tokens: at most this many new tokens a row.
+            stream: called for every new token.
             load: `auto` follows the text (surprisal and entropy of the raw logits at temperature 1) by the controller in the
                 manifest, `dense` computes everything, a number holds the load there, and a function (surprisal [B], entropy
                 [B]) -> load [B], in nats and standard deviations, is a signal from outside; +inf is a dense step.
@@ -206,25 +198,12 @@ class Engine:
             seed: for sampling; the same seed gives the same text.
             eos_token_id: tokens that end a row; None takes those of the model, an empty list none.
             stop: texts that end a row where one appears; the text before it stays.
-            stream: called for every new token.
 
         Raises:
             UsageError: a wrong argument, an empty prompt, or one longer than the model takes; or another call is in the engine.
             VerificationError: the engine returned no finite logit.
         """
-        request = self._request(
-            max_new_tokens,
-            load=load,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            eos_token_id=eos_token_id,
-            stop=stop,
-        )
+        request = self._request(max_new_tokens, **arguments)
         with self._exclusive.call("generate"):
             rows = self._rows(self._check_prompts(self._encode(prompts)), request)
             made = rounds(self._model(), rows, request)
@@ -257,15 +236,20 @@ class Engine:
         Raises:
             UsageError: as `generate` and `TextTokenizer.chat`.
         """
-        return self.generate([self._chat(messages)], max_new_tokens, **arguments)
+        return self.generate([self.chat_prompt(messages)], max_new_tokens, **arguments)
 
     def stream_chat(
         self, messages: Sequence[dict[str, str]], max_new_tokens: int, **arguments: Unpack[GenerationArguments]
     ) -> TokenStream:
         """`chat`, each token as it comes (`stream`)."""
-        return self._stream("stream_chat", [self._chat(messages)], max_new_tokens, arguments)
+        return self._stream("stream_chat", [self.chat_prompt(messages)], max_new_tokens, arguments)
 
-    def _chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """A conversation as token ids, by the model's chat template, up to where the assistant's next message begins.
+
+        Raises:
+            UsageError: the export has no tokenizer, or as `TextTokenizer.chat`.
+        """
         if self.tokenizer is None:
             raise UsageError(f"{self.folder}: this export has no tokenizer, so there is no chat template")
         return self.tokenizer.chat(messages)
