@@ -86,7 +86,7 @@ def _stack(model: Model, rows: int, threads: int, library: bool, make_node: Any)
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads that wait for this session's next call would take the cores from the variant whose turn it is.
+    # Threads that wait for the session's next call would take the cores from the variant whose turn it is.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if library:
         options.register_custom_ops_library(str(ort_library_path()))

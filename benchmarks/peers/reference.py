@@ -7,23 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.peers.runner import Logits, Runner
+from benchmarks.peers.runner import Logits, Scorer
 from clada_export.decoder.torch_decoder import require_torch
 from clada_export.source.load import load_source
 
 
-class ReferenceRunner(Runner):
+class ReferenceScorer(Scorer):
     """A model folder or GGUF file. It scores a window in one pass; it does not decode."""
 
     def __init__(self, path: str, threads: int, load: str) -> None:
         torch.set_num_threads(threads)
         self._model = require_torch(load_source(path).decoder, "a reference").model
-
-    def start(self, prompt: Sequence[int]) -> Logits:
-        raise NotImplementedError("the reference scores and does nothing else")
-
-    def step(self, token: int) -> Logits:
-        raise NotImplementedError("the reference scores and does nothing else")
 
     @torch.no_grad()
     def score(self, tokens: Sequence[int], prompt: int) -> Logits:
@@ -31,6 +25,6 @@ class ReferenceRunner(Runner):
         return np.ascontiguousarray(logits)
 
 
-def open_runner(path: str, threads: int, load: str) -> Runner:
+def open_runner(path: str, threads: int, load: str) -> Scorer:
     """`load` has no meaning here."""
-    return ReferenceRunner(path, threads, load)
+    return ReferenceScorer(path, threads, load)

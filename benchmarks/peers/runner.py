@@ -16,7 +16,15 @@ import numpy.typing as npt
 Logits = npt.NDArray[np.float32]
 
 
-class Runner(ABC):
+class Scorer(ABC):
+    """What says how likely it finds a text."""
+
+    @abstractmethod
+    def score(self, tokens: Sequence[int], prompt: int) -> Logits:
+        """Logits [n - prompt - 1, V] after each of tokens[prompt:-1]; the first `prompt` tokens run at once, others alone."""
+
+
+class Runner(Scorer):
     """One engine with one sequence."""
 
     @abstractmethod
@@ -40,6 +48,5 @@ class Runner(ABC):
         return first, steps
 
     def score(self, tokens: Sequence[int], prompt: int) -> Logits:
-        """Logits [n - prompt - 1, V] after each of tokens[prompt:-1]; the first `prompt` tokens run at once, others alone."""
         self.start(tokens[:prompt])
         return np.stack([self.step(token).copy() for token in tokens[prompt:-1]])

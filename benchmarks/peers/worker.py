@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.runner import Runner
+from benchmarks.peers.runner import Runner, Scorer
 
 KINDS = {
     "clada": "benchmarks.peers.clada",
@@ -27,11 +27,13 @@ KINDS = {
 }
 
 
-def answer(runner: Runner, task: dict[str, Any]) -> dict[str, Any]:
+def answer(runner: Scorer, task: dict[str, Any]) -> dict[str, Any]:
     """Do one task."""
     if "logits" in task:
         np.save(task["logits"], runner.score(task["tokens"], task["prompt"]))
         return {}
+    if not isinstance(runner, Runner):
+        raise TypeError(f"{type(runner).__name__} scores texts and decodes none")
     first, steps = runner.decode(task["prompt"], task["new_tokens"])
     return {"ttft_s": first, "step_s": steps}
 
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     # What an engine writes to stdout must not get among the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    runner: Runner = importlib.import_module(KINDS[kind]).open_runner(path, int(threads), load)
+    runner: Scorer = importlib.import_module(KINDS[kind]).open_runner(path, int(threads), load)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(runner, json.loads(line))), file=answers, flush=True)
