@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from clada_export.runtime.opening import MOST_THREADS
 from clada_export.runtime.sampling import LARGEST_SEED, Sampler, SamplingSettings
 from clada_export.runtime.tokens import token_ids
 from tests.clada_export.runtime.test_runtime import EOS, POSITIONS, SIGNAL, VOCABULARY, make_manifest, write_export
+from tests.processes import error_in_a_fork
 
 
 @pytest.fixture(scope="module")
@@ -459,17 +459,5 @@ def test_more_tokens_in_the_manifest_than_in_the_graph(tmp_path: Path) -> None:
 
 def test_a_fork_has_no_engine(engine: Engine) -> None:
     """ONNX Runtime's threads stay behind in a fork: a call there would never return."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            engine.prefill([[1]])
-            os.write(writer, b"no error")
-        except UsageError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as stream:
-        assert "the engine was loaded in another process" in stream.read()
+    error = error_in_a_fork(lambda: engine.prefill([[1]]))
+    assert error.startswith("UsageError") and "the engine was loaded in another process" in error

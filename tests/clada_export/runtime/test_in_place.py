@@ -24,6 +24,7 @@ from graph_passes.fuse_attention import FuseAttention
 from graph_passes.kept_logits import KeepLastLogits
 from graph_passes.op import SparseFFNAttributes
 from graph_passes.reshapes import RemoveHeadReshapes
+from tests.clada_export.runtime.test_runtime import make_manifest
 from tests.tiny_models import export_tiny, ffn_names, tiny_config
 
 PROMPTS = [np.random.default_rng(length).integers(3, 256, length).tolist() for length in (9, 1, 5, 23)]
@@ -44,18 +45,12 @@ def write_export(folder: Path, kind: str, *, in_place: bool) -> None:
     ir.save(graph, folder / "model.onnx")
     (folder / "config.json").write_text(tiny_config(kind).to_json_string())
     plan = SparsityPlan("clada", "gate", "threshold", (), LoadSignal(), {"weights_digest": "0"})
-    manifest = Manifest(
-        tool_version="0.1.0",
-        source={"name": kind, "kind": "folder", "revision": None, "weights_digest": "0", "files": {}},
-        target="ort",
-        op={"domain": "com.clada", "name": "SparseFFN", "version": 1},
+    manifest = make_manifest(
         plan=plan.to_dict(),
         load_signal=LoadSignal(surprisal_mean=3.0),
         inputs=tuple(tensor_spec(value) for value in graph.graph.inputs),
         outputs=tuple(tensor_spec(value) for value in graph.graph.outputs),
-        dtype="float32",
         cache=cache_tensors(graph),
-        versions={},
     )
     write_manifest(folder, manifest.with_files({path.name: file_record(path) for path in folder.iterdir()}))
 

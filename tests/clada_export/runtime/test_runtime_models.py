@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from clada_export.artifact.manifest import CacheTensor, Manifest, TensorSpec, file_record, write_manifest
+from clada_export.artifact.manifest import CacheTensor, TensorSpec, file_record, write_manifest
 from clada_export.errors import BackendError
 from clada_export.load.signal import LoadSignal
 from clada_export.native.library import ort_library_path
@@ -23,9 +22,8 @@ from clada_export.runtime import Engine, load_engine
 from clada_export.runtime import engine as engine_module
 from graph_passes import AddLoadOutputs, FFNRewrite, name_interface, rewrite_ffns
 from graph_passes.op import SparseFFNAttributes
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import tiny_models
+from tests import tiny_models
+from tests.clada_export.runtime.test_runtime import make_manifest
 
 PROMPTS = [np.random.default_rng(length).integers(3, 256, length).tolist() for length in (9, 1, 5, 23)]
 
@@ -56,16 +54,11 @@ def write_export(folder: Path, kind: str, attributes: SparseFFNAttributes | None
             library = shutil.copy(ort_library_path(), folder / "libclada_ort.so")
     plan = SparsityPlan("clada", "gate", "threshold", (), LoadSignal(), {"weights_digest": "0"})
     past = [value for value in graph.graph.inputs if str(value.name).startswith("past_")]
-    manifest = Manifest(
-        tool_version="0.1.0",
-        source={"name": kind, "kind": "folder", "revision": None, "weights_digest": "0", "files": {}},
-        target="ort",
-        op={"domain": "com.clada", "name": "SparseFFN", "version": 1},
+    manifest = make_manifest(
         plan=plan.to_dict(),
         load_signal=LoadSignal(surprisal_mean=3.0),
         inputs=(),
         outputs=tuple(TensorSpec(str(value.name), "float32", shape(value)) for value in graph.graph.outputs),
-        dtype="float32",
         cache=tuple(
             CacheTensor(
                 int(re.findall(r"\d+", name)[0]),
@@ -78,7 +71,6 @@ def write_export(folder: Path, kind: str, attributes: SparseFFNAttributes | None
             for value in past
             for name in [str(value.name)]
         ),
-        versions={},
         library="libclada_ort.so" if library else None,
     )
     write_manifest(folder, manifest.with_files({path.name: file_record(path) for path in folder.iterdir()}))

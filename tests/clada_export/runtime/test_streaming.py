@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from clada_export.runtime.stop_strings import StopFilter
 from clada_export.runtime.text import TextStream
 from tests.clada_export.runtime.test_engine_threads import CALLS, in_thread
 from tests.clada_export.runtime.test_runtime import VOCABULARY, expected_logits, write_export
+from tests.processes import error_in_a_fork
 
 BYTES = [b"a", b"b", b"\n", b" ", b"\xe4", b"\xb8", b"\x96", b"c", b"\xc3", b"\xa9", b"ab\xc3"]
 """The text of the tokens: letters, and characters in up to three pieces."""
@@ -385,18 +385,6 @@ def test_an_engine_that_is_dropped_while_a_stream_is_open(engine: Engine) -> Non
 def test_a_fork_has_no_stream(own: Engine) -> None:
     stream = own.stream([1, 2], 6, eos_token_id=[])
     next(stream)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            next(stream)
-            os.write(writer, b"no error")
-        except UsageError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as answer:
-        assert "another thread or process began to read this stream" in answer.read()
+    error = error_in_a_fork(lambda: next(stream))
+    assert error.startswith("UsageError") and "another thread or process began to read this stream" in error
     assert len(list(stream)) == 5

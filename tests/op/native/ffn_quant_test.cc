@@ -6,27 +6,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <utility>
 #include <vector>
 
-#include "buffer.h"
 #include "clada/quant_matmul_tables.h"
 #include "clada/sparse_ffn.h"
+#include "random_calls.h"
 
 namespace {
 
 using namespace clada;
-
-std::mt19937 random_engine(17);
-
-int64_t Pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_engine); }
-
-Buffer<float> Normals(int64_t count) {
-  Buffer<float> buffer(count);
-  for (int64_t i = 0; i < count; ++i) buffer.data()[i] = std::normal_distribution<float>()(random_engine);
-  return buffer;
-}
 
 // Random codes, and scales that are finite where `is_scale(i)` says that bytes i and i + 1 are one.
 template <class IsScale>
@@ -36,10 +25,6 @@ Buffer<uint8_t> Weights(int64_t bytes, const IsScale& is_scale) {
   for (int64_t i = 0; i < bytes; i += 2)
     if (is_scale(i)) buffer.data()[i + 1] &= 0xbf;
   return buffer;
-}
-
-void Reverse(void*, size_t count, ParallelBody body, void* context) {
-  for (size_t i = count; i-- > 0;) body(context, i);
 }
 
 struct Changing {
@@ -145,6 +130,7 @@ int Run(int number) {
 }  // namespace
 
 int main(int count, char** arguments) {
+  random_engine.seed(17);
   const int calls = count > 1 ? std::atoi(arguments[1]) : 400;
   int failures = 0;
   for (int i = 0; i < calls; ++i) failures += Run(i);

@@ -9,33 +9,22 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "buffer.h"
 #include "clada/contract.h"
 #include "clada/sparse_ffn.h"
+#include "random_calls.h"
 
 namespace {
 
 using namespace clada;
 
-std::mt19937 random_engine(7);
-
-int64_t Pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_engine); }
 // One of the contract's names of an attribute.
 template <class Enum, size_t N>
 Enum PickOf(const char* const (&)[N]) {
   return static_cast<Enum>(Pick(0, N - 1));
-}
-float Normal() { return std::normal_distribution<float>()(random_engine); }
-
-Buffer<float> Normals(int64_t count, float scale) {
-  Buffer<float> buffer(count);
-  for (int64_t i = 0; i < count; ++i) buffer.data()[i] = scale * Normal();
-  return buffer;
 }
 
 Buffer<float> Positives(int64_t count) {
@@ -49,11 +38,6 @@ Buffer<uint16_t> Halves(int64_t count) {
   Buffer<uint16_t> buffer(count);
   for (int64_t i = 0; i < count; ++i) buffer.data()[i] = static_cast<uint16_t>(0x3400 + Pick(0, 0x3ff) + (Pick(0, 1) << 15));
   return buffer;
-}
-
-// The bodies in reverse order: another schedule must give the same bits.
-void Reverse(void*, size_t count, ParallelBody body, void* context) {
-  for (size_t i = count; i-- > 0;) body(context, i);
 }
 
 // The float32 value of 16 bits.
@@ -313,6 +297,7 @@ int Refusals() {
 }  // namespace
 
 int main(int count, char** arguments) {
+  random_engine.seed(7);
   const int calls = count > 1 ? std::atoi(arguments[1]) : 600;
   int failures = 0;
   for (int i = 0; i < calls; ++i) failures += Run(i);

@@ -6,31 +6,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "buffer.h"
 #include "clada/quant_matmul.h"
+#include "random_calls.h"
 
 namespace {
 
 using namespace clada;
-
-std::mt19937 random_engine(11);
-
-int64_t Pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_engine); }
-
-Buffer<float> Normals(int64_t count) {
-  Buffer<float> buffer(count);
-  for (int64_t i = 0; i < count; ++i) buffer.data()[i] = std::normal_distribution<float>()(random_engine);
-  return buffer;
-}
-
-void Reverse(void*, size_t count, ParallelBody body, void* context) {
-  for (size_t i = count; i-- > 0;) body(context, i);
-}
 
 std::pair<float*, int64_t> scribbled;
 
@@ -133,6 +118,7 @@ int Refusals() {
 }  // namespace
 
 int main(int count, char** arguments) {
+  random_engine.seed(11);
   const int calls = count > 1 ? std::atoi(arguments[1]) : 600;
   int failures = Refusals();
   for (int i = 0; i < calls; ++i) failures += Run(i);
